@@ -1,0 +1,483 @@
+// r1.h: the map of r1, DeepSeek R1 inference in plain C and CUDA.
+//
+// One section per file that implements it, in the order in which a reader wants them: json.c and
+// tokenizer.c turn bytes into ids, r1.c turns a checkpoint into a model and ids into tokens, kernels.c
+// (or kernels.cu, which has the same symbols) does the arithmetic, http.c speaks to the world.
+//
+// Conventions: outputs first, then inputs, then dims. [n][hidden] is row-major. Sizes are in elements
+// unless a name says bytes. A function that can fail on a user's input returns false or NULL and says
+// why in `err`; a function that can fail on the machine or the checkpoint calls die().
+#ifndef R1_H
+#define R1_H
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE  // asprintf, sched_getaffinity, accept4: every file includes this one first
+#endif
+
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+
+#define R1_VERSION "0.1.0"
+
+// ------------------------------------------------------------------------------------------------
+// Numbers that belong to R1 and not to a size of it. config.json is checked against them.
+
+enum {
+    BLOCK = 128,        // side of a weight's scale block, and columns of an activation's scale group
+    NOPE_DIM = 128,     // qk_nope_head_dim: the part of a head's query and key without position
+    ROPE_DIM = 64,      // qk_rope_head_dim: the part that is rotated
+    V_DIM = 128,        // v_head_dim
+    LATENT_DIM = 512,   // kv_lora_rank: what all heads' keys and values are made from
+    QK_DIM = NOPE_DIM + ROPE_DIM,       // one head of q_b_proj's output
+    KV_DIM = NOPE_DIM + V_DIM,          // one head of kv_b_proj's output
+    CACHE_DIM = LATENT_DIM + ROPE_DIM,  // one row of the latent cache: c (512), then k_pe (64)
+    PAGE = 64,          // tokens in a page of the cache
+    MAX_EXPERTS_PER_TOK = 16,
+    MAX_TOP_LOGPROBS = 64,
+    MAX_STOPS = 64,     // stop strings of a request, and stop ids of a request
+};
+
+// ------------------------------------------------------------------------------------------------
+// json.c: small things that every file needs, and JSON
+
+typedef struct {  // borrowed bytes, any value, not terminated
+    const char *data;
+    size_t len;
+} Str;
+
+typedef struct {  // a growing byte string; data is NUL-terminated whenever it is not NULL
+    char *data;
+    size_t len, cap;
+} Buf;
+
+#define STR(literal) ((Str){literal, sizeof(literal) - 1})
+
+// One line on stderr ("r1: ...") and exit(1): boot, configuration, checkpoint, CUDA, NCCL.
+_Noreturn void die(const char *format, ...) __attribute__((format(printf, 1, 2)));
+// One log line on stderr: "[2025-02-19 16:24:01 TP0] text"; rank < 0 leaves " TP0" out. Control
+// characters of the text are escaped, so that nothing from outside can forge a second line.
+void log_line(int rank, const char *format, ...) __attribute__((format(printf, 2, 3)));
+double now_seconds(void);                        // monotonic clock
+void *xmalloc(size_t bytes);                     // never NULL: no memory means die()
+void *xcalloc(size_t count, size_t bytes);       // zeroed; the product is checked
+void *xrealloc(void *old, size_t bytes);
+char *format_string(const char *format, ...) __attribute__((format(printf, 1, 2)));  // malloc'ed
+bool str_equal(Str a, const char *b);            // b is a C string
+// The whole file as a NUL-terminated malloc'ed string, *len its bytes; NULL where it can't be read.
+char *read_file(const char *path, size_t *len);
+
+void buf_add(Buf *b, const void *data, size_t len);
+void buf_str(Buf *b, const char *text);
+void buf_printf(Buf *b, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void buf_free(Buf *b);                           // and zeroes it, so that it can be used again
+
+typedef enum { JSON_NULL, JSON_BOOL, JSON_NUMBER, JSON_STRING, JSON_ARRAY, JSON_OBJECT } JsonType;
+
+// A document is an array of these in reading order: a container is followed by its elements, an
+// object's by key, value, key, value. `skip` nodes further stands what follows the whole value.
+typedef struct {
+    JsonType type;
+    uint32_t skip;      // nodes of this value, itself included
+    uint32_t count;     // elements of an array, pairs of an object
+    bool integer;       // a number that is exactly the integer `sign` x `magnitude`
+    bool negative;
+    union {
+        bool boolean;
+        struct { double number; uint64_t magnitude; };  // magnitude only if `integer`
+        Str string;     // unescaped in place; may hold NUL bytes
+    };
+} Json;
+
+// Parses strict RFC 8259 in place: strings of the result point into `text` (len bytes, which are
+// overwritten and must outlive the result). One malloc'ed array, to be freed with free(). On an error
+// NULL, and in err a text like: invalid JSON at byte 17: got 'x', want ',' or '}'
+Json *json_parse(char *text, size_t len, char *err, size_t err_size);
+const Json *json_get(const Json *object, const char *key);  // the LAST of equal keys; NULL if absent
+const Json *json_next(const Json *value);                   // the node behind a whole value
+const Json *json_duplicate_key(const Json *object);  // the second of two equal keys' nodes, or NULL
+// True and *out when the value is an integer in lo..hi; 16.0 counts as 16.
+bool json_int(const Json *value, int64_t lo, int64_t hi, int64_t *out);
+const char *json_type_name(const Json *value);   // "null", "bool", "number", "string", "array", "object"
+
+void json_write_string(Buf *b, Str s);           // with quotes; escapes only ", \ and below U+0020
+void json_write_float(Buf *b, float f);          // fewest digits that read back as f; f must be finite
+
+// ------------------------------------------------------------------------------------------------
+// tokenizer.c: byte-level BPE, the chat templates, text that streams
+
+typedef struct Tokenizer Tokenizer;
+
+typedef struct {  // a growing list of token ids
+    int *data;
+    size_t len, cap;
+} Ids;
+
+void ids_add(Ids *ids, int id);
+
+// tokenizer.json and tokenizer_config.json of `dir`; dies on what it can't do exactly. (model.md 6)
+Tokenizer *tokenizer_load(const char *dir);
+void tokenizer_free(Tokenizer *t);
+int tokenizer_vocab(const Tokenizer *t);         // ids 0..this-1 may have a token
+// Appends the ids of any bytes (invalid UTF-8 too). Added tokens' texts are matched. Adds no BOS.
+void tokenizer_encode(const Tokenizer *t, Ids *out, Str text);
+Str tokenizer_bytes(const Tokenizer *t, int id); // a token's own bytes; {NULL, 0} for an id without one
+bool tokenizer_special(const Tokenizer *t, int id);  // dropped by skip_special_tokens
+int tokenizer_find(const Tokenizer *t, const char *added);  // id of an added token's text, or -1
+int tokenizer_bos(const Tokenizer *t);           // the BOS id where tokenizer_config.json wants it, else -1
+
+typedef enum { TEMPLATE_AUTO, TEMPLATE_R1, TEMPLATE_R1_0528 } ChatTemplate;
+
+typedef enum { ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, ROLE_TOOL } Role;
+
+typedef struct {
+    Role role;
+    Str content;            // data NULL: the message's content was null
+    const Json *tool_calls; // an array of {type, function: {name, arguments}} or NULL
+} Message;
+
+// Which of R1's two templates tokenizer_config.json holds; dies where it is neither.
+ChatTemplate tokenizer_template(const Tokenizer *t);
+// True when the template's own generation prompt ends in <think>\n.
+bool template_forces_think(ChatTemplate kind);
+// Appends the rendered text, BOS first. With generation_prompt the answer's head follows: where
+// `think`, "<think>\n" after <Assistant>. (model.md 7.1, 7.2; the original's quirks kept)
+void chat_render(Buf *out, ChatTemplate kind, const Message *messages, int n, bool generation_prompt,
+                 bool think);
+
+// From tokens to text: bytes, whole code points, stop strings. What can't be decided yet is held back.
+// The joined deltas never depend on where tokens were cut. (api.md 9)
+typedef struct {
+    const Tokenizer *tokenizer;
+    bool skip_special, no_stop_trim;
+    Str stop[MAX_STOPS];    // borrowed
+    int n_stop;
+    Buf bytes;              // not yet whole code points: at most 3 bytes
+    Buf held;               // text that may be the head of a stop string
+    int matched;            // index of the stop string that ended the text, or -1
+} TextStream;
+
+void text_init(TextStream *s, const Tokenizer *t, bool skip_special);
+// Appends to `out` the text that token id makes certain. True when a stop string matched: the text is
+// over. `match` false: this token's text takes no part in stop matching (min_tokens).
+bool text_push(TextStream *s, Buf *out, int id, bool match);
+void text_flush(TextStream *s, Buf *out);        // the end of the sequence: everything that was held
+void text_free(TextStream *s);
+
+// ------------------------------------------------------------------------------------------------
+// r1.c, chapters "Config" and "Checkpoint"
+
+typedef struct {  // config.json's keys
+    int vocab_size, hidden_size, num_hidden_layers, num_nextn_predict_layers, first_k_dense_replace;
+    int intermediate_size, moe_intermediate_size, n_routed_experts, n_shared_experts;
+    int num_experts_per_tok, n_group, topk_group, num_attention_heads, q_lora_rank;
+    int max_position_embeddings, bos_token_id, eos_token_id;
+    double rms_norm_eps, routed_scaling_factor, rope_theta;
+    struct {
+        double factor, beta_fast, beta_slow, mscale, mscale_all_dim;
+        int original_max_position_embeddings;
+    } rope_scaling;
+    bool fp8;               // quantization_config is there: linears are e4m3 with block scales
+    double temperature, top_p;  // generation_config.json's defaults; 1.0 where it is silent
+} Config;
+
+typedef enum { DTYPE_F8_E4M3, DTYPE_BF16, DTYPE_F32 } DType;
+
+typedef struct {  // a vector of a checkpoint, as it lies there (perhaps not aligned)
+    int dim;
+    DType dtype;            // BF16 or F32
+    const uint8_t *data;
+} Vector;
+
+typedef struct {  // a matrix of a checkpoint: y = x W^T
+    int out, in;
+    DType dtype;
+    const uint8_t *data;    // [out][in], the twin's own layout
+    const uint8_t *scale;   // F8_E4M3 only: f32 [ceil(out/128)][ceil(in/128)], multiplies
+} Linear;
+
+typedef struct {
+    Linear gate_proj, up_proj, down_proj;
+} Mlp;
+
+typedef struct {  // the checkpoint's names behind "model.layers.{i}."
+    Vector input_layernorm, post_attention_layernorm;
+    struct {
+        Linear q_a_proj, q_b_proj, kv_a_proj_with_mqa, kv_b_proj, o_proj;
+        Vector q_a_layernorm, kv_a_layernorm;
+    } self_attn;
+    bool moe;               // one of the following two is filled
+    Mlp mlp;
+    struct {
+        Linear gate;        // the router
+        Vector e_score_correction_bias;
+        Mlp *experts;       // [n_routed_experts]
+        Mlp shared_experts;
+    } moe_mlp;
+    struct {                // layer num_hidden_layers only: multi-token prediction
+        Vector enorm, hnorm, shared_head_norm;
+        Linear eh_proj, embed_tokens, shared_head;
+    } mtp;
+} Layer;
+
+// Dies with one line, naming the key, what was got and what is wanted.
+Config config_load(const char *dir);
+
+typedef struct Checkpoint Checkpoint;
+
+typedef struct {  // watched by other threads while a checkpoint is read
+    _Atomic uint64_t loaded_bytes, total_bytes;
+} Progress;
+
+// Opens config's tensors in `dir`: through model.safetensors.index.json where there is one, else one
+// model.safetensors. Checks every offset and length; maps the files and copies nothing. `dummy`: makes
+// every tensor from a hash of its name and the element's index instead; reads no file.
+Checkpoint *checkpoint_open(const char *dir, bool dummy);
+void checkpoint_close(Checkpoint *c);
+
+// ------------------------------------------------------------------------------------------------
+// kernels.c and kernels.cu: the stages. Two twins of the same symbols; the Makefile links one.
+
+// A bf16 in memory. Built with -DEXACT (tests only) it is a float and nothing is rounded or quantised,
+// so that the maths can be compared with an oracle in f32 to 1e-4 instead of bf16's 4e-3.
+#ifdef EXACT
+typedef float bf16;
+#else
+typedef uint16_t bf16;
+#endif
+
+// n rows on their way into a linear: normed or gated values, and their e4m3 form with one scale per row
+// and 128 columns. The format is the twin's own.
+typedef struct Act Act;
+
+typedef struct {  // one step: n rows, each a token at a position of a sequence
+    int n;
+    const int *id;          // [n] token ids
+    const int *position;    // [n] index in the sequence, 0 first
+    const int *seq;         // [n] which row of `pages`
+    const int *pages;       // [sequences][max_pages] the page that holds positions 64 i .. 64 i + 63
+    int max_pages;
+    const int *out;         // [n_out] the rows whose logits are wanted
+    int n_out;
+} Batch;
+
+typedef struct {  // where a step's rows go in a MoE layer
+    int *expert;            // [n][num_experts_per_tok] the likeliest choice first
+    float *weight;          // [n][num_experts_per_tok] sum to routed_scaling_factor
+    // The same as lists, one for each expert: entries start[e] .. start[e+1] - 1 of `pair` are
+    // row x num_experts_per_tok + k, ascending.
+    int *start;             // [n_routed_experts + 1]
+    int *pair;              // [n x num_experts_per_tok]
+    float *sum;             // [n][hidden] the twin's scratch
+} Routing;
+
+typedef struct {  // how one row's token is chosen (api.md 8)
+    float temperature, top_p, min_p;
+    int top_k;              // -1: all
+    float repetition_penalty, frequency_penalty, presence_penalty;
+    uint64_t seed;
+    const int *tokens;      // [n_tokens] prompt, then output: what the penalties count
+    int n_prompt, n_tokens;
+    const int *banned;      // [n_banned] ids that can't be chosen yet (min_tokens)
+    int n_banned;
+    const int *bias_id;     // [n_bias]
+    const float *bias;      // [n_bias]
+    int n_bias;
+    int top_logprobs;       // how many of the likeliest ids are wanted with their logprobs; -1: none
+} Sampling;
+
+typedef struct {
+    int id;                 // -1: the logits held a NaN or nothing finite
+    float logprob;          // of id, before penalties and temperature
+    int n_top;
+    int top_id[MAX_TOP_LOGPROBS];
+    float top_logprob[MAX_TOP_LOGPROBS];
+} Choice;
+
+void device_init(void);                          // threads or streams; once, before anything else
+void *device_alloc(size_t bytes);                // zeroed; dies where there is none
+void device_free(void *p);
+Act *act_new(int rows, int cols);
+void act_free(Act *a);
+Routing routing_new(int rows, const Config *c);
+void routing_free(Routing *r);
+
+// cos, sin [n][32][2] f32 of the rows' rotary angles: f32(position) x inv_freq. (model.md 3.3)
+void rope_angles(float *rope, const float *inv_freq, const int *position, int n);
+
+// x [n][hidden] = table[id]. (model.py ParallelEmbedding)
+void embed(bf16 *x, const Linear *table, const int *id, int n);
+
+// x [n][hidden] += y (NULL: nothing), rounded; a = quant(x rsqrt(mean x^2 + eps) gain). (RMSNorm)
+void add_norm(bf16 *x, Act *a, const bf16 *y, const Vector *gain, float eps, int n);
+
+// y [n][out] = a W^T: e4m3 x e4m3 summed over 128 columns, times both scales, summed in f32; with a
+// bf16 W the unquantised a. (V3 report 3.3.2; DeepGEMM)
+void linear(bf16 *y, const Act *a, const Linear *w, int n);
+
+// q [n][q_lora_rank] is normed and quantised into qa; kv [n][576]'s latent part is normed, its k_pe
+// rotated, and both go to the row's place in cache [pages][64][576]. (V2 paper 2.1.2; V3 eq. 1-5)
+void mla_latent(Act *qa, bf16 *cache, const bf16 *q, const bf16 *kv, const Vector *q_gain,
+                const Vector *kv_gain, float eps, const float *rope, const Batch *b);
+
+// query [n][heads][576] = [ q_nope W_UK (512) | rotated q_pe (64) ] of q [n][heads][192]: the keys'
+// up-projection absorbed into the query, so that attention reads latents only. (V2 paper, appendix C)
+void mla_query(bf16 *query, const bf16 *q, const Linear *kv_b_proj, const float *rope, int heads, int n);
+
+// u [n][heads][512] = softmax(scale query . cache) cache[:512] over the row's own sequence up to its
+// own position. Scores, softmax and sums in f32.
+void mla_attend(bf16 *u, const bf16 *query, const bf16 *cache, float scale, int heads, const Batch *b);
+
+// o = quant(u W_UV^T) per head: [n][heads*128], the input of o_proj.
+void mla_value(Act *o, const bf16 *u, const Linear *kv_b_proj, int heads, int n);
+
+// The 8 (num_experts_per_tok) experts of each row and their weights: sigmoid scores of the unquantised
+// row; bias only for choosing; the best groups by the sum of their two best. (V3 eq. 13-16)
+void moe_route(Routing *r, const Act *a, const Linear *gate, const Vector *bias, const Config *c, int n);
+
+// y [n][hidden] = sum over chosen experts of weight x expert(a), plus shared(a); summed in f32, rounded
+// once. h: room for n x (num_experts_per_tok + 1) rows of moe_intermediate_size. (V3 eq. 12)
+void moe_experts(bf16 *y, Act *h, const Act *a, const Routing *r, const Mlp *experts,
+                 const Mlp *shared, const Config *c, int n);
+
+// y [n][hidden] = down(silu(gate(a)) * up(a)); h: room for n rows of intermediate_size.
+void mlp(bf16 *y, Act *h, const Act *a, const Mlp *m, int n);
+
+// out [n_rows][vocab] f32 = a[rows] lm_head^T, a unquantised.
+void logits(float *out, const Act *a, const Linear *lm_head, const int *rows, int n_rows);
+
+// Philox4x32-10: four random words, a pure function of key and counter. (Salmon et al. 2011)
+void philox(uint32_t out[4], uint64_t key, const uint32_t counter[4]);
+
+// Chooses one token for each row of l [n][stride] (overwritten), of whose entries the first `vocab` are
+// tokens. The order of its steps is fixed. (api.md 8)
+void sample(Choice *out, float *l, const Sampling *s, int vocab, int stride, int n);
+
+// ------------------------------------------------------------------------------------------------
+// r1.c, chapters "One step" and "Many at once"
+
+typedef struct {
+    Config config;
+    Checkpoint *checkpoint;
+    Linear embed_tokens, lm_head;
+    Vector norm;
+    Layer *layers;          // [num_hidden_layers + num_nextn_predict_layers]
+    float inv_freq[ROPE_DIM / 2];
+    float softmax_scale;
+    // Everything that a step writes, allocated once.
+    int max_rows, max_out, n_pages;
+    bf16 **cache;           // [layers] of [n_pages][64][576]
+    float *rope, *logits;
+    bf16 *x, *y, *q_a, *kv_a, *q, *query, *u;
+    Act *normed, *q_latent, *heads_out, *dense_hidden, *expert_hidden;
+    Routing routing;
+} Model;
+
+// Maps the checkpoint and allocates for steps of max_rows rows, max_out of them with logits, and a
+// cache of n_pages pages. progress may be NULL.
+Model *model_load(const char *dir, bool dummy, int max_rows, int max_out, int n_pages, Progress *p);
+void model_free(Model *m);
+void model_embed(Model *m, const Batch *b);              // x = the tokens' embeddings
+void model_layer(Model *m, int layer, const Batch *b);   // x, y: one decoder layer
+void model_logits(Model *m, const Batch *b);             // m->logits [n_out][vocab_size]
+void model_step(Model *m, const Batch *b);               // all of them
+
+typedef enum { FINISH_NONE, FINISH_STOP, FINISH_LENGTH, FINISH_ABORT, FINISH_ERROR } Finish;
+
+// One prompt and its answer. The HTTP thread fills the first part, hands it over with engine_submit and
+// gets events until one has a finish; then it is the HTTP thread's again, and is freed with seq_free.
+typedef struct Seq {
+    struct Seq *next;
+    char rid[136];          // at most 128 given characters, and "_1023" where there are several
+    void *owner;            // the HTTP thread's own, as is index: which choice of the request
+    int index;
+    Ids tokens;             // the prompt; the engine appends the answer
+    int n_prompt;
+    Sampling sampling;      // its tokens, n_tokens, n_prompt and banned are the engine's
+    int *bias_id;           // owned, behind sampling.bias_id
+    float *bias;
+    int max_tokens, min_tokens;
+    bool ignore_eos, has_seed;
+    bool probe;             // of /health_generate: ahead of the queue, neither logged nor counted
+    int stop_id[MAX_STOPS], n_stop_id;
+    char *stop_text;        // owned, behind text.stop
+    TextStream text;
+    atomic_bool cancelled;  // set by the HTTP thread: the next step is without it
+    // The engine's.
+    int n_computed;         // tokens whose latents are in the cache
+    int n_cached;           // prompt tokens that an earlier request had left there
+    double arrival;
+} Seq;
+
+typedef struct Event {  // one token of one sequence, or its end, or both
+    struct Event *next;
+    Seq *seq;
+    bool has_token;
+    Choice choice;          // with has_token
+    Finish finish;
+    int stop_id;            // FINISH_STOP: the token id that ended it, or -1 and
+    int stop_string;        // the index of the stop string
+    Buf text;               // what became certain; owned
+} Event;
+
+typedef enum { STATE_STARTING, STATE_LOADING, STATE_WARMUP, STATE_READY, STATE_DRAINING, STATE_FAILED } State;
+
+typedef struct {  // the flags by their long names (api.md 12)
+    const char *model_path, *tokenizer_path, *served_model_name, *load_format, *host, *api_key;
+    const char *chat_template, *think, *log_level;
+    int port, tensor_parallel_size, nnodes, context_length, max_total_tokens, chunked_prefill_size;
+    int max_queued_requests, random_seed, stream_interval, decode_log_interval;
+    bool allow_auto_truncate, enable_cache_report, log_requests, skip_server_warmup;
+    // r1 run and r1 tokenize
+    const char *system, *stop[MAX_STOPS];
+    int n_stop, max_tokens, top_k;
+    double temperature, top_p, min_p;
+    int64_t seed;
+    bool raw, no_bos, ids, chat, decode;
+} Options;
+
+typedef struct {  // what both threads see; no lock but the two queues'
+    Options options;
+    Config config;
+    Tokenizer *tokenizer;
+    ChatTemplate template_kind;
+    bool think;             // the generation prompt ends in <think>\n
+    int context_len, max_total_tokens;   // tokens: the longest sequence; what the cache holds
+    double boot;            // now_seconds() at start
+    long created;           // Unix time at start
+    _Atomic int state;      // State
+    Progress progress;
+    _Atomic uint64_t steps;
+    _Atomic int running, queued;
+    int wake_fd;            // the HTTP thread polls it: readable when events wait
+} Server;
+
+extern Server server;
+void engine_submit(Seq *s);          // any thread; ownership passes until its finish event
+Event *engine_events(void);          // the waiting events, oldest first, a list to free; never blocks
+void engine_stop(bool abort_all);    // drain: finish what is queued (or abort it), then the thread ends
+Seq *seq_new(void);                  // with the defaults of api.md 3
+void seq_free(Seq *s);
+void event_free(Event *e);
+
+// ------------------------------------------------------------------------------------------------
+// http.c: sockets, HTTP/1.1, SSE, the endpoints
+
+typedef struct {  // api.md 0; the tests make them smaller
+    int connections, header_bytes, header_fields;
+    size_t body_bytes, all_bodies_bytes;     // of one request; of all that are held at once
+    double header_s, body_gap_s, idle_s, stall_s, linger_s, probe_s;
+} HttpLimits;
+
+extern HttpLimits http_limits;
+// Binds options.host:port and returns the listening socket; dies with one line where it can't.
+int http_listen(const char *host, int port);
+// Serves until http_stop's pipe says drain and all requests are answered. Runs in the calling thread.
+void http_serve(int listen_fd);
+// From a signal handler: first call drains, second aborts. Async-signal-safe.
+void http_stop(void);
+
+#endif
