@@ -401,7 +401,7 @@ typedef struct Seq {
     float *bias;
     int max_tokens, min_tokens;
     bool ignore_eos, has_seed;
-    bool probe;             // of /health_generate: ahead of the queue, neither logged nor counted
+    bool probe;             // /health_generate's: ahead of the queue, neither logged nor counted
     int stop_id[MAX_STOPS], n_stop_id;
     char *stop_text;        // owned, behind text.stop
     TextStream text;

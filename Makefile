@@ -1,0 +1,76 @@
+# make          builds ./r1 (on the CPU; gcc and make are all it needs)
+# make test     runs every test and adds up what they say; make test SAN=1 under ASan and UBSan
+# make bench    prints how near the CPU's matrix product comes to the memory's speed
+#
+# ARCH chooses the processor: the machine's own by default, ARCH=-march=x86-64-v3 for a binary that
+# runs on others.
+CC ?= gcc
+ARCH ?= -march=native
+SAN ?= 0
+ifeq ($(SAN),1)
+BUILD := build/san
+OPT := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+else
+BUILD := build
+OPT := -O3
+endif
+# -ffp-contract=off: a product and a sum round one by one, the same on every processor.
+CFLAGS := -std=gnu11 -g $(OPT) $(ARCH) -ffp-contract=off -Wall -Wextra -Wshadow -Wstrict-prototypes
+LIBS := -lm -lpthread
+
+SOURCES := r1 kernels tokenizer json http
+TESTS := json tokenizer kernels checkpoint sample http oracle oracle_exact end_to_end
+
+ifeq ($(SAN),1)
+r1: build/san/r1
+else
+r1: $(SOURCES:%=$(BUILD)/%.o)
+	$(CC) $(CFLAGS) $^ -o $@ $(LIBS)
+endif
+
+$(BUILD)/r1: $(SOURCES:%=$(BUILD)/%.o)
+	$(CC) $(CFLAGS) $^ -o $@ $(LIBS)
+
+$(BUILD)/%.o: %.c r1.h Makefile
+	@mkdir -p $(BUILD)
+	$(CC) $(CFLAGS) -c $< -o $@
+
+# r1.c without its main, for test programs; and the twin without any rounding.
+$(BUILD)/r1_test.o: r1.c r1.h Makefile
+	@mkdir -p $(BUILD)
+	$(CC) $(CFLAGS) -Dmain=r1_main -c $< -o $@
+
+$(BUILD)/%_exact.o: %.c r1.h Makefile
+	@mkdir -p $(BUILD)
+	$(CC) $(CFLAGS) -DEXACT -Dmain=r1_main -c $< -o $@
+
+PARTS := $(BUILD)/r1_test.o $(patsubst %,$(BUILD)/%.o,kernels tokenizer json http)
+
+$(BUILD)/test_%: tests/test_%.c tests/test.h r1.h $(PARTS)
+	$(CC) $(CFLAGS) $< $(PARTS) -o $@ $(LIBS)
+
+$(BUILD)/test_http: tests/test_http.c tests/test.h r1.h $(patsubst %,$(BUILD)/%.o,tokenizer json http)
+	$(CC) $(CFLAGS) $< $(patsubst %,$(BUILD)/%.o,tokenizer json http) -o $@ $(LIBS)
+
+# It includes kernels.c, to reach what is static there.
+$(BUILD)/test_kernels: tests/test_kernels.c tests/test.h kernels.c r1.h $(BUILD)/json.o
+	$(CC) $(CFLAGS) $< $(BUILD)/json.o -o $@ $(LIBS)
+
+$(BUILD)/test_oracle_exact: tests/test_oracle.c tests/test.h r1.h $(BUILD)/r1_exact.o $(BUILD)/kernels_exact.o $(PARTS)
+	$(CC) $(CFLAGS) -DEXACT $< $(BUILD)/r1_exact.o $(BUILD)/kernels_exact.o \
+	    $(patsubst %,$(BUILD)/%.o,tokenizer json http) -o $@ $(LIBS)
+
+$(BUILD)/bench_linear: tests/bench_linear.c r1.h $(PARTS)
+	$(CC) $(CFLAGS) $< $(PARTS) -o $@ $(LIBS)
+
+test: $(BUILD)/r1 $(TESTS:%=$(BUILD)/test_%)
+	@R1=$(BUILD)/r1 sh tests/run.sh $(TESTS:%=$(BUILD)/test_%)
+
+bench: $(BUILD)/bench_linear
+	$(BUILD)/bench_linear
+
+clean:
+	rm -rf build r1
+
+.PHONY: test bench clean
+.SECONDARY:

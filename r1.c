@@ -1,0 +1,1609 @@
+// r1.c: the book of r1, to be read from top to bottom: the config, the checkpoint, one layer, one step,
+// many at once, the commands. What a stage computes stands in kernels.c; what a token or a socket is,
+// in tokenizer.c and http.c.
+#include "r1.h"
+
+#include <assert.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <math.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+// ==== Config ======================================================================================
+// config.json says which member of the DeepSeek-V3 family this is. Sizes may vary; what is built into the
+// stages (attention's 512 + 64, sigmoid scores, 128x128 scale blocks) must be as R1 has it, and anything
+// else is refused here by name. After config_load every number is in a range that later products of two
+// or three of them can't overflow.
+
+typedef struct {
+    const char *path;  // for messages
+    const Json *root;
+} ConfigFile;
+
+static const Json *config_get(const ConfigFile *f, const Json *object, const char *key) {
+    const Json *v = json_get(object, key);
+    if (!v) die("%s: %s: missing", f->path, key);
+    return v;
+}
+
+static int config_int(const ConfigFile *f, const Json *object, const char *key, int64_t low, int64_t high) {
+    const Json *v = config_get(f, object, key);
+    int64_t n = 0;
+    if (json_int(v, low, high, &n)) return (int)n;
+    if (v->type != JSON_NUMBER)
+        die("%s: %s: got %s, want an integer in %ld..%ld", f->path, key, json_type_name(v), (long)low,
+            (long)high);
+    die("%s: %s: got %g, want %s%ld..%ld", f->path, key, v->number, low == high ? "" : "an integer in ",
+        (long)low, (long)high);
+}
+
+static double config_number(const ConfigFile *f, const Json *object, const char *key, double low,
+                            double high) {
+    const Json *v = config_get(f, object, key);
+    if (v->type != JSON_NUMBER)
+        die("%s: %s: got %s, want a number", f->path, key, json_type_name(v));
+    if (!(v->number >= low && v->number <= high))
+        die("%s: %s: got %g, want a number in %g..%g", f->path, key, v->number, low, high);
+    return v->number;
+}
+
+static void config_text(const ConfigFile *f, const Json *object, const char *key, const char *want) {
+    const Json *v = config_get(f, object, key);
+    if (v->type != JSON_STRING) die("%s: %s: got %s, want \"%s\"", f->path, key, json_type_name(v), want);
+    if (!str_equal(v->string, want))
+        die("%s: %s: got \"%.*s\", want \"%s\"", f->path, key, (int)v->string.len, v->string.data, want);
+}
+
+static void config_multiple(const ConfigFile *f, const char *key, int value, int of) {
+    if (value % of) die("%s: %s: got %d, want a multiple of %d", f->path, key, value, of);
+}
+
+static const Json *config_object(const ConfigFile *f, const Json *object, const char *key) {
+    const Json *v = config_get(f, object, key);
+    if (v->type != JSON_OBJECT) die("%s: %s: got %s, want an object", f->path, key, json_type_name(v));
+    return v;
+}
+
+static void config_quantization(Config *c, const ConfigFile *f) {
+    const Json *q = json_get(f->root, "quantization_config");
+    if (!q || q->type == JSON_NULL) return;  // a bf16 copy of the weights
+    q = config_object(f, f->root, "quantization_config");
+    c->fp8 = true;
+    config_text(f, q, "quant_method", "fp8");
+    config_text(f, q, "fmt", "e4m3");
+    const Json *size = config_get(f, q, "weight_block_size");
+    int64_t side;
+    if (size->type != JSON_ARRAY || size->count != 2 || !json_int(size + 1, BLOCK, BLOCK, &side) ||
+        !json_int(size + 2, BLOCK, BLOCK, &side))
+        die("%s: weight_block_size: want [%d, %d]", f->path, BLOCK, BLOCK);
+}
+
+static void config_rope(Config *c, const ConfigFile *f) {
+    const Json *r = config_object(f, f->root, "rope_scaling");
+    config_text(f, r, json_get(r, "rope_type") ? "rope_type" : "type", "yarn");
+    c->rope_theta = config_number(f, f->root, "rope_theta", 1, 1e12);
+    c->rope_scaling.factor = config_number(f, r, "factor", 1, 1e6);
+    c->rope_scaling.beta_fast = config_number(f, r, "beta_fast", 0.001, 1e6);
+    c->rope_scaling.beta_slow = config_number(f, r, "beta_slow", 0.001, 1e6);
+    c->rope_scaling.mscale_all_dim = config_number(f, r, "mscale_all_dim", 0, 1e3);
+    c->rope_scaling.original_max_position_embeddings =
+        config_int(f, r, "original_max_position_embeddings", 1, 1 << 30);
+    // cos and sin are scaled by the quotient of the two mscales: 1 in R1, and here always.
+    if (config_number(f, r, "mscale", 0, 1e3) != c->rope_scaling.mscale_all_dim)
+        die("%s: mscale: want the value of mscale_all_dim, %g", f->path, c->rope_scaling.mscale_all_dim);
+}
+
+static void config_experts(Config *c, const ConfigFile *f) {
+    const Json *root = f->root;
+    c->n_group = config_int(f, root, "n_group", 1, 1024);
+    c->topk_group = config_int(f, root, "topk_group", 1, c->n_group);
+    c->n_routed_experts = config_int(f, root, "n_routed_experts", 2 * c->n_group, 1024);
+    config_multiple(f, "n_routed_experts", c->n_routed_experts, c->n_group);
+    int kept = c->topk_group * (c->n_routed_experts / c->n_group);
+    c->num_experts_per_tok =
+        config_int(f, root, "num_experts_per_tok", 1, kept < MAX_EXPERTS_PER_TOK ? kept : MAX_EXPERTS_PER_TOK);
+    config_int(f, root, "n_shared_experts", 1, 1);
+    config_int(f, root, "moe_layer_freq", 1, 1);
+    config_text(f, root, "scoring_func", "sigmoid");
+    config_text(f, root, "topk_method", "noaux_tc");
+    const Json *norm = config_get(f, root, "norm_topk_prob");
+    if (norm->type != JSON_BOOL || !norm->boolean) die("%s: norm_topk_prob: want true", f->path);
+    c->routed_scaling_factor = config_number(f, root, "routed_scaling_factor", 0, 1e3);
+    c->moe_intermediate_size = config_int(f, root, "moe_intermediate_size", BLOCK, 1 << 20);
+    config_multiple(f, "moe_intermediate_size", c->moe_intermediate_size, BLOCK);
+}
+
+// generation_config.json holds the makers' advice for sampling; it may be absent.
+static void config_generation(Config *c, const char *dir) {
+    char err[256], *path = format_string("%s/generation_config.json", dir);
+    size_t len;
+    char *text = read_file(path, &len);
+    c->temperature = c->top_p = 1;
+    if (text) {
+        ConfigFile f = {path, json_parse(text, len, err, sizeof err)};
+        if (!f.root) die("%s: %s", path, err);
+        if (json_get(f.root, "temperature")) c->temperature = config_number(&f, f.root, "temperature", 0, 1e6);
+        if (json_get(f.root, "top_p")) c->top_p = config_number(&f, f.root, "top_p", 1e-9, 1);
+        free((void *)f.root);
+    }
+    free(text);
+    free(path);
+}
+
+Config config_load(const char *dir) {
+    Config c = {0};
+    char err[256], *path = format_string("%s/config.json", dir);
+    size_t len;
+    char *text = read_file(path, &len);
+    if (!text) die("%s: %s", path, strerror(errno));
+    ConfigFile f = {path, json_parse(text, len, err, sizeof err)};
+    if (!f.root) die("%s: %s", path, err);
+    if (f.root->type != JSON_OBJECT) die("%s: got %s, want an object", path, json_type_name(f.root));
+    config_text(&f, f.root, "model_type", "deepseek_v3");
+    config_text(&f, f.root, "hidden_act", "silu");
+    c.vocab_size = config_int(&f, f.root, "vocab_size", 1, 1 << 24);
+    c.hidden_size = config_int(&f, f.root, "hidden_size", BLOCK, 1 << 20);
+    c.num_hidden_layers = config_int(&f, f.root, "num_hidden_layers", 1, 4096);
+    c.num_nextn_predict_layers = config_int(&f, f.root, "num_nextn_predict_layers", 0, 1);
+    c.first_k_dense_replace = config_int(&f, f.root, "first_k_dense_replace", 0, c.num_hidden_layers);
+    c.intermediate_size = config_int(&f, f.root, "intermediate_size", BLOCK, 1 << 20);
+    c.num_attention_heads = config_int(&f, f.root, "num_attention_heads", 1, 4096);
+    c.q_lora_rank = config_int(&f, f.root, "q_lora_rank", BLOCK, 1 << 20);
+    config_int(&f, f.root, "kv_lora_rank", LATENT_DIM, LATENT_DIM);
+    config_int(&f, f.root, "qk_nope_head_dim", NOPE_DIM, NOPE_DIM);
+    config_int(&f, f.root, "qk_rope_head_dim", ROPE_DIM, ROPE_DIM);
+    config_int(&f, f.root, "v_head_dim", V_DIM, V_DIM);
+    config_multiple(&f, "hidden_size", c.hidden_size, BLOCK);
+    config_multiple(&f, "intermediate_size", c.intermediate_size, BLOCK);
+    config_multiple(&f, "q_lora_rank", c.q_lora_rank, BLOCK);
+    c.max_position_embeddings = config_int(&f, f.root, "max_position_embeddings", PAGE, 1 << 24);
+    c.bos_token_id = config_int(&f, f.root, "bos_token_id", 0, c.vocab_size - 1);
+    c.eos_token_id = config_int(&f, f.root, "eos_token_id", 0, c.vocab_size - 1);
+    c.rms_norm_eps = config_number(&f, f.root, "rms_norm_eps", 0, 1);
+    const Json *tied = json_get(f.root, "tie_word_embeddings");
+    if (tied && tied->type == JSON_BOOL && tied->boolean) die("%s: tie_word_embeddings: want false", path);
+    config_experts(&c, &f);
+    config_rope(&c, &f);
+    config_quantization(&c, &f);
+    config_generation(&c, dir);
+    free((void *)f.root);
+    free(text);
+    free(path);
+    return c;
+}
+
+// ==== Checkpoint ==================================================================================
+// A checkpoint is a directory of safetensors files and an index that says which file holds which tensor.
+// A file is eight bytes of length, a JSON header of names, dtypes, shapes and offsets, and then the
+// bytes themselves. R1 has 91,991 tensors in 163 files. The files are mapped, not read: a tensor is a
+// pointer into the mapping. They are hostile input: after checkpoint_open every tensor lies inside its
+// file, in the size that its dtype and shape ask for.
+
+enum { MAX_HEADER = 100 << 20, MAX_RANK = 8 };  // bytes, as the format demands; dimensions
+
+typedef struct {
+    char *name, *header;    // file name; the header's text, into which tensor names point
+    const uint8_t *map;
+    size_t size;
+} File;
+
+typedef struct {
+    Str name, dtype;
+    File *file;             // NULL: an empty slot
+    const uint8_t *data;    // NULL: only the index spoke of it yet
+    size_t bytes;
+    int rank;
+    int64_t shape[MAX_RANK];
+    bool used;
+} Tensor;
+
+struct Checkpoint {
+    const char *dir;
+    bool dummy;
+    File *files;
+    int n_files;
+    Tensor *slots;          // open addressing by the name's hash, at most half full
+    size_t n_slots, n_tensors;
+    char *index_text;
+    Progress *progress;
+};
+
+static uint64_t hash_bytes(const char *data, size_t len) {  // FNV-1a
+    uint64_t h = 0xcbf29ce484222325ull;
+    for (size_t i = 0; i < len; i++) h = (h ^ (uint8_t)data[i]) * 0x100000001b3ull;
+    return h;
+}
+
+// The slot of a name, or the empty slot where it belongs.
+static Tensor *checkpoint_slot(const Checkpoint *c, Str name) {
+    size_t i = hash_bytes(name.data, name.len) & (c->n_slots - 1);
+    while (c->slots[i].file &&
+           (c->slots[i].name.len != name.len || memcmp(c->slots[i].name.data, name.data, name.len)))
+        i = (i + 1) & (c->n_slots - 1);
+    return &c->slots[i];
+}
+
+static void checkpoint_reserve(Checkpoint *c, size_t tensors) {
+    for (c->n_slots = 64; c->n_slots < 2 * tensors; c->n_slots *= 2) {}
+    c->slots = xcalloc(c->n_slots, sizeof *c->slots);
+}
+
+static void file_map(Checkpoint *c, File *f) {
+    char *path = format_string("%s/%s", c->dir, f->name);
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    struct stat st;
+    if (fd < 0 || fstat(fd, &st) != 0) die("%s: %s", path, strerror(errno));
+    f->size = st.st_size;
+    if (f->size < 8) die("%s: got %zu bytes, want a safetensors file", path, f->size);
+    f->map = mmap(NULL, f->size, PROT_READ, MAP_SHARED, fd, 0);
+    if (f->map == MAP_FAILED) die("%s: mmap: %s", path, strerror(errno));
+    close(fd);
+    free(path);
+}
+
+static size_t dtype_size(Str name) {
+    static const struct { const char *name; size_t size; } known[] = {
+        {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"BF16", 2}, {"F16", 2}, {"F32", 4},  {"F64", 8}, {"I8", 1},
+        {"U8", 1},      {"BOOL", 1},    {"I16", 2},  {"I32", 4}, {"I64", 8}};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (str_equal(name, known[i].name)) return known[i].size;
+    return 0;
+}
+
+// Reads one header entry into t; `end` is the size of the file's byte buffer.
+static void tensor_parse(Tensor *t, const File *f, const Json *v, size_t end) {
+#define TENSOR_DIE(...)                                                                            \
+    die("%s: tensor %.*s: %s", f->name, (int)t->name.len, t->name.data, format_string(__VA_ARGS__))
+    if (v->type != JSON_OBJECT) TENSOR_DIE("got %s, want an object", json_type_name(v));
+    const Json *dtype = json_get(v, "dtype"), *shape = json_get(v, "shape");
+    const Json *offsets = json_get(v, "data_offsets");
+    if (!dtype || dtype->type != JSON_STRING) TENSOR_DIE("dtype: missing, want a string");
+    if (!shape || shape->type != JSON_ARRAY) TENSOR_DIE("shape: missing, want an array");
+    if (shape->count > MAX_RANK) TENSOR_DIE("shape: got %u dimensions, want at most 8", shape->count);
+    t->dtype = dtype->string;
+    t->bytes = dtype_size(t->dtype);
+    if (!t->bytes) TENSOR_DIE("dtype: got \"%.*s\", which is unknown", (int)t->dtype.len, t->dtype.data);
+    t->rank = shape->count;
+    for (int i = 0; i < t->rank; i++) {
+        if (!json_int(shape + 1 + i, 0, INT64_MAX, &t->shape[i])) TENSOR_DIE("shape: want whole numbers");
+        if (__builtin_mul_overflow(t->bytes, (size_t)t->shape[i], &t->bytes))
+            TENSOR_DIE("shape: too large for this machine");
+    }
+    int64_t from, to;
+    if (!offsets || offsets->type != JSON_ARRAY || offsets->count != 2 ||
+        !json_int(offsets + 1, 0, INT64_MAX, &from) || !json_int(offsets + 2, 0, INT64_MAX, &to))
+        TENSOR_DIE("data_offsets: want two whole numbers");
+    if (from > to || (size_t)to > end)
+        TENSOR_DIE("data_offsets: got [%ld, %ld], want them inside the file's %zu bytes of data",
+                   (long)from, (long)to, end);
+    if ((size_t)(to - from) != t->bytes)
+        TENSOR_DIE("data_offsets: got %ld bytes, want %zu for its dtype and shape", (long)(to - from),
+                   t->bytes);
+    t->data = f->map + (f->size - end) + from;
+#undef TENSOR_DIE
+}
+
+static int by_data(const void *a, const void *b) {
+    const Tensor *x = a, *y = b;
+    if (x->data != y->data) return x->data < y->data ? -1 : 1;
+    return (x->bytes > y->bytes) - (x->bytes < y->bytes);  // empty tensors first
+}
+
+// The format knows neither holes nor overlaps: sorted by place, each tensor begins where the last ended.
+static void file_check_layout(const File *f, Tensor *tensors, size_t n) {
+    const uint8_t *expected = n ? f->map + f->size : NULL;
+    qsort(tensors, n, sizeof *tensors, by_data);
+    for (size_t i = n; i-- > 0;) {
+        if (tensors[i].data + tensors[i].bytes != expected)
+            die("%s: tensor %.*s: its bytes and those of the next tensor %s", f->name,
+                (int)tensors[i].name.len, tensors[i].name.data,
+                tensors[i].data + tensors[i].bytes > expected ? "overlap" : "leave a hole");
+        expected = tensors[i].data;
+    }
+}
+
+// Reads a file's header. With an index a tensor counts only in the file that the index names.
+static void file_open(Checkpoint *c, File *f, bool indexed) {
+    file_map(c, f);
+    uint64_t len = 0;
+    char err[256];
+    memcpy(&len, f->map, 8);
+    if (len > MAX_HEADER || len > f->size - 8)
+        die("%s: header: got a length of %llu bytes, want at most %zu", f->name, (unsigned long long)len,
+            f->size - 8 < MAX_HEADER ? f->size - 8 : (size_t)MAX_HEADER);
+    f->header = xmalloc(len + 1);
+    memcpy(f->header, f->map + 8, len);
+    Json *root = json_parse(f->header, len, err, sizeof err);
+    if (!root) die("%s: header: %s", f->name, err);
+    if (root->type != JSON_OBJECT) die("%s: header: got %s, want an object", f->name, json_type_name(root));
+    const Json *twice = json_duplicate_key(root);
+    if (twice)
+        die("%s: tensor %.*s: stands twice in the header", f->name, (int)twice->string.len, twice->string.data);
+    if (!indexed) checkpoint_reserve(c, root->count);
+    Tensor *tensors = xcalloc(root->count + 1, sizeof *tensors);
+    size_t n = 0, end = f->size - 8 - len;
+    const Json *key = root + 1;
+    for (uint32_t i = 0; i < root->count; i++, key = json_next(key + 1)) {
+        if (str_equal(key->string, "__metadata__")) continue;
+        Tensor *t = &tensors[n++];
+        t->name = key->string;
+        tensor_parse(t, f, key + 1, end);
+        t->file = f;
+        Tensor *slot = checkpoint_slot(c, t->name);
+        if (indexed ? slot->file == f : true) *slot = *t, c->n_tensors += !indexed;
+    }
+    file_check_layout(f, tensors, n);
+    free(tensors);
+    free(root);
+}
+
+// Takes names and file names from model.safetensors.index.json. False where there is none.
+static bool index_read(Checkpoint *c) {
+    char err[256], *path = format_string("%s/model.safetensors.index.json", c->dir);
+    size_t len;
+    c->index_text = read_file(path, &len);
+    if (!c->index_text) return free(path), false;
+    Json *root = json_parse(c->index_text, len, err, sizeof err);
+    if (!root) die("%s: %s", path, err);
+    const Json *map = root->type == JSON_OBJECT ? json_get(root, "weight_map") : NULL;
+    if (!map || map->type != JSON_OBJECT) die("%s: weight_map: missing, want an object", path);
+    checkpoint_reserve(c, map->count);
+    c->files = xcalloc(map->count + 1, sizeof *c->files);
+    const Json *key = map + 1;
+    File *f = c->files;  // neighbours mostly lie in one file
+    for (uint32_t i = 0; i < map->count; i++, key = json_next(key + 1)) {
+        if (key[1].type != JSON_STRING)
+            die("%s: weight_map: %.*s: got %s, want a file name", path, (int)key->string.len,
+                key->string.data, json_type_name(key + 1));
+        Str name = key[1].string;
+        if (memchr(name.data, '/', name.len) || memchr(name.data, 0, name.len))
+            die("%s: weight_map: %.*s: want a plain file name", path, (int)key->string.len, key->string.data);
+        if (!f->name || !str_equal(name, f->name))
+            for (f = c->files; f->name && !str_equal(name, f->name);) f++;
+        if (!f->name) f->name = format_string("%.*s", (int)name.len, name.data), c->n_files++;
+        Tensor *slot = checkpoint_slot(c, key->string);
+        if (slot->file)
+            die("%s: weight_map: %.*s: stands twice", path, (int)key->string.len, key->string.data);
+        *slot = (Tensor){.name = key->string, .file = f};
+        c->n_tensors++;
+    }
+    free(root);
+    free(path);
+    return true;
+}
+
+Checkpoint *checkpoint_open(const char *dir, bool dummy) {
+    Checkpoint *c = xcalloc(1, sizeof *c);
+    *c = (Checkpoint){.dir = dir, .dummy = dummy};
+    if (dummy) return c;
+    bool indexed = index_read(c);
+    if (!indexed) {
+        c->files = xcalloc(1, sizeof *c->files);
+        c->files[0].name = format_string("model.safetensors");
+        c->n_files = 1;
+    }
+    for (int i = 0; i < c->n_files; i++) file_open(c, &c->files[i], indexed);
+    for (size_t i = 0; i < c->n_slots; i++)
+        if (c->slots[i].file && !c->slots[i].data)
+            die("tensor %.*s: the index says that it is in %s, which does not hold it",
+                (int)c->slots[i].name.len, c->slots[i].name.data, c->slots[i].file->name);
+    return c;
+}
+
+void checkpoint_close(Checkpoint *c) {
+    if (!c) return;
+    if (c->dummy)
+        for (size_t i = 0; i < c->n_slots; i++) {
+            free((void *)c->slots[i].name.data);
+            device_free((void *)c->slots[i].data);
+        }
+    for (int i = 0; i < c->n_files; i++) {
+        munmap((void *)c->files[i].map, c->files[i].size);
+        free(c->files[i].name);
+        free(c->files[i].header);
+    }
+    free(c->files);
+    free(c->slots);
+    free(c->index_text);
+    free(c);
+}
+
+// ---- Dummy weights: any geometry without its 688 GB ----------------------------------------------
+// A value is a pure function of the tensor's name and the element's index, so that every twin and every
+// rank makes the same ones. They are spread like trained weights: normal, at a scale that keeps
+// activations near 1 through all layers, with no NaN code and a router that uses all its experts.
+
+enum { NORMAL_CODES = 4096 };
+
+static uint64_t mix(uint64_t x) {  // splitmix64's finaliser
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebull;
+    return x ^ x >> 31;
+}
+
+// The i-th of 4,096 equally likely values of the standard normal distribution, by bisection.
+static double normal_quantile(int i) {
+    double p = (i + 0.5) / NORMAL_CODES, low = -8, high = 8;
+    for (int k = 0; k < 60; k++) {
+        double middle = (low + high) / 2;
+        if (0.5 * erfc(-middle / sqrt(2)) < p) low = middle;
+        else high = middle;
+    }
+    return (low + high) / 2;
+}
+
+static double e4m3_size(int code) {  // of the codes 0..0x7e
+    return code < 8 ? ldexp(code, -9) : ldexp(8 + (code & 7), (code >> 3) - 10);
+}
+
+static uint8_t e4m3_nearest(double v) {
+    int best = 0;
+    for (int code = 1; code < 0x7f; code++)
+        if (fabs(e4m3_size(code) - fabs(v)) < fabs(e4m3_size(best) - fabs(v))) best = code;
+    return v < 0 ? best | 0x80 : best;
+}
+
+#define DUMMY_SIGMA 112.0  // of the codes: the largest of a block is then near 448, as quantisers leave it
+
+// n elements of a tensor with the given name, dtype and shape. There are 4,096 different values.
+static void dummy_fill(uint8_t *data, const Tensor *t, size_t n) {
+    static float normal[NORMAL_CODES];  // made once, as are the codes
+    static uint8_t code[NORMAL_CODES];
+    float value[NORMAL_CODES];
+    uint16_t half[NORMAL_CODES];
+    bool scale = strstr(t->name.data, "_scale_inv"), bias = strstr(t->name.data, "bias");
+    bool embedding = strstr(t->name.data, "embed_tokens");
+    // A row's length is 1, so that it keeps what it makes near 1; an embedding's elements are near 1.
+    double columns = t->shape[t->rank - 1] * (scale ? (double)BLOCK : 1);
+    for (int i = 0; i < NORMAL_CODES && !normal[NORMAL_CODES - 1]; i++) {
+        normal[i] = normal_quantile(i);
+        code[i] = e4m3_nearest(normal[i] * DUMMY_SIGMA);
+    }
+    for (int i = 0; i < NORMAL_CODES; i++) {
+        if (scale) value[i] = (0.75 + 0.5 * i / NORMAL_CODES) / (DUMMY_SIGMA * sqrt(columns));
+        else if (t->rank == 1) value[i] = bias ? 0.05 * normal[i] : 1 + 0.1 * normal[i];
+        else value[i] = embedding ? normal[i] : normal[i] / sqrt(columns);
+        uint32_t bits;
+        memcpy(&bits, &value[i], sizeof bits);
+        half[i] = bits >> 16;
+    }
+    uint64_t key = hash_bytes(t->name.data, t->name.len);
+    size_t size = dtype_size(t->dtype);
+    for (size_t i = 0; i < n; i++) {
+        size_t random = mix(key + i * 0x9e3779b97f4a7c15ull) % NORMAL_CODES;
+        if (size == 1) data[i] = code[random];
+        else memcpy(data + size * i, size == 2 ? (void *)&half[random] : (void *)&value[random], size);
+    }
+}
+
+// ---- The weights table: which tensor fills which field ---------------------------------------------
+
+typedef enum {
+    QUANTISED,  // [out][in]: F8_E4M3 with a scale tensor, or BF16 in a checkpoint without quantisation
+    PLAIN,      // [out][in]: BF16, or F32 as some copies store the router
+    VECTOR,     // [out]: BF16, or F32
+} Kind;
+
+typedef struct {
+    const char *name;  // behind the prefix; a quantised one's ".weight" is added
+    Kind kind;
+    void *field;       // Linear *, or Vector *
+    int out, in;
+} Weight;
+
+static const char *shape_text(int rank, const int64_t *shape) {  // "[256, 128]"; malloc'ed, for die()
+    Buf b = {0};
+    for (int i = 0; i < rank; i++) buf_printf(&b, "%s%ld", i ? ", " : "[", (long)shape[i]);
+    buf_str(&b, rank ? "]" : "[]");
+    return b.data;
+}
+
+// A tensor by its name, with one of two dtypes (the second may be NULL) and shape [out] or [out][in].
+static const Tensor *checkpoint_find(Checkpoint *c, const char *name, const char *dtype, const char *other,
+                                     int rank, int64_t out, int64_t in) {
+    int64_t shape[2] = {out, in};
+    if (c->dummy) {
+        c->slots = xrealloc(c->slots, (c->n_slots + 1) * sizeof *c->slots);
+        Tensor *t = &c->slots[c->n_slots++];
+        *t = (Tensor){.name = {format_string("%s", name), strlen(name)}, .dtype = {dtype, strlen(dtype)},
+                      .rank = rank, .shape = {out, in}};
+        size_t n = rank == 1 ? out : out * in;
+        t->bytes = n * dtype_size(t->dtype);
+        uint8_t *data = device_alloc(t->bytes);
+        dummy_fill(data, t, n);
+        t->data = data;
+        return t;
+    }
+    Tensor *t = checkpoint_slot(c, (Str){name, strlen(name)});
+    if (!t->file) die("tensor %s: missing, want %s %s", name, dtype, shape_text(rank, shape));
+    bool fits = t->rank == rank && t->shape[0] == out && (rank == 1 || t->shape[1] == in);
+    if (!fits || !(str_equal(t->dtype, dtype) || (other && str_equal(t->dtype, other))))
+        die("%s: tensor %s: got %.*s %s, want %s%s%s %s", t->file->name, name, (int)t->dtype.len,
+            t->dtype.data, shape_text(t->rank, t->shape), dtype, other ? " or " : "", other ? other : "",
+            shape_text(rank, shape));
+    t->used = true;
+    return t;
+}
+
+static size_t weight_bind(Checkpoint *c, const Config *config, const char *prefix, const Weight *w) {
+    bool fp8 = w->kind == QUANTISED && config->fp8;
+    const char *dtype = fp8 ? "F8_E4M3" : "BF16", *other = w->kind == QUANTISED ? NULL : "F32";
+    char *name = format_string("%s%s%s", prefix, w->name, w->kind == QUANTISED ? ".weight" : "");
+    const Tensor *t = checkpoint_find(c, name, dtype, other, w->kind == VECTOR ? 1 : 2, w->out, w->in);
+    DType got = str_equal(t->dtype, "F32") ? DTYPE_F32 : fp8 ? DTYPE_F8_E4M3 : DTYPE_BF16;
+    size_t bytes = t->bytes;
+    if (w->kind == VECTOR) {
+        *(Vector *)w->field = (Vector){w->out, got, t->data};
+    } else {
+        *(Linear *)w->field = (Linear){w->out, w->in, got, t->data, NULL};
+    }
+    free(name);
+    if (fp8) {  // the scale may lie in another file than its weight
+        name = format_string("%s%s.weight_scale_inv", prefix, w->name);
+        t = checkpoint_find(c, name, "F32", NULL, 2, (w->out + BLOCK - 1) / BLOCK, w->in / BLOCK);
+        ((Linear *)w->field)->scale = t->data;
+        bytes += t->bytes;
+        free(name);
+    }
+    return bytes;
+}
+
+static size_t weights_bind(Checkpoint *c, const Config *config, const char *prefix, const Weight *w, size_t n) {
+    size_t bytes = 0;
+    for (size_t i = 0; i < n; i++) bytes += weight_bind(c, config, prefix, &w[i]);
+    return bytes;
+}
+
+#define COUNT(array) (sizeof(array) / sizeof *(array))
+
+static size_t mlp_bind(Checkpoint *c, const Config *config, const char *prefix, Mlp *m, int width) {
+    const Weight table[] = {
+        {"gate_proj", QUANTISED, &m->gate_proj, width, config->hidden_size},
+        {"up_proj", QUANTISED, &m->up_proj, width, config->hidden_size},
+        {"down_proj", QUANTISED, &m->down_proj, config->hidden_size, width},
+    };
+    return weights_bind(c, config, prefix, table, COUNT(table));
+}
+
+static size_t moe_bind(Checkpoint *c, const Config *config, const char *prefix, Layer *l) {
+    const Weight table[] = {
+        {"gate.weight", PLAIN, &l->moe_mlp.gate, config->n_routed_experts, config->hidden_size},
+        {"gate.e_score_correction_bias", VECTOR, &l->moe_mlp.e_score_correction_bias,
+         config->n_routed_experts, 0},
+    };
+    size_t bytes = weights_bind(c, config, prefix, table, COUNT(table));
+    l->moe_mlp.experts = xcalloc(config->n_routed_experts, sizeof *l->moe_mlp.experts);
+    for (int e = 0; e <= config->n_routed_experts; e++) {
+        bool shared = e == config->n_routed_experts;
+        char *name = shared ? format_string("%sshared_experts.", prefix)
+                            : format_string("%sexperts.%d.", prefix, e);
+        bytes += mlp_bind(c, config, name, shared ? &l->moe_mlp.shared_experts : &l->moe_mlp.experts[e],
+                          config->moe_intermediate_size);
+        free(name);
+    }
+    return bytes;
+}
+
+static size_t layer_bind(Checkpoint *c, const Config *config, int i, Layer *l) {
+    int hidden = config->hidden_size, heads = config->num_attention_heads;
+    const Weight table[] = {
+        {"input_layernorm.weight", VECTOR, &l->input_layernorm, hidden, 0},
+        {"self_attn.q_a_proj", QUANTISED, &l->self_attn.q_a_proj, config->q_lora_rank, hidden},
+        {"self_attn.q_a_layernorm.weight", VECTOR, &l->self_attn.q_a_layernorm, config->q_lora_rank, 0},
+        {"self_attn.q_b_proj", QUANTISED, &l->self_attn.q_b_proj, heads * QK_DIM, config->q_lora_rank},
+        {"self_attn.kv_a_proj_with_mqa", QUANTISED, &l->self_attn.kv_a_proj_with_mqa, CACHE_DIM, hidden},
+        {"self_attn.kv_a_layernorm.weight", VECTOR, &l->self_attn.kv_a_layernorm, LATENT_DIM, 0},
+        {"self_attn.kv_b_proj", QUANTISED, &l->self_attn.kv_b_proj, heads * KV_DIM, LATENT_DIM},
+        {"self_attn.o_proj", QUANTISED, &l->self_attn.o_proj, hidden, heads * V_DIM},
+        {"post_attention_layernorm.weight", VECTOR, &l->post_attention_layernorm, hidden, 0},
+    };
+    const Weight mtp[] = {
+        {"enorm.weight", VECTOR, &l->mtp.enorm, hidden, 0},
+        {"hnorm.weight", VECTOR, &l->mtp.hnorm, hidden, 0},
+        {"eh_proj.weight", PLAIN, &l->mtp.eh_proj, hidden, 2 * hidden},
+        {"embed_tokens.weight", PLAIN, &l->mtp.embed_tokens, config->vocab_size, hidden},
+        {"shared_head.norm.weight", VECTOR, &l->mtp.shared_head_norm, hidden, 0},
+        {"shared_head.head.weight", PLAIN, &l->mtp.shared_head, config->vocab_size, hidden},
+    };
+    char *prefix = format_string("model.layers.%d.", i), *mlp_prefix = format_string("%smlp.", prefix);
+    size_t bytes = weights_bind(c, config, prefix, table, COUNT(table));
+    l->moe = i >= config->first_k_dense_replace;
+    if (l->moe) bytes += moe_bind(c, config, mlp_prefix, l);
+    else bytes += mlp_bind(c, config, mlp_prefix, &l->mlp, config->intermediate_size);
+    if (i >= config->num_hidden_layers) bytes += weights_bind(c, config, prefix, mtp, COUNT(mtp));
+    free(prefix);
+    free(mlp_prefix);
+    return bytes;
+}
+
+// Touches every page of the files, so that the first answer finds them in memory, and tells how it goes.
+static void checkpoint_read(Checkpoint *c, Progress *p) {
+    enum { STEP = 4096, REPORT = 5 };  // bytes of a page; seconds
+    double start = now_seconds(), reported = start;
+    uint64_t done = 0, total = 0;
+    for (int i = 0; i < c->n_files; i++) total += c->files[i].size;
+    p->total_bytes = total;
+    for (int i = 0; i < c->n_files; i++) {
+        madvise((void *)c->files[i].map, c->files[i].size, MADV_WILLNEED);
+        for (size_t at = 0; at < c->files[i].size; at += STEP) {
+            *(const volatile uint8_t *)(c->files[i].map + at);
+            p->loaded_bytes = done + at;
+            double now = at % (1 << 20) ? reported : now_seconds();
+            if (now - reported < REPORT) continue;
+            double speed = (done + at) / (now - start);
+            log_line(0, "Load weight: %.1f %%, %.1f of %.1f GB, %.2f GB/s, %.0f s left",
+                     100.0 * (done + at) / total, (done + at) / 1e9, total / 1e9, speed / 1e9,
+                     (total - done - at) / speed);
+            reported = now;
+        }
+        p->loaded_bytes = done += c->files[i].size;
+    }
+}
+
+// ==== One layer, one step =========================================================================
+// A step takes n rows, each one token at one position of one sequence, and needs no more than the cache
+// of the positions before. Rows of many sequences, decoding and prefilling, stand side by side. After
+// model_step the rows' latents are in the cache and the wanted rows' logits in m->logits.
+
+// Inverse frequencies of the 32 rotary pairs: fast ones as trained, slow ones stretched by `factor`, with
+// a ramp between. (YaRN, Peng et al. 2023; model.py precompute_freqs_cis)
+static void yarn(Model *m) {
+    const Config *c = &m->config;
+    double range = c->rope_scaling.original_max_position_embeddings, log_base = log(c->rope_theta);
+    double fast = ROPE_DIM * log(range / (c->rope_scaling.beta_fast * 2 * M_PI)) / (2 * log_base);
+    double slow = ROPE_DIM * log(range / (c->rope_scaling.beta_slow * 2 * M_PI)) / (2 * log_base);
+    double low = fmax(floor(fast), 0), high = fmin(ceil(slow), ROPE_DIM - 1);
+    if (low == high) high += 0.001;
+    for (int i = 0; i < ROPE_DIM / 2; i++) {
+        double extrapolated = pow(c->rope_theta, -2.0 * i / ROPE_DIM);
+        double ramp = fmin(fmax((i - low) / (high - low), 0), 1);
+        m->inv_freq[i] = extrapolated / c->rope_scaling.factor * ramp + extrapolated * (1 - ramp);
+    }
+    double mscale = 0.1 * c->rope_scaling.mscale_all_dim * log(c->rope_scaling.factor) + 1;
+    m->softmax_scale = mscale * mscale / sqrt(QK_DIM);
+}
+
+static void model_bind(Model *m, Progress *p) {
+    const Config *c = &m->config;
+    const Weight table[] = {
+        {"model.embed_tokens.weight", PLAIN, &m->embed_tokens, c->vocab_size, c->hidden_size},
+        {"model.norm.weight", VECTOR, &m->norm, c->hidden_size, 0},
+        {"lm_head.weight", PLAIN, &m->lm_head, c->vocab_size, c->hidden_size},
+    };
+    size_t bytes = weights_bind(m->checkpoint, c, "", table, COUNT(table));
+    int layers = c->num_hidden_layers + c->num_nextn_predict_layers;
+    m->layers = xcalloc(layers, sizeof *m->layers);
+    for (int i = 0; i < layers; i++) bytes += layer_bind(m->checkpoint, c, i, &m->layers[i]);
+    if (m->checkpoint->dummy) p->loaded_bytes = p->total_bytes = bytes;
+    else checkpoint_read(m->checkpoint, p);
+    size_t unused = 0;
+    Str first = {0};
+    for (size_t i = 0; i < m->checkpoint->n_slots && !m->checkpoint->dummy; i++)
+        if (m->checkpoint->slots[i].file && !m->checkpoint->slots[i].used && !unused++)
+            first = m->checkpoint->slots[i].name;
+    if (unused)
+        log_line(0, "%zu tensors of the checkpoint have no place in this model, the first is %.*s", unused,
+                 (int)first.len, first.data);
+}
+
+Model *model_load(const char *dir, bool dummy, int max_rows, int max_out, int n_pages, Progress *p) {
+    Model *m = xcalloc(1, sizeof *m);
+    Progress unwatched;
+    m->config = config_load(dir);
+    m->checkpoint = checkpoint_open(dir, dummy);
+    model_bind(m, p ? p : &unwatched);
+    yarn(m);
+    const Config *c = &m->config;
+    size_t rows = max_rows, half = sizeof(bf16);
+    int heads = c->num_attention_heads, k = c->num_experts_per_tok;
+    m->max_rows = max_rows, m->max_out = max_out, m->n_pages = n_pages;
+    m->cache = xcalloc(c->num_hidden_layers, sizeof *m->cache);
+    for (int i = 0; i < c->num_hidden_layers; i++)
+        m->cache[i] = device_alloc((size_t)n_pages * PAGE * CACHE_DIM * half);
+    m->rope = device_alloc(rows * ROPE_DIM * sizeof(float));
+    m->logits = device_alloc((size_t)max_out * c->vocab_size * sizeof(float));
+    m->x = device_alloc(rows * c->hidden_size * half);
+    m->y = device_alloc(rows * c->hidden_size * half);
+    m->q_a = device_alloc(rows * c->q_lora_rank * half);
+    m->kv_a = device_alloc(rows * CACHE_DIM * half);
+    m->q = device_alloc(rows * heads * QK_DIM * half);
+    m->query = device_alloc(rows * heads * CACHE_DIM * half);
+    m->u = device_alloc(rows * heads * LATENT_DIM * half);
+    m->normed = act_new(max_rows, c->hidden_size);
+    m->q_latent = act_new(max_rows, c->q_lora_rank);
+    m->heads_out = act_new(max_rows, heads * V_DIM);
+    m->dense_hidden = act_new(max_rows, c->intermediate_size);
+    m->expert_hidden = act_new(max_rows * (k + 1), c->moe_intermediate_size);
+    m->routing = routing_new(max_rows, c);
+    return m;
+}
+
+void model_free(Model *m) {
+    if (!m) return;
+    for (int i = 0; i < m->config.num_hidden_layers; i++) device_free(m->cache[i]);
+    for (int i = 0; i < m->config.num_hidden_layers + m->config.num_nextn_predict_layers; i++)
+        free(m->layers[i].moe_mlp.experts);
+    void *device[] = {m->rope, m->logits, m->x, m->y, m->q_a, m->kv_a, m->q, m->query, m->u};
+    for (size_t i = 0; i < COUNT(device); i++) device_free(device[i]);
+    Act *acts[] = {m->normed, m->q_latent, m->heads_out, m->dense_hidden, m->expert_hidden};
+    for (size_t i = 0; i < COUNT(acts); i++) act_free(acts[i]);
+    routing_free(&m->routing);
+    checkpoint_close(m->checkpoint);
+    free(m->cache);
+    free(m->layers);
+    free(m);
+}
+
+void model_embed(Model *m, const Batch *b) {
+    embed(m->x, &m->embed_tokens, b->id, b->n);
+    rope_angles(m->rope, m->inv_freq, b->position, b->n);
+}
+
+// The residual stream is x. What a half of a layer adds, y, is added by the norm that follows it, which
+// reads and writes x anyway; so x is complete only after the next add_norm.
+void model_layer(Model *m, int layer, const Batch *b) {
+    const Layer *l = &m->layers[layer];
+    const Config *c = &m->config;
+    float eps = c->rms_norm_eps;
+    int n = b->n, heads = c->num_attention_heads;
+    bf16 *cache = m->cache[layer];
+
+    // Attention. All heads look at one latent of 512 + 64 numbers per token: that is all that is cached.
+    add_norm(m->x, m->normed, layer ? m->y : NULL, &l->input_layernorm, eps, n);
+    linear(m->q_a, m->normed, &l->self_attn.q_a_proj, n);
+    linear(m->kv_a, m->normed, &l->self_attn.kv_a_proj_with_mqa, n);
+    mla_latent(m->q_latent, cache, m->q_a, m->kv_a, &l->self_attn.q_a_layernorm,
+               &l->self_attn.kv_a_layernorm, eps, m->rope, b);
+    linear(m->q, m->q_latent, &l->self_attn.q_b_proj, n);
+    mla_query(m->query, m->q, &l->self_attn.kv_b_proj, m->rope, heads, n);
+    mla_attend(m->u, m->query, cache, m->softmax_scale, heads, b);
+    mla_value(m->heads_out, m->u, &l->self_attn.kv_b_proj, heads, n);
+    linear(m->y, m->heads_out, &l->self_attn.o_proj, n);
+
+    // The MLP: a plain one in the first layers, then the 8 experts that the router chooses and a shared one.
+    add_norm(m->x, m->normed, m->y, &l->post_attention_layernorm, eps, n);
+    if (!l->moe) {
+        mlp(m->y, m->dense_hidden, m->normed, &l->mlp, n);
+        return;
+    }
+    moe_route(&m->routing, m->normed, &l->moe_mlp.gate, &l->moe_mlp.e_score_correction_bias, c, n);
+    moe_experts(m->y, m->expert_hidden, m->normed, &m->routing, l->moe_mlp.experts,
+                &l->moe_mlp.shared_experts, c, n);
+}
+
+void model_logits(Model *m, const Batch *b) {
+    add_norm(m->x, m->normed, m->y, &m->norm, m->config.rms_norm_eps, b->n);
+    logits(m->logits, m->normed, &m->lm_head, b->out, b->n_out);
+}
+
+void model_step(Model *m, const Batch *b) {
+    assert(b->n <= m->max_rows && b->n_out <= m->max_out);
+    model_embed(m, b);
+    for (int i = 0; i < m->config.num_hidden_layers; i++) model_layer(m, i, b);
+    model_logits(m, b);
+}
+
+// ==== Many at once ================================================================================
+// The engine thread owns the model. Sequences reach it through one queue and leave, a token at a time, as
+// events through another; nothing else is shared but the atomics of `server`. Today it computes one
+// sequence after the other, a step at a time: a prompt in chunks, then token by token. Between two steps
+// it looks whether the client is still there, and which requests ask to go first.
+
+Server server = {.wake_fd = -1};
+
+static struct {
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+    Seq *first;
+    bool draining;
+} inbox = {.mutex = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+
+static struct {
+    pthread_mutex_t mutex;
+    Event *first, *last;
+} outbox = {.mutex = PTHREAD_MUTEX_INITIALIZER};
+
+static struct {
+    Model *model;
+    int chunk;                  // prompt rows in a step, at most
+    int *pages, max_pages;      // the one running sequence's page table
+    int *id, *position, *seq;   // [chunk] the step's rows
+    atomic_bool abort_all;
+    double decode_start;        // when the running "Decode batch" interval began
+    int decode_steps;
+} engine;
+
+Seq *seq_new(void) {
+    Seq *s = xcalloc(1, sizeof *s);
+    s->sampling = (Sampling){.temperature = server.config.temperature, .top_p = server.config.top_p,
+                             .top_k = -1, .repetition_penalty = 1, .top_logprobs = -1};
+    s->arrival = now_seconds();
+    text_init(&s->text, server.tokenizer, true);
+    return s;
+}
+
+void seq_free(Seq *s) {
+    if (!s) return;
+    free(s->tokens.data), free(s->bias_id), free(s->bias), free(s->stop_text);
+    text_free(&s->text);
+    free(s);
+}
+
+void event_free(Event *e) {
+    if (e) buf_free(&e->text);
+    free(e);
+}
+
+void engine_submit(Seq *s) {
+    pthread_mutex_lock(&inbox.mutex);
+    Seq **place = &inbox.first;
+    while (*place && !(s->probe && !(*place)->probe)) place = &(*place)->next;
+    s->next = *place;
+    *place = s;
+    server.queued++;
+    pthread_cond_signal(&inbox.wake);
+    pthread_mutex_unlock(&inbox.mutex);
+}
+
+// The next sequence; waits for one. NULL when the server drains and none is left.
+static Seq *inbox_take(void) {
+    pthread_mutex_lock(&inbox.mutex);
+    while (!inbox.first && !inbox.draining) pthread_cond_wait(&inbox.wake, &inbox.mutex);
+    Seq *s = inbox.first;
+    if (s) inbox.first = s->next, server.queued--;
+    pthread_mutex_unlock(&inbox.mutex);
+    return s;
+}
+
+void engine_stop(bool abort_all) {
+    if (abort_all) engine.abort_all = true;
+    pthread_mutex_lock(&inbox.mutex);
+    inbox.draining = true;
+    pthread_cond_signal(&inbox.wake);
+    pthread_mutex_unlock(&inbox.mutex);
+}
+
+static void outbox_add(Event *e) {
+    pthread_mutex_lock(&outbox.mutex);
+    if (outbox.first) outbox.last->next = e;
+    else outbox.first = e;
+    outbox.last = e;
+    pthread_mutex_unlock(&outbox.mutex);
+    if (write(server.wake_fd, &(uint64_t){1}, 8) < 0 && errno != EAGAIN) die("eventfd: %s", strerror(errno));
+}
+
+Event *engine_events(void) {
+    pthread_mutex_lock(&outbox.mutex);
+    Event *list = outbox.first;
+    outbox.first = outbox.last = NULL;
+    pthread_mutex_unlock(&outbox.mutex);
+    return list;
+}
+
+static bool is_stop_id(const Seq *s, int id) {
+    for (int i = 0; i < s->n_stop_id; i++)
+        if (s->stop_id[i] == id) return true;
+    return id == server.config.eos_token_id && !s->ignore_eos;
+}
+
+// Takes the chosen token into the sequence and says in e what it means: EOS and stop ids first, then stop
+// strings, then the length.
+static void seq_take(Seq *s, Event *e) {
+    e->has_token = true;
+    if (e->choice.id < 0) {
+        e->finish = FINISH_ERROR;
+        return;
+    }
+    ids_add(&s->tokens, e->choice.id);
+    int generated = (int)s->tokens.len - s->n_prompt;
+    bool stop = is_stop_id(s, e->choice.id);
+    if (stop) e->stop_id = e->choice.id;
+    if (!stop || s->text.no_stop_trim)
+        if (text_push(&s->text, &e->text, e->choice.id, !stop && generated > s->min_tokens))
+            e->stop_string = s->text.matched, stop = true;
+    if (stop) e->finish = FINISH_STOP;
+    else if (generated >= s->max_tokens) e->finish = FINISH_LENGTH;
+    if (e->finish && e->stop_string < 0) text_flush(&s->text, &e->text);
+}
+
+static void log_prefill(const Seq *s, int rows) {
+    log_line(0,
+             "Prefill batch. #new-seq: 1, #new-token: %d, #cached-token: 0, cache hit rate: 0.00%%, token "
+             "usage: %.2f, #running-req: 0, #queue-req: %d",
+             rows, (double)s->n_computed / server.max_total_tokens,
+             server.queued + (s->n_computed + rows < (int)s->tokens.len));
+}
+
+static void log_decode(const Seq *s) {
+    if (++engine.decode_steps < server.options.decode_log_interval) return;
+    double now = now_seconds();
+    log_line(0,
+             "Decode batch. #running-req: 1, #token: %d, token usage: %.2f, gen throughput (token/s): %.2f, "
+             "#queue-req: %d",
+             s->n_computed, (double)s->n_computed / server.max_total_tokens,
+             engine.decode_steps / (now - engine.decode_start), server.queued);
+    engine.decode_steps = 0;
+    engine.decode_start = now;
+}
+
+// One step of a sequence: the next chunk of its prompt, or one token. NULL while the prompt is not through,
+// else what happened.
+static Event *seq_step(Seq *s) {
+    Event *e = xcalloc(1, sizeof *e);
+    *e = (Event){.seq = s, .stop_id = -1, .stop_string = -1};
+    if (s->cancelled || engine.abort_all) {
+        e->finish = FINISH_ABORT;
+        text_flush(&s->text, &e->text);
+        return e;
+    }
+    if (s->max_tokens == 0) return e->finish = FINISH_LENGTH, e;
+    int left = (int)s->tokens.len - s->n_computed, n = left < engine.chunk ? left : engine.chunk;
+    bool prompt = s->n_computed < s->n_prompt, last = n == left;
+    if (prompt && !s->probe) log_prefill(s, n);
+    for (int i = 0; i < n; i++) {
+        engine.id[i] = s->tokens.data[s->n_computed + i];
+        engine.position[i] = s->n_computed + i;
+    }
+    model_step(engine.model, &(Batch){n, engine.id, engine.position, engine.seq, engine.pages,
+                                      engine.max_pages, &(int){n - 1}, last});
+    s->n_computed += n;
+    server.steps++;
+    if (!last) return event_free(e), NULL;
+    int banned[MAX_STOPS + 1], n_banned = 0, generated = (int)s->tokens.len - s->n_prompt;
+    if (generated < s->min_tokens) {
+        banned[n_banned++] = server.config.eos_token_id;
+        for (int i = 0; i < s->n_stop_id; i++) banned[n_banned++] = s->stop_id[i];
+    }
+    s->sampling.tokens = s->tokens.data, s->sampling.n_tokens = s->tokens.len;
+    s->sampling.n_prompt = s->n_prompt;
+    s->sampling.banned = banned, s->sampling.n_banned = n_banned;
+    sample(&e->choice, engine.model->logits, &s->sampling, tokenizer_vocab(server.tokenizer),
+           server.config.vocab_size, 1);
+    seq_take(s, e);
+    if (!prompt && !s->probe) log_decode(s);
+    return e;
+}
+
+// Without a seed of its own a request draws one from --random-seed and its number. (api.md 8)
+static void seq_seed(Seq *s) {
+    static uint32_t requests;
+    uint32_t word[4];
+    if (s->has_seed) return;
+    philox(word, server.options.random_seed, (uint32_t[4]){requests++, 0, 0, 0});
+    s->sampling.seed = word[0] | (uint64_t)word[1] << 32;
+}
+
+// Runs a sequence to its end. After the event with its finish it is the HTTP thread's again.
+static void seq_run(Seq *s) {
+    seq_seed(s);
+    server.running = 1;
+    engine.decode_start = now_seconds();
+    engine.decode_steps = 0;
+    for (bool done = false; !done;) {
+        Event *e = seq_step(s);
+        if (!e) continue;
+        done = e->finish != FINISH_NONE;
+        if (done) server.running = 0;
+        outbox_add(e);
+    }
+}
+
+// Room for one sequence as long as the context, and for steps of one chunk.
+static void engine_load(void) {
+    const Options *o = &server.options;
+    bool dummy = !strcmp(o->load_format, "dummy");
+    int n_pages = (server.max_total_tokens + PAGE - 1) / PAGE;
+    engine.chunk = o->chunked_prefill_size < server.context_len ? o->chunked_prefill_size : server.context_len;
+    engine.model = model_load(o->model_path, dummy, engine.chunk, 1, n_pages, &server.progress);
+    engine.max_pages = n_pages;
+    engine.pages = xcalloc(n_pages, sizeof(int));
+    for (int i = 0; i < n_pages; i++) engine.pages[i] = i;
+    engine.id = xcalloc(engine.chunk, sizeof(int));
+    engine.position = xcalloc(engine.chunk, sizeof(int));
+    engine.seq = xcalloc(engine.chunk, sizeof(int));
+}
+
+static void engine_free(void) {
+    model_free(engine.model);
+    free(engine.pages), free(engine.id), free(engine.position), free(engine.seq);
+}
+
+// "The capital city of France is", 8 tokens, greedily: what a first request would wait for happens now.
+static void engine_warmup(void) {
+    Seq *s = seq_new();
+    if (tokenizer_bos(server.tokenizer) >= 0) ids_add(&s->tokens, tokenizer_bos(server.tokenizer));
+    tokenizer_encode(server.tokenizer, &s->tokens, STR("The capital city of France is"));
+    s->n_prompt = s->tokens.len;
+    s->max_tokens = 8;
+    s->sampling.temperature = 0;
+    for (bool done = false; !done;) {
+        Event *e = seq_step(s);
+        done = e && e->finish;
+        event_free(e);
+    }
+    seq_free(s);
+}
+
+static double free_memory(void) {  // GB
+    return (double)sysconf(_SC_AVPHYS_PAGES) * sysconf(_SC_PAGESIZE) / 1e9;
+}
+
+static void *engine_main(void *unused) {
+    (void)unused;
+    server.state = STATE_LOADING;
+    log_line(0, "Load weight begin. avail mem=%.2f GB", free_memory());
+    engine_load();
+    log_line(0, "Load weight end. type=DeepseekV3ForCausalLM, dtype=torch.bfloat16, avail mem=%.2f GB",
+             free_memory());
+    log_line(0, "max_total_num_tokens=%d, chunked_prefill_size=%d, max_prefill_tokens=%d, "
+             "max_running_requests=1, context_len=%d",
+             server.max_total_tokens, engine.chunk, engine.chunk, server.context_len);
+    int loading = STATE_WARMUP;
+    server.state = STATE_WARMUP;
+    if (!server.options.skip_server_warmup) engine_warmup();
+    if (atomic_compare_exchange_strong(&server.state, &loading, STATE_READY))
+        log_line(-1, "The server is fired up and ready to roll!");
+    for (Seq *s; (s = inbox_take());) seq_run(s);
+    return NULL;
+}
+
+// ==== Commands ====================================================================================
+// One table says every flag once: its names, where its value goes, what it may be, and the help's line.
+// SGLang's other flags are known too, so that its command lines keep working: those without a meaning
+// here are accepted, those that would change what is served are refused.
+
+typedef enum {
+    TEXT, INTEGER, LONG, NUMBER, SWITCH, LIST,
+    IGNORED,        // no value, no effect
+    IGNORED_VALUE,  // one value, no effect
+    LATER,          // one value; anything but the neutral one that `help` names is refused
+    REFUSED,        // changes what is served
+} FlagKind;
+
+enum { SERVE = 1, RUN = 2, TOKENIZE = 4, MODEL = SERVE | RUN };
+
+typedef struct {
+    const char *name, *others;  // others: more names, separated by blanks
+    int commands;               // a set of SERVE, RUN, TOKENIZE
+    FlagKind kind;
+    size_t offset;              // in Options
+    double low, high;
+    const char *fallback, *help;  // the default as text, NULL: none
+} Flag;
+
+#define AT(field) offsetof(Options, field)
+static const Flag flags[] = {
+    {"--model-path", "--model", MODEL | TOKENIZE, TEXT, AT(model_path), 0, 0, NULL,
+     "a directory with R1's files, or a name in the local Hugging Face cache; default: the tiny-r1 beside r1"},
+    {"--tokenizer-path", "", MODEL, TEXT, AT(tokenizer_path), 0, 0, NULL, "default: as --model-path"},
+    {"--load-format", "", MODEL, TEXT, AT(load_format), 0, 0, "auto", "auto, safetensors or dummy (made-up weights)"},
+    {"--served-model-name", "", SERVE, TEXT, AT(served_model_name), 0, 0, NULL, "default: as --model-path"},
+    {"--host", "", SERVE, TEXT, AT(host), 0, 0, "0.0.0.0", "address to listen on; :: is IPv6 and IPv4"},
+    {"--port", "", SERVE, INTEGER, AT(port), 0, 65535, "30000", "0 takes a free one and logs it"},
+    {"--api-key", "", SERVE, TEXT, AT(api_key), 0, 0, NULL, "what clients must send as Authorization: Bearer"},
+    {"--context-length", "", MODEL, INTEGER, AT(context_length), 2, 1 << 24, NULL, "default: config.json's"},
+    {"--max-total-tokens", "", MODEL, INTEGER, AT(max_total_tokens), PAGE, 1 << 30, NULL,
+     "tokens that the cache holds; default: what fits"},
+    {"--chunked-prefill-size", "", MODEL, INTEGER, AT(chunked_prefill_size), 1, 1 << 20, "8192",
+     "prompt tokens of a step, at most"},
+    {"--max-queued-requests", "", SERVE, INTEGER, AT(max_queued_requests), 1, 1 << 30, NULL,
+     "sequences that may wait; beyond: 503"},
+    {"--chat-template", "", SERVE | RUN | TOKENIZE, TEXT, AT(chat_template), 0, 0, "auto", "auto, r1 or r1-0528"},
+    {"--think", "", SERVE | RUN | TOKENIZE, TEXT, AT(think), 0, 0, "auto",
+     "auto, force or off: whether the prompt ends in <think>"},
+    {"--random-seed", "", SERVE, INTEGER, AT(random_seed), 0, INT_MAX, "0", "for requests without a seed"},
+    {"--stream-interval", "", SERVE, INTEGER, AT(stream_interval), 1, 1 << 20, "1", "tokens of a stream's event"},
+    {"--decode-log-interval", "", SERVE, INTEGER, AT(decode_log_interval), 1, 1 << 30, "40",
+     "steps between two log lines"},
+    {"--log-level", "", SERVE, TEXT, AT(log_level), 0, 0, "info", "debug, info, warning or error"},
+    {"--allow-auto-truncate", "", SERVE, SWITCH, AT(allow_auto_truncate), 0, 0, NULL,
+     "cut prompts that are too long instead of refusing them"},
+    {"--enable-cache-report", "", SERVE, SWITCH, AT(enable_cache_report), 0, 0, NULL,
+     "report cached tokens in usage"},
+    {"--log-requests", "", SERVE, SWITCH, AT(log_requests), 0, 0, NULL, "log each request's parameters and figures"},
+    {"--skip-server-warmup", "", SERVE, SWITCH, AT(skip_server_warmup), 0, 0, NULL, "ready without a first step"},
+    {"--system", "", RUN, TEXT, AT(system), 0, 0, NULL, "a system prompt"},
+    {"--raw", "", RUN, SWITCH, AT(raw), 0, 0, NULL, "no chat template: the text itself is continued"},
+    {"--max-tokens", "", RUN, INTEGER, AT(max_tokens), 0, 1 << 24, NULL, "default: what the context leaves"},
+    {"--temperature", "", RUN, NUMBER, AT(temperature), 0, 1e6, NULL, "default: generation_config.json's"},
+    {"--top-p", "", RUN, NUMBER, AT(top_p), 1e-9, 1, NULL, "default: generation_config.json's"},
+    {"--top-k", "", RUN, INTEGER, AT(top_k), -1, 1 << 24, "-1", "-1: all"},
+    {"--min-p", "", RUN, NUMBER, AT(min_p), 0, 1, "0", "relative to the likeliest token"},
+    {"--seed", "", RUN, LONG, AT(seed), -0x1p63, 0x1p63, "0", "for sampling"},
+    {"--stop", "", RUN, LIST, AT(stop), 0, 0, NULL, "a text that ends the answer; may be given again"},
+    {"--no-bos", "", TOKENIZE, SWITCH, AT(no_bos), 0, 0, NULL, "don't begin with the BOS token"},
+    {"--ids", "", TOKENIZE, SWITCH, AT(ids), 0, 0, NULL, "the ids on one line"},
+    {"--chat", "", TOKENIZE, SWITCH, AT(chat), 0, 0, NULL, "the text as a user's message in the chat template"},
+    {"--decode", "", TOKENIZE, SWITCH, AT(decode), 0, 0, NULL, "the text is ids; print what they mean"},
+
+    {"--tensor-parallel-size", "--tp --tp-size", SERVE, LATER, 0, 0, 0, "1", "ranks"},
+    {"--nnodes", "", SERVE, LATER, 0, 0, 0, "1", "nodes"},
+    {"--node-rank", "", SERVE, LATER, 0, 0, 0, "0", "this node"},
+    {"--dist-init-addr", "--nccl-init-addr", SERVE, LATER, 0, 0, 0, NULL, "the leader's HOST:PORT"},
+    {"--dist-timeout", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
+    {"--watchdog-timeout", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
+    {"--reasoning-parser", "", SERVE, LATER, 0, 0, 0, NULL, "reasoning_content in answers"},
+    {"--tool-call-parser", "", SERVE, LATER, 0, 0, 0, NULL, "tool_calls in answers"},
+    {"--max-running-requests", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
+    {"--max-prefill-tokens", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
+    {"--mem-fraction-static", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
+    {"--base-gpu-id", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
+    {"--schedule-policy", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
+    {"--log-level-http", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
+    {"--cuda-graph-max-bs", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
+    {"--kv-cache-dtype", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
+    {"--dp-size", "--dp --data-parallel-size", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
+    {"--ep-size", "--ep --expert-parallel-size", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
+    {"--quantization", "", SERVE, LATER, 0, 0, 0, "fp8", "the checkpoint says how it is quantised"},
+    {"--cpu-offload-gb", "", SERVE, LATER, 0, 0, 0, "0", "gigabytes of weights off the GPU"},
+};
+#undef AT
+
+// Flags of SGLang that need no more than their names, by kind.
+static const struct { FlagKind kind; const char *names; } foreign_flags[] = {
+    {IGNORED, "--trust-remote-code --enable-torch-compile --enable-mixed-chunk --enable-metrics "
+              "--enable-deterministic-inference --enable-nan-detection --enable-flashinfer-mla --disable-mla "
+              "--disable-overlap-schedule --disable-jump-forward --disable-cuda-graph-padding "
+              "--enable-nccl-nvls --disable-outlines-disk-cache --enable-p2p-check "
+              "--triton-attention-reduce-in-fp32 --enable-memory-saver --show-time-cost "
+              "--prefill-only-one-req --enable-hierarchical-cache --disable-radix-cache "
+              "--disable-custom-all-reduce --disable-cuda-graph --enable-dp-attention --enable-ep-moe "},
+    {IGNORED_VALUE, "--dtype --device --tokenizer-mode --quantization-param-path --revision --download-dir "
+                    "--attention-backend --sampling-backend --grammar-backend --torch-compile-max-bs "
+                    "--num-continuous-decode-steps --triton-attention-num-kv-splits --torchao-config "
+                    "--file-storage-pth --load-balance-method --constrained-json-whitespace-pattern "
+                    "--schedule-conservativeness --max-loras-per-batch --lora-backend "
+                    "--speculative-draft-model-path --speculative-algorithm --speculative-num-steps "
+                    "--speculative-eagle-topk --speculative-num-draft-tokens --cuda-graph-bs "},
+    {REFUSED, "--is-embedding --skip-tokenizer-init --lora-paths --enable-double-sparsity "
+              "--json-model-override-args --return-hidden-states --enable-custom-logit-processor "
+              "--delete-ckpt-after-loading --stream-output "},
+};
+
+typedef struct {
+    const char *name;  // "serve"
+    int bit;           // SERVE
+} Command;
+
+// One line on stderr and exit code 2.
+static _Noreturn void usage_die(const Command *c, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    fprintf(stderr, "r1%s%s: ", c ? " " : "", c ? c->name : "");
+    vfprintf(stderr, format, args);
+    fputc('\n', stderr);
+    va_end(args);
+    exit(2);
+}
+
+// True when `name` (len bytes) stands in a list of names separated by blanks.
+static bool listed(const char *list, const char *name, size_t len) {
+    for (const char *at = list; (at = strstr(at, "--")); at += strcspn(at, " "))
+        if (strcspn(at, " ") == len && !memcmp(at, name, len)) return true;
+    return false;
+}
+
+static int edit_distance(const char *a, size_t n, const char *b) {
+    size_t m = strlen(b);
+    int row[m + 1];
+    for (size_t j = 0; j <= m; j++) row[j] = j;
+    for (size_t i = 1; i <= n; i++) {
+        int diagonal = row[0];
+        row[0] = i;
+        for (size_t j = 1; j <= m; j++) {
+            int change = diagonal + (a[i - 1] != b[j - 1]);
+            diagonal = row[j];
+            row[j] = fmin(change, fmin(row[j], row[j - 1]) + 1);
+        }
+    }
+    return row[m];
+}
+
+// The flag that `name` means: itself, another of its names, or the only one that begins so.
+static const Flag *flag_find(const Command *c, const char *name, size_t len) {
+    static Flag foreign;
+    const Flag *found = NULL, *nearest = &flags[0];
+    Buf candidates = {0};
+    int n = 0;
+    for (size_t i = 0; i < COUNT(flags); i++) {
+        const Flag *f = &flags[i];
+        if (!(f->commands & c->bit)) continue;
+        if (listed(f->name, name, len) || listed(f->others, name, len)) return f;
+        if (!strncmp(f->name, name, len) && len > 2) {
+            buf_printf(&candidates, "%s%s", n++ ? ", " : "", f->name);
+            found = f;
+        }
+        if (edit_distance(name, len, f->name) < edit_distance(name, len, nearest->name)) nearest = f;
+    }
+    for (size_t i = 0; i < COUNT(foreign_flags) && c->bit == SERVE; i++)
+        if (listed(foreign_flags[i].names, name, len)) {
+            foreign = (Flag){format_string("%.*s", (int)len, name), "", SERVE, foreign_flags[i].kind, 0, 0, 0,
+                             NULL, NULL};
+            return &foreign;
+        }
+    if (n > 1) usage_die(c, "%.*s could be any of %s", (int)len, name, candidates.data);
+    if (!n) usage_die(c, "unknown flag %.*s, did you mean %s?", (int)len, name, nearest->name);
+    buf_free(&candidates);
+    return found;
+}
+
+static void flag_set(const Command *c, Options *o, const Flag *f, const char *value) {
+    void *field = (char *)o + f->offset;
+    char *end = NULL;
+    double number = f->kind == TEXT || f->kind == LIST ? 0 : strtod(value, &end);
+    bool whole = f->kind == INTEGER || f->kind == LONG;
+    if (f->kind == LIST) {
+        if (o->n_stop == MAX_STOPS) usage_die(c, "%s: want at most %d", f->name, MAX_STOPS);
+        ((const char **)field)[o->n_stop++] = value;
+    } else if (f->kind == TEXT) {
+        *(const char **)field = value;
+    } else if (!*value || *end || !(number >= f->low && number <= f->high) || (whole && number != floor(number))) {
+        usage_die(c, "%s: got \"%s\", want %s in %.10g..%.10g", f->name, value,
+                  whole ? "an integer" : "a number", f->low, f->high);
+    } else if (f->kind == LONG) {
+        *(int64_t *)field = strtoll(value, NULL, 10);
+    } else if (f->kind == INTEGER) {
+        *(int *)field = number;
+    } else {
+        *(double *)field = number;
+    }
+}
+
+static void flag_apply(const Command *c, Options *o, const Flag *f, const char *value) {
+    switch (f->kind) {
+    case SWITCH: *(bool *)((char *)o + f->offset) = true; break;
+    case IGNORED:
+    case IGNORED_VALUE: log_line(-1, "%s: accepted for compatibility, no effect", f->name); break;
+    case REFUSED: usage_die(c, "%s: not supported, since it would change what is served", f->name);
+    case LATER:
+        if (!f->fallback || strcmp(value, f->fallback))
+            usage_die(c, "%s %s (%s): this version of r1 can't do that yet%s%s", f->name, value, f->help,
+                      f->fallback ? "; it takes only " : "", f->fallback ? f->fallback : "");
+        break;
+    default: flag_set(c, o, f, value);
+    }
+}
+
+static _Noreturn void flags_help(const Command *c, const char *synopsis) {
+    printf("usage: r1 %s\n\n", synopsis);
+    for (size_t i = 0; i < COUNT(flags); i++) {
+        const Flag *f = &flags[i];
+        if (!(f->commands & c->bit) || f->kind == IGNORED_VALUE) continue;
+        bool bare = f->kind == SWITCH;
+        char *left = format_string("%s%s%s%s", f->name, *f->others ? ", " : "", f->others, bare ? "" : " V");
+        printf("  %-40s %s%s%s%s\n", left, f->help, f->fallback ? " (default " : "",
+               f->fallback ? f->fallback : "", f->fallback ? ")" : "");
+    }
+    if (c->bit == SERVE)
+        for (size_t i = 0; i < 2; i++)
+            printf("\naccepted without effect%s:\n  %s\n", i ? ", with a value" : "", foreign_flags[i].names);
+    exit(0);
+}
+
+// Reads the flags of a command into o. What is no flag is the text, at most one; NULL: none.
+static const char *flags_parse(const Command *c, Options *o, const char *synopsis, char **argv) {
+    const char *text = NULL;
+    *o = (Options){.max_tokens = -1, .temperature = -1, .top_p = -1};
+    for (size_t i = 0; i < COUNT(flags); i++)
+        if (flags[i].fallback && flags[i].kind <= LIST) flag_set(c, o, &flags[i], flags[i].fallback);
+    for (; *argv; argv++) {
+        if (!strcmp(*argv, "--help") || !strcmp(*argv, "-h")) flags_help(c, synopsis);
+        if (strncmp(*argv, "--", 2) || !(*argv)[2]) {
+            bool separator = !strcmp(*argv, "--");
+            if (separator && !*++argv) break;
+            if (text || c->bit == SERVE) usage_die(c, "got \"%s\", want a flag", *argv);
+            text = *argv;
+            continue;
+        }
+        size_t len = strcspn(*argv, "=");
+        const Flag *f = flag_find(c, *argv, len);
+        bool bare = f->kind == SWITCH || f->kind == IGNORED || f->kind == REFUSED;
+        const char *value = (*argv)[len] ? *argv + len + 1 : NULL;
+        if (bare && value && f->kind != REFUSED) usage_die(c, "%s: got \"%s\", takes no value", f->name, value);
+        if (!bare && !value && !(value = *++argv)) usage_die(c, "%s: want a value", f->name);
+        flag_apply(c, o, f, value);
+    }
+    return text;
+}
+
+// The tiny-r1 beside the executable, wherever it was called from.
+static const char *default_model(void) {
+    char path[PATH_MAX];
+    ssize_t len = readlink("/proc/self/exe", path, sizeof path - 1);
+    if (len < 0) return "tiny-r1";
+    path[len] = 0;
+    *strrchr(path, '/') = 0;
+    return format_string("%s/tiny-r1", path);
+}
+
+// A directory as it is; else ORG/NAME in the local Hugging Face cache, which is never downloaded to.
+static const char *model_directory(const char *path) {
+    struct stat st;
+    if (stat(path, &st) == 0 && S_ISDIR(st.st_mode)) return path;
+    const char *home = getenv("HOME"), *hf = getenv("HF_HOME");
+    char *root = hf ? format_string("%s/hub", hf) : format_string("%s/.cache/huggingface/hub", home ? home : "");
+    Buf name = {0};
+    for (const char *p = path; *p; p++) *p == '/' ? buf_str(&name, "--") : buf_add(&name, p, 1);
+    char *base = format_string("%s/models--%s", root, name.data ? name.data : "");
+    size_t len = 0;
+    char *main_ref = format_string("%s/refs/main", base), *revision = read_file(main_ref, &len);
+    if (!revision) die("--model-path %s: no such directory, and not in the Hugging Face cache %s", path, root);
+    revision[strcspn(revision, "\n")] = 0;
+    const char *directory = format_string("%s/snapshots/%s", base, revision);
+    free(root), free(base), free(main_ref), free(revision);
+    buf_free(&name);
+    return directory;
+}
+
+// The tokens that fit: half of the memory, and no more than one sequence can be long.
+static int pool_size(const Config *c, const Options *o, int context_len) {
+    double bytes = (double)c->num_hidden_layers * CACHE_DIM * sizeof(bf16);
+    double fit = 0.5 * sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE) / bytes;
+    int tokens = o->max_total_tokens ? o->max_total_tokens : fit < context_len ? fit : context_len;
+    return tokens < PAGE ? PAGE : tokens / PAGE * PAGE;
+}
+
+// Everything but the weights: config, tokenizer, template, sizes.
+static void server_setup(Options *o) {
+    if (!o->model_path) o->model_path = default_model();
+    if (!o->served_model_name) o->served_model_name = o->model_path;
+    o->model_path = model_directory(o->model_path);
+    o->tokenizer_path = o->tokenizer_path ? model_directory(o->tokenizer_path) : o->model_path;
+    server.options = *o;
+    server.tokenizer = tokenizer_load(o->tokenizer_path);
+    bool automatic = !strcmp(o->chat_template, "auto"), r1 = !strcmp(o->chat_template, "r1");
+    server.template_kind = automatic ? tokenizer_template(server.tokenizer) : r1 ? TEMPLATE_R1 : TEMPLATE_R1_0528;
+    server.think = !strcmp(o->think, "auto") ? template_forces_think(server.template_kind)
+                                             : !strcmp(o->think, "force");
+}
+
+static void server_size(const Options *o) {
+    server.config = config_load(o->model_path);
+    int longest = server.config.max_position_embeddings;
+    if (tokenizer_vocab(server.tokenizer) > server.config.vocab_size)
+        die("%s/tokenizer.json: has ids up to %d, want at most config.json's vocab_size, %d", o->tokenizer_path,
+            tokenizer_vocab(server.tokenizer) - 1, server.config.vocab_size);
+    server.context_len = o->context_length && o->context_length < longest ? o->context_length : longest;
+    server.max_total_tokens = pool_size(&server.config, o, server.context_len);
+}
+
+// A TEXT flag that takes one of a few words.
+static void check_word(const Command *c, const char *flag, const char *value, const char *words) {
+    size_t len = strlen(value);
+    for (const char *at = words; *at; at += strcspn(at, " "), at += strspn(at, " "))
+        if (strcspn(at, " ") == len && len && !strncmp(at, value, len)) return;
+    usage_die(c, "%s: got \"%s\", want one of %s", flag, value, words);
+}
+
+static const char *options_read(const Command *c, const char *synopsis, char **argv, Options *o) {
+    const char *text = flags_parse(c, o, synopsis, argv);
+    check_word(c, "--chat-template", o->chat_template, "auto r1 r1-0528");
+    check_word(c, "--think", o->think, "auto force off");
+    if (o->load_format) check_word(c, "--load-format", o->load_format, "auto safetensors dummy");
+    if (o->log_level) check_word(c, "--log-level", o->log_level, "debug info warning error");
+    return text;
+}
+
+// What every flag came to, as SGLang logs it; the key stays secret.
+static void log_options(const Options *o) {
+    Buf b = {0};
+    for (size_t i = 0; i < COUNT(flags); i++) {
+        const Flag *f = &flags[i];
+        const void *field = (const char *)o + f->offset;
+        if (!(f->commands & SERVE) || f->kind > SWITCH) continue;
+        buf_str(&b, b.len ? ", " : "");
+        for (const char *p = f->name + 2; *p; p++) buf_add(&b, *p == '-' ? "_" : p, 1);
+        const char *text = f->kind == TEXT ? *(const char *const *)field : NULL;
+        if (f->kind == SWITCH) buf_str(&b, *(const bool *)field ? "=True" : "=False");
+        else if (f->kind == INTEGER) buf_printf(&b, "=%d", *(const int *)field);
+        else if (!text) buf_str(&b, "=None");
+        else buf_printf(&b, "='%s'", f->offset == offsetof(Options, api_key) ? "***" : text);
+    }
+    log_line(-1, "server_args=ServerArgs(%s)", b.data);
+    buf_free(&b);
+}
+
+static void on_stop_signal(int unused) {
+    (void)unused;
+    http_stop();
+}
+
+static int serve_main(char **argv) {
+    const Command command = {"serve", SERVE};
+    Options o;
+    options_read(&command, "serve [flags]: serves the OpenAI API", argv, &o);
+    server.boot = now_seconds();
+    server.created = time(NULL);
+    server.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    if (server.wake_fd < 0) die("eventfd: %s", strerror(errno));
+    int listener = http_listen(o.host, o.port);
+    server_setup(&o);
+    server_size(&o);
+    log_options(&server.options);
+    log_line(-1, "chat template: %s (%s), prompts %s in <think>",
+             server.template_kind == TEMPLATE_R1 ? "r1" : "r1-0528",
+             strcmp(o.chat_template, "auto") ? "by flag" : "recognised from tokenizer_config.json",
+             server.think ? "end" : "don't end");
+    struct sigaction stop = {.sa_handler = on_stop_signal, .sa_flags = SA_RESTART};
+    sigaction(SIGTERM, &stop, NULL);
+    sigaction(SIGINT, &stop, NULL);
+    device_init();
+    pthread_t thread;
+    if (pthread_create(&thread, NULL, engine_main, NULL) != 0) die("can't start the engine thread");
+    http_serve(listener);
+    pthread_join(thread, NULL);
+    engine_free();
+    tokenizer_free(server.tokenizer);
+    return engine.abort_all ? 130 : 0;
+}
+
+// The whole standard input, or the text itself where it is not "-".
+static Buf text_or_stdin(const char *text) {
+    Buf b = {0};
+    char chunk[4096];
+    if (text && strcmp(text, "-")) return buf_str(&b, text), b;
+    for (size_t n; (n = fread(chunk, 1, sizeof chunk, stdin)) > 0;) buf_add(&b, chunk, n);
+    while (b.len && b.data[b.len - 1] == '\n') b.data[--b.len] = 0;
+    return buf_str(&b, ""), b;
+}
+
+static atomic_bool interrupted;
+static void on_interrupt(int unused) {
+    (void)unused;
+    interrupted = true;
+}
+
+// The prompt's ids: the text as a user's message in the template, or as it is behind BOS.
+static void encode_prompt(Ids *ids, const char *system, Str text, bool template, bool bos) {
+    Buf rendered = {0};
+    Message messages[] = {{ROLE_SYSTEM, {system, system ? strlen(system) : 0}, NULL}, {ROLE_USER, text, NULL}};
+    if (template) {
+        chat_render(&rendered, server.template_kind, messages + !system, 1 + !!system, true, server.think);
+        text = (Str){rendered.data, rendered.len};
+    } else if (bos && tokenizer_bos(server.tokenizer) >= 0) {
+        ids_add(ids, tokenizer_bos(server.tokenizer));
+    }
+    tokenizer_encode(server.tokenizer, ids, text);
+    buf_free(&rendered);
+}
+
+static int run_main(char **argv) {
+    const Command command = {"run", RUN};
+    Options o;
+    const char *argument = options_read(&command, "run [flags] [PROMPT|-]: answers one prompt", argv, &o);
+    server_setup(&o);
+    server_size(&o);
+    device_init();
+    Buf text = text_or_stdin(argument);
+    engine_load();
+    Seq *s = seq_new();
+    encode_prompt(&s->tokens, o.system, (Str){text.data, text.len}, !o.raw, true);
+    s->n_prompt = s->tokens.len;
+    int room = (server.context_len < server.max_total_tokens ? server.context_len : server.max_total_tokens) -
+               s->n_prompt;
+    if (!s->n_prompt) die("the prompt is empty");
+    if (room <= 0 || o.max_tokens > room)
+        die("the prompt has %d tokens, and %d are to follow: want at most %d in all", s->n_prompt,
+            o.max_tokens < 0 ? 1 : o.max_tokens, s->n_prompt + room);
+    s->max_tokens = o.max_tokens < 0 ? room : o.max_tokens;
+    if (o.temperature >= 0) s->sampling.temperature = o.temperature;
+    if (o.top_p >= 0) s->sampling.top_p = o.top_p;
+    s->sampling.top_k = o.top_k ? o.top_k : -1, s->sampling.min_p = o.min_p, s->sampling.seed = o.seed;
+    for (int i = 0; i < o.n_stop; i++) s->text.stop[s->text.n_stop++] = (Str){o.stop[i], strlen(o.stop[i])};
+    s->probe = true;  // no log lines in the middle of the answer
+    signal(SIGINT, on_interrupt);
+    if (server.think && !o.raw) printf("<think>\n");
+    double start = now_seconds(), first = 0;
+    Finish finish = FINISH_NONE;
+    while (!finish) {
+        s->cancelled = interrupted;
+        Event *e = seq_step(s);
+        if (!e) continue;
+        if (!first) first = now_seconds();
+        fwrite(e->text.data ? e->text.data : "", 1, e->text.len, stdout);
+        fflush(stdout);
+        finish = e->finish;
+        event_free(e);
+    }
+    printf("\n");
+    fflush(stdout);
+    double prefill = first - start, decode = now_seconds() - first;
+    int output = (int)s->tokens.len - s->n_prompt;
+    static const char *reason[] = {"", "stop", "length", "abort", "error: the model gave a value that is no number"};
+    // The first token comes with the prompt's last step; the others take a step each.
+    fprintf(stderr, "prompt: %d tokens, %.2f s (%.2f tok/s); output: %d tokens, %.2f s (%.2f tok/s); %s\n",
+            s->n_prompt, prefill, s->n_prompt / prefill, output, decode,
+            output > 1 ? (output - 1) / decode : 0.0, reason[finish]);
+    seq_free(s);
+    engine_free();
+    tokenizer_free(server.tokenizer);
+    buf_free(&text);
+    return finish == FINISH_ABORT ? 130 : finish == FINISH_ERROR;
+}
+
+static void print_ids(const Ids *ids) {
+    for (size_t i = 0; i < ids->len; i++) printf("%s%d", i ? " " : "", ids->data[i]);
+    printf("\n");
+}
+
+// A line a token: its id and its text, control characters escaped.
+static void print_tokens(const Ids *ids) {
+    for (size_t i = 0; i < ids->len; i++) {
+        Str bytes = tokenizer_bytes(server.tokenizer, ids->data[i]);
+        printf("%6d  ", ids->data[i]);
+        for (size_t k = 0; k < bytes.len; k++) {
+            uint8_t byte = bytes.data[k];
+            if (byte == '\n') printf("\\n");
+            else if (byte < ' ' || byte == 0x7f) printf("\\x%02x", byte);
+            else putchar(byte);
+        }
+        printf("\n");
+    }
+    printf("%zu tokens\n", ids->len);
+}
+
+static void print_decoded(const Command *c, const char *text) {
+    TextStream stream;
+    Buf out = {0};
+    text_init(&stream, server.tokenizer, false);
+    for (const char *p = text; *(p += strspn(p, " ,\n\t"));) {
+        char *end;
+        long id = strtol(p, &end, 10);
+        if (end == p || id < 0 || id >= tokenizer_vocab(server.tokenizer))
+            usage_die(c, "--decode: got \"%.20s\", want token ids in 0..%d", p, tokenizer_vocab(server.tokenizer) - 1);
+        text_push(&stream, &out, id, false);
+        p = end;
+    }
+    text_flush(&stream, &out);
+    fwrite(out.data ? out.data : "", 1, out.len, stdout);
+    printf("\n");
+    text_free(&stream);
+    buf_free(&out);
+}
+
+static int tokenize_main(char **argv) {
+    const Command command = {"tokenize", TOKENIZE};
+    Options o;
+    const char *argument = options_read(&command, "tokenize [flags] [TEXT|-]: shows a text's tokens", argv, &o);
+    server_setup(&o);
+    Buf text = text_or_stdin(argument);
+    Ids ids = {0};
+    if (o.decode) {
+        print_decoded(&command, text.data);
+    } else {
+        encode_prompt(&ids, NULL, (Str){text.data, text.len}, o.chat, !o.no_bos);
+        if (o.ids) print_ids(&ids);
+        else print_tokens(&ids);
+    }
+    free(ids.data);
+    buf_free(&text);
+    tokenizer_free(server.tokenizer);
+    return 0;
+}
+
+int main(int argc, char **argv) {
+    static const char *usage = "usage: r1 COMMAND [flags]\n\n"
+                               "  serve      serve the OpenAI API over HTTP\n"
+                               "  run        answer one prompt on the terminal\n"
+                               "  tokenize   show a text's tokens\n"
+                               "  help       this text; r1 COMMAND --help lists a command's flags\n"
+                               "  version    print the version\n";
+    const char *name = argc > 1 ? argv[1] : "help";
+    if (!strcmp(name, "serve")) return serve_main(argv + 2);
+    if (!strcmp(name, "run")) return run_main(argv + 2);
+    if (!strcmp(name, "tokenize")) return tokenize_main(argv + 2);
+    if (!strcmp(name, "version") || !strcmp(name, "--version")) return puts("r1 " R1_VERSION), 0;
+    if (!strcmp(name, "help") || !strcmp(name, "--help") || !strcmp(name, "-h")) return fputs(usage, stdout), 0;
+    if (!strcmp(name, "bench") || !strcmp(name, "plan"))
+        usage_die(NULL, "%s: this version of r1 can't do that yet", name);
+    usage_die(NULL, "unknown command %s, want serve, run, tokenize, help or version", name);
+}
