@@ -1,10 +1,12 @@
-// kernels.c: every stage of R1 in plain C. It runs without a GPU, and it is the definition: what a stage
-// means, where it rounds and in which order it sums stands here; kernels.cu does the same, faster.
+// kernels.c: every stage of R1 in plain C. It runs without a GPU, and it is the definition: what a
+// stage means, where it rounds and in which order it sums stands here; kernels.cu does the same,
+// faster.
 //
-// The one idea: a matrix product is walked in blocks of 128 columns, because that is how R1's weights and
-// activations are scaled. Inside a block the product of two e4m3 (or bf16) numbers is exact in f32; the
-// block's sum is scaled and added in f32. Every output is summed in one fixed order that depends on
-// nothing but its own row, so a token's numbers have the same bits alone, in a batch, and on more threads.
+// The one idea: a matrix product is walked in blocks of 128 columns, because that is how R1's
+// weights and activations are scaled. Inside a block the product of two e4m3 (or bf16) numbers is
+// exact in f32; the block's sum is scaled and added in f32. Every output is summed in one fixed
+// order that depends on nothing but its own row, so a token's numbers have the same bits alone, in
+// a batch, and on more threads.
 #include "r1.h"
 
 #include <assert.h>
@@ -24,12 +26,13 @@ enum {
     TILE = 4,        // weight rows in flight: enough independent sums to hide the latency of an add
     ROWS = 16,       // activation rows that share a decoded weight block
     PAIR_HEADS = 2,  // heads that share a decoded cache page
-    COLUMNS = 32,    // outputs of a unit of work: a few cache lines, so that threads don't share any
+    COLUMNS = 32,  // outputs of a unit of work: a few cache lines, so that threads don't share any
 };
 
-// ---- Threads -------------------------------------------------------------------------------------
-// A stage is a loop over independent units. All threads take units from a counter until none is left.
-// They spin for a moment before they sleep, because the next stage follows within microseconds.
+// ---- Threads ------------------------------------------------------------------------------------
+// A stage is a loop over independent units. All threads take units from a counter until none is
+// left. They spin for a moment before they sleep, because the next stage follows within
+// microseconds.
 
 typedef void Task(void *arg, int unit);
 
@@ -83,7 +86,8 @@ static void parallel(Task *task, void *arg, int n_units) {
     pool.task = task, pool.arg = arg, pool.n_units = n_units;
     atomic_store(&pool.next, 0);
     atomic_store(&pool.running, pool.n_threads - 1);
-    pthread_mutex_lock(&pool.mutex);  // so that no thread falls asleep between its look and its wait
+    pthread_mutex_lock(
+        &pool.mutex);  // so that no thread falls asleep between its look and its wait
     atomic_fetch_add(&pool.generation, 1);
     pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.mutex);
@@ -102,8 +106,8 @@ void device_init(void) {
     }
 }
 
-// The system gives zeroed pages, and only those that are touched: a cache for the longest context costs
-// nothing before it is used.
+// The system gives zeroed pages, and only those that are touched: a cache for the longest context
+// costs nothing before it is used.
 void *device_alloc(size_t bytes) {
     void *p = calloc(1, bytes ? bytes : 1);
     if (!p) die("out of memory: %zu bytes wanted", bytes);
@@ -114,9 +118,10 @@ void device_free(void *p) { free(p); }
 
 static int min(int a, int b) { return a < b ? a : b; }
 
-// ---- Numbers -------------------------------------------------------------------------------------
-// Everything is computed in f32. What is stored at a stage's border is rounded to bf16 by to_bf16, and
-// what enters a linear to e4m3 by round_e4m3: these two functions are all the rounding there is.
+// ---- Numbers ------------------------------------------------------------------------------------
+// Everything is computed in f32. What is stored at a stage's border is rounded to bf16 by to_bf16,
+// and what enters a linear to e4m3 by round_e4m3: these two functions are all the rounding there
+// is.
 
 #ifdef EXACT
 static inline float f32(bf16 v) { return v; }
@@ -142,18 +147,23 @@ static inline float round_e4m3(float f) {
     u.bits = (u.bits + 0x7ffff + (u.bits >> 20 & 1)) & ~0xfffffu;
     float magic = copysignf(0x1.8p14f, f);  // an f32 of this size has steps of 2^-9
     float subnormal = (f + magic) - magic;
-    float rounded = fabsf(f) < 0x1p-6f ? subnormal : f != f ? f : u.f;  // adding can wrap a NaN to 0
+    float rounded = fabsf(f) < 0x1p-6f ? subnormal
+                    : f != f           ? f
+                                       : u.f;  // adding can wrap a NaN to 0
     return rounded > E4M3_MAX ? E4M3_MAX : rounded < -E4M3_MAX ? -E4M3_MAX : rounded;
 }
 
-// e4m3 in the place of f32's bits: the sign at the top, exponent and mantissa below 2^27. As an f32 that
-// is the value x 2^-120, subnormals included, because f32's exponent has a bias of 127 and e4m3's of 7.
-// (The two codes that are NaN give 480: the checkpoint's makers don't write them.)
+// e4m3 in the place of f32's bits: the sign at the top, exponent and mantissa below 2^27. As an f32
+// that is the value x 2^-120, subnormals included, because f32's exponent has a bias of 127 and
+// e4m3's of 7. (The two codes that are NaN give 480: the checkpoint's makers don't write them.)
 #define E4M3_BITS (int)0x87f00000
 #define E4M3_UNBIAS 0x1p120f
 
 static inline float e4m3_value(uint8_t code) {
-    union { uint32_t bits; float f; } u = {((uint32_t)code << 24 & 0x80000000) | (uint32_t)(code & 0x7f) << 20};
+    union {
+        uint32_t bits;
+        float f;
+    } u = {((uint32_t)code << 24 & 0x80000000) | (uint32_t)(code & 0x7f) << 20};
     return u.f * E4M3_UNBIAS;
 }
 
@@ -175,10 +185,11 @@ static float vector_at(const Vector *v, int i) {
     return v->dtype == DTYPE_BF16 ? load_bf16(v->data + 2 * i) : load_f32(v->data + 4 * i);
 }
 
-// ---- Sixteen lanes -------------------------------------------------------------------------------
-// A dot product is summed in 16 lanes, element k in lane k % 16, and the lanes are added as a tree. The
-// plain C below defines it; the AVX2 and AVX-512 forms give the same bits. (A fused multiply-add makes
-// no difference: the products of the formats that meet here are exact in f32.)
+// ---- Sixteen lanes ------------------------------------------------------------------------------
+// A dot product is summed in 16 lanes, element k in lane k % 16, and the lanes are added as a tree.
+// The plain C below defines it; the AVX2 and AVX-512 forms give the same bits. (A fused
+// multiply-add makes no difference where products are exact in f32: for all pairs of e4m3 and
+// bf16.)
 
 #if defined(__AVX512F__)
 typedef __m512 Lanes;
@@ -201,7 +212,8 @@ static inline Lanes lanes_load(const float *p) {
 }
 static inline Lanes lanes_zero(void) { return (Lanes){_mm256_setzero_ps(), _mm256_setzero_ps()}; }
 static inline Lanes lanes_dot(Lanes sum, Lanes a, Lanes b) {
-    return (Lanes){_mm256_fmadd_ps(a.low, b.low, sum.low), _mm256_fmadd_ps(a.high, b.high, sum.high)};
+    return (Lanes){_mm256_fmadd_ps(a.low, b.low, sum.low),
+                   _mm256_fmadd_ps(a.high, b.high, sum.high)};
 }
 static inline Lanes lanes_scaled(Lanes sum, Lanes block, float scale) {
     __m256 s = _mm256_set1_ps(scale);
@@ -262,7 +274,7 @@ static float dot(const float *a, const float *b, int n) {  // n a multiple of 16
     return lanes_sum(sum);
 }
 
-// ---- The matrix product --------------------------------------------------------------------------
+// ---- The matrix product -------------------------------------------------------------------------
 
 struct Act {
     int rows, cols;
@@ -325,15 +337,18 @@ static float block_scale(const Linear *w, int row, int block) {
     return load_f32(w->scale + 4 * ((size_t)(row / BLOCK) * (w->in / BLOCK) + block));
 }
 
-static inline __attribute__((always_inline)) Lanes lanes_weights(const uint8_t *w, int k, DType dtype) {
+static inline __attribute__((always_inline)) Lanes lanes_weights(const uint8_t *w, int k,
+                                                                 DType dtype) {
     return dtype == DTYPE_F8_E4M3 ? lanes_e4m3(w + k)
            : dtype == DTYPE_BF16  ? lanes_bf16(w + 2 * k)
                                   : lanes_load((const float *)(const void *)w + k);
 }
 
 // sum[t] += scale[t] x (weight[t] . x) over one block of 128.
-static inline __attribute__((always_inline)) void block_sums(Lanes sum[TILE], const uint8_t *const weight[TILE], DType dtype,
-                              const float *x, const float scale[TILE]) {
+static inline __attribute__((always_inline)) void block_sums(Lanes sum[TILE],
+                                                             const uint8_t *const weight[TILE],
+                                                             DType dtype, const float *x,
+                                                             const float scale[TILE]) {
     Lanes block[TILE] = {lanes_zero(), lanes_zero(), lanes_zero(), lanes_zero()};
     for (int k = 0; k < BLOCK; k += 16) {
         Lanes v = lanes_load(x + k);
@@ -343,10 +358,11 @@ static inline __attribute__((always_inline)) void block_sums(Lanes sum[TILE], co
     for (int t = 0; t < TILE; t++) sum[t] = lanes_scaled(sum[t], block[t], scale[t]);
 }
 
-// A call of its own, with a loop for each dtype: else the compiler mixes it with its caller's loop and
-// keeps weights in registers where the running sums should be.
-__attribute__((noinline)) static void block_product(Lanes sum[TILE], const uint8_t *const weight[TILE],
-                                                    DType dtype, const float *x, const float scale[TILE]) {
+// A call of its own, with a loop for each dtype: else the compiler mixes it with its caller's loop
+// and keeps weights in registers where the running sums should be.
+__attribute__((noinline)) static void block_product(Lanes sum[TILE],
+                                                    const uint8_t *const weight[TILE], DType dtype,
+                                                    const float *x, const float scale[TILE]) {
     if (dtype == DTYPE_F8_E4M3) block_sums(sum, weight, DTYPE_F8_E4M3, x, scale);
     else if (dtype == DTYPE_BF16) block_sums(sum, weight, DTYPE_BF16, x, scale);
     else block_sums(sum, weight, DTYPE_F32, x, scale);
@@ -357,10 +373,11 @@ static void decode_block(float *out, const uint8_t *w, DType dtype) {
     for (int k = 0; k < BLOCK; k += 16) lanes_store(out + k, lanes_weights(w, k, dtype));
 }
 
-// out [n][TILE] = rows first .. first + n - 1 of a, times weight rows row .. row + TILE - 1 (those past
-// the last repeat it). n <= ROWS. All matrix products of this file are made of this one. A single row
-// takes the weights as they lie; several rows share weights that are decoded once.
-static void product(float out[ROWS][TILE], const Linear *w, int row, const View *a, int first, int n) {
+// out [n][TILE] = rows first .. first + n - 1 of a, times weight rows row .. row + TILE - 1 (those
+// past the last repeat it). n <= ROWS. All matrix products of this file are made of this one. A
+// single row takes the weights as they lie; several rows share weights that are decoded once.
+static void product(float out[ROWS][TILE], const Linear *w, int row, const View *a, int first,
+                    int n) {
     float decoded[TILE][BLOCK], scale[TILE], scaled[TILE];
     const uint8_t *block[TILE];
     Lanes sum[ROWS][TILE];
@@ -375,7 +392,8 @@ static void product(float out[ROWS][TILE], const Linear *w, int row, const View 
             block[t] = w->data + bytes * r + block_bytes * b;
             scale[t] = block_scale(w, r, b);
             for (size_t line = 0; line < block_bytes; line += 64)
-                __builtin_prefetch(block[t] + TILE * bytes + line);  // the next tile's; harmless past the end
+                __builtin_prefetch(block[t] + TILE * bytes +
+                                   line);  // the next tile's; harmless past the end
             if (share) {
                 decode_block(decoded[t], block[t], w->dtype);
                 block[t] = (const uint8_t *)decoded[t];
@@ -385,8 +403,8 @@ static void product(float out[ROWS][TILE], const Linear *w, int row, const View 
             size_t r = a->index ? a->index[first + i] : first + i;
             float x_scale = a->scale ? a->scale[r * (w->in / BLOCK) + b] : 1;
             for (int t = 0; t < TILE; t++) scaled[t] = x_scale * scale[t];
-            block_product(sum[i], block, share ? DTYPE_F32 : w->dtype, a->value + r * a->stride + b * BLOCK,
-                          scaled);
+            block_product(sum[i], block, share ? DTYPE_F32 : w->dtype,
+                          a->value + r * a->stride + b * BLOCK, scaled);
         }
     }
     for (int i = 0; i < n; i++)
@@ -395,7 +413,7 @@ static void product(float out[ROWS][TILE], const Linear *w, int row, const View 
 
 static int units(int n, int per_unit) { return (n + per_unit - 1) / per_unit; }
 
-// ---- The stages ----------------------------------------------------------------------------------
+// ---- The stages ---------------------------------------------------------------------------------
 
 void rope_angles(float *rope, const float *inv_freq, const int *position, int n) {
     for (int row = 0; row < n; row++)
@@ -503,10 +521,17 @@ void mla_latent(Act *qa, bf16 *cache, const bf16 *q, const bf16 *kv, const Vecto
     parallel(latent_row, &(struct Latent){qa, cache, q, kv, q_gain, kv_gain, eps, rope, b}, b->n);
 }
 
-struct HeadTask { bf16 *query; Act *o; const bf16 *in; const Linear *kv_b; const float *rope; int heads, n; };
+struct HeadTask {
+    bf16 *query;
+    Act *o;
+    const bf16 *in;
+    const Linear *kv_b;
+    const float *rope;
+    int heads, n;
+};
 
-// One head's W_UK is rows head * 256 .. + 127 of kv_b_proj, [128][512]; its four scale blocks stand side
-// by side, so that each quarter of the 512 sums is scaled once, at the end.
+// One head's W_UK is rows head * 256 .. + 127 of kv_b_proj, [128][512]; its four scale blocks stand
+// side by side, so that each quarter of the 512 sums is scaled once, at the end.
 static void query_head(void *arg, int head) {
     struct HeadTask *s = arg;
     size_t bytes = row_bytes(s->kv_b), block_bytes = bytes / (LATENT_DIM / BLOCK);
@@ -527,19 +552,21 @@ static void query_head(void *arg, int head) {
             bf16 *query = s->query + at * CACHE_DIM;
             for (int j = 0; j < LATENT_DIM; j++)
                 query[j] = to_bf16(sum[i][j] * block_scale(s->kv_b, head * KV_DIM, j / BLOCK));
-            rotate(query + LATENT_DIM, s->in + at * QK_DIM + NOPE_DIM, s->rope + (first + i) * ROPE_DIM);
+            rotate(query + LATENT_DIM, s->in + at * QK_DIM + NOPE_DIM,
+                   s->rope + (first + i) * ROPE_DIM);
         }
     }
 }
 
-void mla_query(bf16 *query, const bf16 *q, const Linear *kv_b_proj, const float *rope, int heads, int n) {
+void mla_query(bf16 *query, const bf16 *q, const Linear *kv_b_proj, const float *rope, int heads,
+               int n) {
     parallel(query_head, &(struct HeadTask){query, NULL, q, kv_b_proj, rope, heads, n}, heads);
 }
 
 struct Attend { bf16 *u; const bf16 *query, *cache; float scale; int heads; const Batch *b; };
 
-// Softmax page by page: sums are kept relative to the largest score so far and shrunk when a larger one
-// comes. A page's place in the sequence is fixed, so the order of the sums is too.
+// Softmax page by page: sums are kept relative to the largest score so far and shrunk when a larger
+// one comes. A page's place in the sequence is fixed, so the order of the sums is too.
 typedef struct {
     float query[CACHE_DIM], sum[LATENT_DIM], best, total;
 } Head;
@@ -586,7 +613,8 @@ static void attend_unit(void *arg, int unit) {
     }
 }
 
-void mla_attend(bf16 *u, const bf16 *query, const bf16 *cache, float scale, int heads, const Batch *b) {
+void mla_attend(bf16 *u, const bf16 *query, const bf16 *cache, float scale, int heads,
+                const Batch *b) {
     struct Attend task = {u, query, cache, scale, heads, b};
     parallel(attend_unit, &task, b->n * units(heads, PAIR_HEADS));
 }
@@ -640,8 +668,8 @@ static int argmax(const float *v, int n) {
     return best;
 }
 
-// Takes one row's experts: the best groups by the sum of their two best choices, then the best choices
-// inside them. The bias steers the choice and never enters a weight.
+// Takes one row's experts: the best groups by the sum of their two best choices, then the best
+// choices inside them. The bias steers the choice and never enters a weight.
 static void choose_experts(int *expert, float *weight, const float *score, const Vector *bias,
                            const Config *c) {
     int size = c->n_routed_experts / c->n_group;
@@ -672,7 +700,14 @@ static void choose_experts(int *expert, float *weight, const float *score, const
         weight[k] = weight[k] / (total + 1e-20f) * (float)c->routed_scaling_factor;
 }
 
-struct Route { Routing *r; View a; const Linear *gate; const Vector *bias; const Config *c; int n; };
+struct Route {
+    Routing *r;
+    View a;
+    const Linear *gate;
+    const Vector *bias;
+    const Config *c;
+    int n;
+};
 
 static void route_unit(void *arg, int unit) {
     struct Route *s = arg;
@@ -690,7 +725,8 @@ static void route_unit(void *arg, int unit) {
     }
 }
 
-void moe_route(Routing *r, const Act *a, const Linear *gate, const Vector *bias, const Config *c, int n) {
+void moe_route(Routing *r, const Act *a, const Linear *gate, const Vector *bias, const Config *c,
+               int n) {
     int pairs = n * c->num_experts_per_tok;
     assert(gate->dtype != DTYPE_F8_E4M3);
     struct Route task = {r, act_view(a, gate, NULL), gate, bias, c, n};
@@ -704,9 +740,9 @@ void moe_route(Routing *r, const Act *a, const Linear *gate, const Vector *bias,
     r->start[0] = 0;
 }
 
-// h[slot] = quant(silu(gate(a)) up(a)) for one block of 128 of the intermediate columns: just one scale
-// group, so that it is quantised as soon as it is there. The i-th of n rows is row[i] of a (NULL: i) and
-// goes to row slot[i] of h (NULL: first_slot + i).
+// h[slot] = quant(silu(gate(a)) up(a)) for one block of 128 of the intermediate columns: just one
+// scale group, so that it is quantised as soon as it is there. The i-th of n rows is row[i] of a
+// (NULL: i) and goes to row slot[i] of h (NULL: first_slot + i).
 static void gate_up(Act *h, const Act *a, const Mlp *m, int block, const int *row, const int *slot,
                     int first_slot, int n) {
     float gate[ROWS][TILE], up[ROWS][TILE];
@@ -739,7 +775,8 @@ struct Experts {
     int n;
 };
 
-// A unit is 128 intermediate columns of one expert; the shared expert comes last and takes every row.
+// A unit is 128 intermediate columns of one expert; the shared expert comes last and takes every
+// row.
 static void experts_up(void *arg, int unit) {
     struct Experts *s = arg;
     int blocks = s->c->moe_intermediate_size / BLOCK, e = unit / blocks, block = unit % blocks;
@@ -755,11 +792,12 @@ static void experts_up(void *arg, int unit) {
     }
 }
 
-// A unit is 32 columns of the output, over all experts in ascending order, the shared one last: a row's
-// sum has one order, whatever rows stand beside it.
+// A unit is 32 columns of the output, over all experts in ascending order, the shared one last: a
+// row's sum has one order, whatever rows stand beside it.
 static void experts_down(void *arg, int unit) {
     struct Experts *s = arg;
-    int hidden = s->c->hidden_size, k = s->c->num_experts_per_tok, n_experts = s->c->n_routed_experts;
+    int hidden = s->c->hidden_size, k = s->c->num_experts_per_tok,
+        n_experts = s->c->n_routed_experts;
     int begin = unit * COLUMNS, end = min(begin + COLUMNS, hidden);
     float out[ROWS][TILE];
     for (int row = 0; row < s->n; row++)
@@ -767,7 +805,8 @@ static void experts_down(void *arg, int unit) {
     for (int e = 0; e <= n_experts; e++) {
         bool shared = e == n_experts;
         const Linear *down = shared ? &s->shared->down_proj : &s->experts[e].down_proj;
-        int from = shared ? s->n * k : s->r->start[e], to = shared ? from + s->n : s->r->start[e + 1];
+        int from = shared ? s->n * k : s->r->start[e],
+            to = shared ? from + s->n : s->r->start[e + 1];
         View view = act_view(s->h, down, shared ? NULL : s->r->pair);
         for (int first = from; first < to; first += ROWS)
             for (int column = begin; column < end; column += TILE) {
@@ -812,10 +851,11 @@ void logits(float *out, const Act *a, const Linear *lm_head, const int *rows, in
     parallel(linear_unit, &task, units(lm_head->out, COLUMNS));
 }
 
-// ---- Choosing a token ------------------------------------------------------------------------------
+// ---- Choosing a token ---------------------------------------------------------------------------
 
 void philox(uint32_t out[4], uint64_t key, const uint32_t counter[4]) {
-    uint32_t k0 = key, k1 = key >> 32, c0 = counter[0], c1 = counter[1], c2 = counter[2], c3 = counter[3];
+    uint32_t k0 = key, k1 = key >> 32, c0 = counter[0], c1 = counter[1], c2 = counter[2],
+             c3 = counter[3];
     for (int round = 0; round < 10; round++) {
         uint64_t p0 = 0xD2511F53ull * c0, p1 = 0xCD9E8D57ull * c2;
         uint32_t n0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0, n2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
@@ -825,8 +865,8 @@ void philox(uint32_t out[4], uint64_t key, const uint32_t counter[4]) {
     out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
 }
 
-// Gumbel noise of (seed, position, id): argmax of l + noise is an exact draw from softmax(l), and needs
-// neither a sum nor a state.
+// Gumbel noise of (seed, position, id): argmax of l + noise is an exact draw from softmax(l), and
+// needs neither a sum nor a state.
 static float gumbel(uint64_t seed, int position, int id) {
     uint32_t word[4];
     philox(word, seed, (uint32_t[4]){id / 4, position, 0, 0});
@@ -834,7 +874,7 @@ static float gumbel(uint64_t seed, int position, int id) {
     return -logf(-log1pf(-u));
 }
 
-// A thread's room for one row of logits. It grows to the vocabulary once and stays.
+// Room for the logits of one row at a time. It grows to the vocabulary once and stays.
 typedef struct {
     int size;
     float *model;        // the logits as the model gave them
@@ -844,21 +884,20 @@ typedef struct {
     bool *seen;          // whether an id stands in prompt or output; likewise
 } SampleRoom;
 
-static SampleRoom *sample_room(int vocab) {
-    static _Thread_local SampleRoom room;
-    if (room.size < vocab) {
-        room.model = xrealloc(room.model, vocab * sizeof *room.model);
-        room.probability = xrealloc(room.probability, vocab * sizeof *room.probability);
-        room.heap = xrealloc(room.heap, vocab * sizeof *room.heap);
-        free(room.count), free(room.seen);
-        room.count = xcalloc(vocab, sizeof *room.count);
-        room.seen = xcalloc(vocab, sizeof *room.seen);
-        room.size = vocab;
-    }
-    return &room;
+static void room_reserve(SampleRoom *room, int vocab) {
+    if (room->size >= vocab) return;
+    room->size = vocab;
+    room->model = xrealloc(room->model, vocab * sizeof *room->model);
+    room->probability = xrealloc(room->probability, vocab * sizeof *room->probability);
+    room->heap = xrealloc(room->heap, vocab * sizeof *room->heap);
+    free(room->count), free(room->seen);
+    room->count = xcalloc(vocab, sizeof *room->count);
+    room->seen = xcalloc(vocab, sizeof *room->seen);
 }
 
-static bool likelier(const float *p, int a, int b) { return p[a] > p[b] || (p[a] == p[b] && a < b); }
+static bool likelier(const float *p, int a, int b) {
+    return p[a] > p[b] || (p[a] == p[b] && a < b);
+}
 
 static void heap_sink(int *heap, const float *p, int n, int i) {
     for (int child; (child = 2 * i + 1) < n; i = child) {
@@ -898,8 +937,8 @@ static void penalise(float *l, const Sampling *s, SampleRoom *room) {
     }
 }
 
-// Keeps the ids that top_k, top_p and min_p leave and sets the others to -infinity. All three look at
-// the same probabilities; the likeliest id always stays.
+// Keeps the ids that top_k, top_p and min_p leave and sets the others to -infinity. All three look
+// at the same probabilities; the likeliest id always stays.
 static void filter(float *l, const Sampling *s, SampleRoom *room, int vocab) {
     float *p = room->probability, best = l[argmax(l, vocab)];
     double total = 0, before = 0;
@@ -926,7 +965,8 @@ static int choose(float *l, const Sampling *s, SampleRoom *room, int vocab) {
     if (l[best] == -INFINITY) return -1;  // all that were finite are banned
     if (s->temperature < 1e-6f || s->top_k == 1) return best;
     for (int id = 0; id < vocab; id++) l[id] /= s->temperature;
-    if ((s->top_k > 0 && s->top_k < vocab) || s->top_p < 1 || s->min_p > 0) filter(l, s, room, vocab);
+    if ((s->top_k > 0 && s->top_k < vocab) || s->top_p < 1 || s->min_p > 0)
+        filter(l, s, room, vocab);
     float highest = -INFINITY;
     for (int id = 0; id < vocab; id++) {
         if (l[id] == -INFINITY) continue;
@@ -953,15 +993,19 @@ static void list_logprobs(Choice *c, const Sampling *s, SampleRoom *room, int vo
     }
 }
 
-struct Sample { Choice *out; float *l; const Sampling *s; int vocab, stride; };
+struct Sample {
+    Choice *out;
+    float *l;
+    const Sampling *s;
+    SampleRoom *rooms;
+    int vocab, stride, n, step;
+};
 
-static void sample_row(void *arg, int row) {
-    struct Sample *task = arg;
+static void sample_row(const struct Sample *task, SampleRoom *room, int row) {
     const Sampling *s = &task->s[row];
     Choice *c = &task->out[row];
     float *l = task->l + (size_t)row * task->stride;
     int vocab = task->vocab;
-    SampleRoom *room = sample_room(vocab);
     c->id = -1, c->n_top = 0, c->logprob = 0;
     bool finite = false;
     for (int id = 0; id < vocab; id++) {
@@ -978,6 +1022,16 @@ static void sample_row(void *arg, int row) {
     if (c->id >= 0 && s->top_logprobs >= 0) list_logprobs(c, s, room, vocab);
 }
 
+static void sample_unit(void *arg, int unit) {
+    const struct Sample *task = arg;
+    room_reserve(&task->rooms[unit], task->vocab);
+    for (int row = unit; row < task->n; row += task->step)
+        sample_row(task, &task->rooms[unit], row);
+}
+
 void sample(Choice *out, float *l, const Sampling *s, int vocab, int stride, int n) {
-    parallel(sample_row, &(struct Sample){out, l, s, vocab, stride}, n);
+    static SampleRoom *rooms;  // one for each thread
+    if (!rooms) rooms = xcalloc(pool.n_threads, sizeof *rooms);
+    int step = pool.n_threads;
+    parallel(sample_unit, &(struct Sample){out, l, s, rooms, vocab, stride, n, step}, min(n, step));
 }

@@ -1,6 +1,6 @@
-// r1.c: the book of r1, to be read from top to bottom: the config, the checkpoint, one layer, one step,
-// many at once, the commands. What a stage computes stands in kernels.c; what a token or a socket is,
-// in tokenizer.c and http.c.
+// r1.c: the book of r1, to be read from top to bottom: the config, the checkpoint, one layer, one
+// step, many at once, the commands. What a stage computes stands in kernels.c; what a token or a
+// socket is, in tokenizer.c and http.c.
 #include "r1.h"
 
 #include <assert.h>
@@ -18,11 +18,11 @@
 #include <time.h>
 #include <unistd.h>
 
-// ==== Config ======================================================================================
-// config.json says which member of the DeepSeek-V3 family this is. Sizes may vary; what is built into the
-// stages (attention's 512 + 64, sigmoid scores, 128x128 scale blocks) must be as R1 has it, and anything
-// else is refused here by name. After config_load every number is in a range that later products of two
-// or three of them can't overflow.
+// ==== Config =====================================================================================
+// config.json says which member of the DeepSeek-V3 family this is. Sizes may vary; what is built
+// into the stages (attention's 512 + 64, sigmoid scores, 128x128 scale blocks) must be as R1 has
+// it, and anything else is refused here by name. After config_load every number is in a range that
+// later products of two or three of them can't overflow.
 
 typedef struct {
     const char *path;  // for messages
@@ -35,15 +35,16 @@ static const Json *config_get(const ConfigFile *f, const Json *object, const cha
     return v;
 }
 
-static int config_int(const ConfigFile *f, const Json *object, const char *key, int64_t low, int64_t high) {
+static int config_int(const ConfigFile *f, const Json *object, const char *key, int64_t low,
+                      int64_t high) {
     const Json *v = config_get(f, object, key);
     int64_t n = 0;
     if (json_int(v, low, high, &n)) return (int)n;
     if (v->type != JSON_NUMBER)
-        die("%s: %s: got %s, want an integer in %ld..%ld", f->path, key, json_type_name(v), (long)low,
-            (long)high);
-    die("%s: %s: got %g, want %s%ld..%ld", f->path, key, v->number, low == high ? "" : "an integer in ",
-        (long)low, (long)high);
+        die("%s: %s: got %s, want an integer in %ld..%ld", f->path, key, json_type_name(v),
+            (long)low, (long)high);
+    die("%s: %s: got %g, want %s%ld..%ld", f->path, key, v->number,
+        low == high ? "" : "an integer in ", (long)low, (long)high);
 }
 
 static double config_number(const ConfigFile *f, const Json *object, const char *key, double low,
@@ -56,11 +57,14 @@ static double config_number(const ConfigFile *f, const Json *object, const char 
     return v->number;
 }
 
-static void config_text(const ConfigFile *f, const Json *object, const char *key, const char *want) {
+static void config_text(const ConfigFile *f, const Json *object, const char *key,
+                        const char *want) {
     const Json *v = config_get(f, object, key);
-    if (v->type != JSON_STRING) die("%s: %s: got %s, want \"%s\"", f->path, key, json_type_name(v), want);
+    if (v->type != JSON_STRING)
+        die("%s: %s: got %s, want \"%s\"", f->path, key, json_type_name(v), want);
     if (!str_equal(v->string, want))
-        die("%s: %s: got \"%.*s\", want \"%s\"", f->path, key, (int)v->string.len, v->string.data, want);
+        die("%s: %s: got \"%.*s\", want \"%s\"", f->path, key, (int)v->string.len, v->string.data,
+            want);
 }
 
 static void config_multiple(const ConfigFile *f, const char *key, int value, int of) {
@@ -69,7 +73,8 @@ static void config_multiple(const ConfigFile *f, const char *key, int value, int
 
 static const Json *config_object(const ConfigFile *f, const Json *object, const char *key) {
     const Json *v = config_get(f, object, key);
-    if (v->type != JSON_OBJECT) die("%s: %s: got %s, want an object", f->path, key, json_type_name(v));
+    if (v->type != JSON_OBJECT)
+        die("%s: %s: got %s, want an object", f->path, key, json_type_name(v));
     return v;
 }
 
@@ -84,7 +89,8 @@ static void config_quantization(Config *c, const ConfigFile *f) {
     int64_t side;
     if (size->type != JSON_ARRAY || size->count != 2 || !json_int(size + 1, BLOCK, BLOCK, &side) ||
         !json_int(size + 2, BLOCK, BLOCK, &side))
-        die("%s: weight_block_size: want [%d, %d]", f->path, BLOCK, BLOCK);
+        die("%s: weight_block_size: got %s, want [%d, %d]", f->path,
+            size->type == JSON_ARRAY ? "other numbers" : json_type_name(size), BLOCK, BLOCK);
 }
 
 static void config_rope(Config *c, const ConfigFile *f) {
@@ -98,8 +104,9 @@ static void config_rope(Config *c, const ConfigFile *f) {
     c->rope_scaling.original_max_position_embeddings =
         config_int(f, r, "original_max_position_embeddings", 1, 1 << 30);
     // cos and sin are scaled by the quotient of the two mscales: 1 in R1, and here always.
-    if (config_number(f, r, "mscale", 0, 1e3) != c->rope_scaling.mscale_all_dim)
-        die("%s: mscale: want the value of mscale_all_dim, %g", f->path, c->rope_scaling.mscale_all_dim);
+    double mscale = config_number(f, r, "mscale", 0, 1e3), all = c->rope_scaling.mscale_all_dim;
+    if (mscale != all)
+        die("%s: mscale: got %g, want the value of mscale_all_dim, %g", f->path, mscale, all);
 }
 
 static void config_experts(Config *c, const ConfigFile *f) {
@@ -109,14 +116,16 @@ static void config_experts(Config *c, const ConfigFile *f) {
     c->n_routed_experts = config_int(f, root, "n_routed_experts", 2 * c->n_group, 1024);
     config_multiple(f, "n_routed_experts", c->n_routed_experts, c->n_group);
     int kept = c->topk_group * (c->n_routed_experts / c->n_group);
-    c->num_experts_per_tok =
-        config_int(f, root, "num_experts_per_tok", 1, kept < MAX_EXPERTS_PER_TOK ? kept : MAX_EXPERTS_PER_TOK);
+    c->num_experts_per_tok = config_int(f, root, "num_experts_per_tok", 1,
+                                        kept < MAX_EXPERTS_PER_TOK ? kept : MAX_EXPERTS_PER_TOK);
     config_int(f, root, "n_shared_experts", 1, 1);
     config_int(f, root, "moe_layer_freq", 1, 1);
     config_text(f, root, "scoring_func", "sigmoid");
     config_text(f, root, "topk_method", "noaux_tc");
     const Json *norm = config_get(f, root, "norm_topk_prob");
-    if (norm->type != JSON_BOOL || !norm->boolean) die("%s: norm_topk_prob: want true", f->path);
+    if (norm->type != JSON_BOOL || !norm->boolean)
+        die("%s: norm_topk_prob: got %s, want true", f->path,
+            norm->type == JSON_BOOL ? "false" : json_type_name(norm));
     c->routed_scaling_factor = config_number(f, root, "routed_scaling_factor", 0, 1e3);
     c->moe_intermediate_size = config_int(f, root, "moe_intermediate_size", BLOCK, 1 << 20);
     config_multiple(f, "moe_intermediate_size", c->moe_intermediate_size, BLOCK);
@@ -131,7 +140,10 @@ static void config_generation(Config *c, const char *dir) {
     if (text) {
         ConfigFile f = {path, json_parse(text, len, err, sizeof err)};
         if (!f.root) die("%s: %s", path, err);
-        if (json_get(f.root, "temperature")) c->temperature = config_number(&f, f.root, "temperature", 0, 1e6);
+        if (f.root->type != JSON_OBJECT)
+            die("%s: got %s, want an object", path, json_type_name(f.root));
+        if (json_get(f.root, "temperature"))
+            c->temperature = config_number(&f, f.root, "temperature", 0, 1e6);
         if (json_get(f.root, "top_p")) c->top_p = config_number(&f, f.root, "top_p", 1e-9, 1);
         free((void *)f.root);
     }
@@ -147,14 +159,16 @@ Config config_load(const char *dir) {
     if (!text) die("%s: %s", path, strerror(errno));
     ConfigFile f = {path, json_parse(text, len, err, sizeof err)};
     if (!f.root) die("%s: %s", path, err);
-    if (f.root->type != JSON_OBJECT) die("%s: got %s, want an object", path, json_type_name(f.root));
+    if (f.root->type != JSON_OBJECT)
+        die("%s: got %s, want an object", path, json_type_name(f.root));
     config_text(&f, f.root, "model_type", "deepseek_v3");
     config_text(&f, f.root, "hidden_act", "silu");
     c.vocab_size = config_int(&f, f.root, "vocab_size", 1, 1 << 24);
     c.hidden_size = config_int(&f, f.root, "hidden_size", BLOCK, 1 << 20);
     c.num_hidden_layers = config_int(&f, f.root, "num_hidden_layers", 1, 4096);
     c.num_nextn_predict_layers = config_int(&f, f.root, "num_nextn_predict_layers", 0, 1);
-    c.first_k_dense_replace = config_int(&f, f.root, "first_k_dense_replace", 0, c.num_hidden_layers);
+    c.first_k_dense_replace =
+        config_int(&f, f.root, "first_k_dense_replace", 0, c.num_hidden_layers);
     c.intermediate_size = config_int(&f, f.root, "intermediate_size", BLOCK, 1 << 20);
     c.num_attention_heads = config_int(&f, f.root, "num_attention_heads", 1, 4096);
     c.q_lora_rank = config_int(&f, f.root, "q_lora_rank", BLOCK, 1 << 20);
@@ -169,8 +183,12 @@ Config config_load(const char *dir) {
     c.bos_token_id = config_int(&f, f.root, "bos_token_id", 0, c.vocab_size - 1);
     c.eos_token_id = config_int(&f, f.root, "eos_token_id", 0, c.vocab_size - 1);
     c.rms_norm_eps = config_number(&f, f.root, "rms_norm_eps", 0, 1);
-    const Json *tied = json_get(f.root, "tie_word_embeddings");
-    if (tied && tied->type == JSON_BOOL && tied->boolean) die("%s: tie_word_embeddings: want false", path);
+    static const char *const absent[] = {"tie_word_embeddings", "attention_bias"};
+    for (int i = 0; i < 2; i++) {
+        const Json *v = json_get(f.root, absent[i]);
+        if (v && v->type == JSON_BOOL && v->boolean)
+            die("%s: %s: got true, want false", path, absent[i]);
+    }
     config_experts(&c, &f);
     config_rope(&c, &f);
     config_quantization(&c, &f);
@@ -181,12 +199,12 @@ Config config_load(const char *dir) {
     return c;
 }
 
-// ==== Checkpoint ==================================================================================
-// A checkpoint is a directory of safetensors files and an index that says which file holds which tensor.
-// A file is eight bytes of length, a JSON header of names, dtypes, shapes and offsets, and then the
-// bytes themselves. R1 has 91,991 tensors in 163 files. The files are mapped, not read: a tensor is a
-// pointer into the mapping. They are hostile input: after checkpoint_open every tensor lies inside its
-// file, in the size that its dtype and shape ask for.
+// ==== Checkpoint =================================================================================
+// A checkpoint is a directory of safetensors files and an index that says which file holds which
+// tensor. A file is eight bytes of length, a JSON header of names, dtypes, shapes and offsets, and
+// then the bytes themselves. R1 has 91,991 tensors in 163 files. The files are mapped, not read: a
+// tensor is a pointer into the mapping. They are hostile input: after checkpoint_open every tensor
+// lies inside its file, in the size that its dtype and shape ask for.
 
 enum { MAX_HEADER = 100 << 20, MAX_RANK = 8 };  // bytes, as the format demands; dimensions
 
@@ -268,26 +286,29 @@ static void tensor_parse(Tensor *t, const File *f, const Json *v, size_t end) {
     const Json *offsets = json_get(v, "data_offsets");
     if (!dtype || dtype->type != JSON_STRING) TENSOR_DIE("dtype: missing, want a string");
     if (!shape || shape->type != JSON_ARRAY) TENSOR_DIE("shape: missing, want an array");
-    if (shape->count > MAX_RANK) TENSOR_DIE("shape: got %u dimensions, want at most 8", shape->count);
+    if (shape->count > MAX_RANK)
+        TENSOR_DIE("shape: got %u dimensions, want at most 8", shape->count);
     t->dtype = dtype->string;
     t->bytes = dtype_size(t->dtype);
-    if (!t->bytes) TENSOR_DIE("dtype: got \"%.*s\", which is unknown", (int)t->dtype.len, t->dtype.data);
+    if (!t->bytes)
+        TENSOR_DIE("dtype: got \"%.*s\", which is unknown", (int)t->dtype.len, t->dtype.data);
     t->rank = shape->count;
     for (int i = 0; i < t->rank; i++) {
-        if (!json_int(shape + 1 + i, 0, INT64_MAX, &t->shape[i])) TENSOR_DIE("shape: want whole numbers");
+        if (!json_int(shape + 1 + i, 0, INT64_MAX, &t->shape[i]))
+            TENSOR_DIE("shape: got other values, want whole numbers");
         if (__builtin_mul_overflow(t->bytes, (size_t)t->shape[i], &t->bytes))
-            TENSOR_DIE("shape: too large for this machine");
+            TENSOR_DIE("shape: got more bytes than can be counted");
     }
     int64_t from, to;
     if (!offsets || offsets->type != JSON_ARRAY || offsets->count != 2 ||
         !json_int(offsets + 1, 0, INT64_MAX, &from) || !json_int(offsets + 2, 0, INT64_MAX, &to))
-        TENSOR_DIE("data_offsets: want two whole numbers");
+        TENSOR_DIE("data_offsets: got other values, want two whole numbers");
     if (from > to || (size_t)to > end)
         TENSOR_DIE("data_offsets: got [%ld, %ld], want them inside the file's %zu bytes of data",
                    (long)from, (long)to, end);
     if ((size_t)(to - from) != t->bytes)
-        TENSOR_DIE("data_offsets: got %ld bytes, want %zu for its dtype and shape", (long)(to - from),
-                   t->bytes);
+        TENSOR_DIE("data_offsets: got %ld bytes, want %zu for its dtype and shape",
+                   (long)(to - from), t->bytes);
     t->data = f->map + (f->size - end) + from;
 #undef TENSOR_DIE
 }
@@ -298,17 +319,19 @@ static int by_data(const void *a, const void *b) {
     return (x->bytes > y->bytes) - (x->bytes < y->bytes);  // empty tensors first
 }
 
-// The format knows neither holes nor overlaps: sorted by place, each tensor begins where the last ended.
-static void file_check_layout(const File *f, Tensor *tensors, size_t n) {
-    const uint8_t *expected = n ? f->map + f->size : NULL;
+// The format knows neither holes nor overlaps: sorted by place, each tensor begins where the last
+// ended.
+static void file_check_layout(const File *f, Tensor *tensors, size_t n, size_t end) {
+    size_t at = 0;  // where the next one must begin; `end` is the size of the file's byte buffer
     qsort(tensors, n, sizeof *tensors, by_data);
-    for (size_t i = n; i-- > 0;) {
-        if (tensors[i].data + tensors[i].bytes != expected)
-            die("%s: tensor %.*s: its bytes and those of the next tensor %s", f->name,
-                (int)tensors[i].name.len, tensors[i].name.data,
-                tensors[i].data + tensors[i].bytes > expected ? "overlap" : "leave a hole");
-        expected = tensors[i].data;
+    for (size_t i = 0; i < n; at += tensors[i++].bytes) {
+        size_t begin = tensors[i].data - (f->map + f->size - end);
+        if (begin != at)
+            die("%s: tensor %.*s: data_offsets: got a begin of %zu, want %zu: %s", f->name,
+                (int)tensors[i].name.len, tensors[i].name.data, begin, at,
+                begin < at ? "it overlaps another tensor" : "there is a hole before it");
     }
+    if (at != end) die("%s: got %zu bytes of data, want the %zu of its tensors", f->name, end, at);
 }
 
 // Reads a file's header. With an index a tensor counts only in the file that the index names.
@@ -318,16 +341,18 @@ static void file_open(Checkpoint *c, File *f, bool indexed) {
     char err[256];
     memcpy(&len, f->map, 8);
     if (len > MAX_HEADER || len > f->size - 8)
-        die("%s: header: got a length of %llu bytes, want at most %zu", f->name, (unsigned long long)len,
-            f->size - 8 < MAX_HEADER ? f->size - 8 : (size_t)MAX_HEADER);
+        die("%s: header: got a length of %llu bytes, want at most %zu", f->name,
+            (unsigned long long)len, f->size - 8 < MAX_HEADER ? f->size - 8 : (size_t)MAX_HEADER);
     f->header = xmalloc(len + 1);
     memcpy(f->header, f->map + 8, len);
     Json *root = json_parse(f->header, len, err, sizeof err);
     if (!root) die("%s: header: %s", f->name, err);
-    if (root->type != JSON_OBJECT) die("%s: header: got %s, want an object", f->name, json_type_name(root));
+    if (root->type != JSON_OBJECT)
+        die("%s: header: got %s, want an object", f->name, json_type_name(root));
     const Json *twice = json_duplicate_key(root);
     if (twice)
-        die("%s: tensor %.*s: stands twice in the header", f->name, (int)twice->string.len, twice->string.data);
+        die("%s: tensor %.*s: stands twice in the header", f->name, (int)twice->string.len,
+            twice->string.data);
     if (!indexed) checkpoint_reserve(c, root->count);
     Tensor *tensors = xcalloc(root->count + 1, sizeof *tensors);
     size_t n = 0, end = f->size - 8 - len;
@@ -341,7 +366,7 @@ static void file_open(Checkpoint *c, File *f, bool indexed) {
         Tensor *slot = checkpoint_slot(c, t->name);
         if (indexed ? slot->file == f : true) *slot = *t, c->n_tensors += !indexed;
     }
-    file_check_layout(f, tensors, n);
+    file_check_layout(f, tensors, n, end);
     free(tensors);
     free(root);
 }
@@ -366,7 +391,8 @@ static bool index_read(Checkpoint *c) {
                 key->string.data, json_type_name(key + 1));
         Str name = key[1].string;
         if (memchr(name.data, '/', name.len) || memchr(name.data, 0, name.len))
-            die("%s: weight_map: %.*s: want a plain file name", path, (int)key->string.len, key->string.data);
+            die("%s: weight_map: %.*s: want a plain file name", path, (int)key->string.len,
+                key->string.data);
         if (!f->name || !str_equal(name, f->name))
             for (f = c->files; f->name && !str_equal(name, f->name);) f++;
         if (!f->name) f->name = format_string("%.*s", (int)name.len, name.data), c->n_files++;
@@ -417,10 +443,11 @@ void checkpoint_close(Checkpoint *c) {
     free(c);
 }
 
-// ---- Dummy weights: any geometry without its 688 GB ----------------------------------------------
-// A value is a pure function of the tensor's name and the element's index, so that every twin and every
-// rank makes the same ones. They are spread like trained weights: normal, at a scale that keeps
-// activations near 1 through all layers, with no NaN code and a router that uses all its experts.
+// ---- Dummy weights: any geometry without its 688 GB ---------------------------------------------
+// A value is a pure function of the tensor's name and the element's index, so that every twin and
+// every rank makes the same ones. They are spread like trained weights: normal, at a scale that
+// keeps activations near 1 through all layers, with no NaN code and a router that uses all its
+// experts.
 
 enum { NORMAL_CODES = 4096 };
 
@@ -452,7 +479,8 @@ static uint8_t e4m3_nearest(double v) {
     return v < 0 ? best | 0x80 : best;
 }
 
-#define DUMMY_SIGMA 112.0  // of the codes: the largest of a block is then near 448, as quantisers leave it
+#define DUMMY_SIGMA                                                                                \
+    112.0  // of the codes: the largest of a block is then near 448, as quantisers leave it
 
 // n elements of a tensor with the given name, dtype and shape. There are 4,096 different values.
 static void dummy_fill(uint8_t *data, const Tensor *t, size_t n) {
@@ -462,7 +490,8 @@ static void dummy_fill(uint8_t *data, const Tensor *t, size_t n) {
     uint16_t half[NORMAL_CODES];
     bool scale = strstr(t->name.data, "_scale_inv"), bias = strstr(t->name.data, "bias");
     bool embedding = strstr(t->name.data, "embed_tokens");
-    // A row's length is 1, so that it keeps what it makes near 1; an embedding's elements are near 1.
+    // A row's length is 1, so that it keeps what it makes near 1; an embedding's elements are near
+    // 1.
     double columns = t->shape[t->rank - 1] * (scale ? (double)BLOCK : 1);
     for (int i = 0; i < NORMAL_CODES && !normal[NORMAL_CODES - 1]; i++) {
         normal[i] = normal_quantile(i);
@@ -481,11 +510,13 @@ static void dummy_fill(uint8_t *data, const Tensor *t, size_t n) {
     for (size_t i = 0; i < n; i++) {
         size_t random = mix(key + i * 0x9e3779b97f4a7c15ull) % NORMAL_CODES;
         if (size == 1) data[i] = code[random];
-        else memcpy(data + size * i, size == 2 ? (void *)&half[random] : (void *)&value[random], size);
+        else
+            memcpy(data + size * i, size == 2 ? (void *)&half[random] : (void *)&value[random],
+                   size);
     }
 }
 
-// ---- The weights table: which tensor fills which field ---------------------------------------------
+// ---- The weights table: which tensor fills which field ------------------------------------------
 
 typedef enum {
     QUANTISED,  // [out][in]: F8_E4M3 with a scale tensor, or BF16 in a checkpoint without quantisation
@@ -500,22 +531,26 @@ typedef struct {
     int out, in;
 } Weight;
 
-static const char *shape_text(int rank, const int64_t *shape) {  // "[256, 128]"; malloc'ed, for die()
+static const char *shape_text(int rank,
+                              const int64_t *shape) {  // "[256, 128]"; malloc'ed, for die()
     Buf b = {0};
     for (int i = 0; i < rank; i++) buf_printf(&b, "%s%ld", i ? ", " : "[", (long)shape[i]);
     buf_str(&b, rank ? "]" : "[]");
     return b.data;
 }
 
-// A tensor by its name, with one of two dtypes (the second may be NULL) and shape [out] or [out][in].
-static const Tensor *checkpoint_find(Checkpoint *c, const char *name, const char *dtype, const char *other,
-                                     int rank, int64_t out, int64_t in) {
+// A tensor by its name, with one of two dtypes (the second may be NULL) and shape [out] or
+// [out][in].
+static const Tensor *checkpoint_find(Checkpoint *c, const char *name, const char *dtype,
+                                     const char *other, int rank, int64_t out, int64_t in) {
     int64_t shape[2] = {out, in};
     if (c->dummy) {
         c->slots = xrealloc(c->slots, (c->n_slots + 1) * sizeof *c->slots);
         Tensor *t = &c->slots[c->n_slots++];
-        *t = (Tensor){.name = {format_string("%s", name), strlen(name)}, .dtype = {dtype, strlen(dtype)},
-                      .rank = rank, .shape = {out, in}};
+        *t = (Tensor){.name = {format_string("%s", name), strlen(name)},
+                      .dtype = {dtype, strlen(dtype)},
+                      .rank = rank,
+                      .shape = {out, in}};
         size_t n = rank == 1 ? out : out * in;
         t->bytes = n * dtype_size(t->dtype);
         uint8_t *data = device_alloc(t->bytes);
@@ -524,21 +559,24 @@ static const Tensor *checkpoint_find(Checkpoint *c, const char *name, const char
         return t;
     }
     Tensor *t = checkpoint_slot(c, (Str){name, strlen(name)});
-    if (!t->file) die("tensor %s: missing, want %s %s", name, dtype, shape_text(rank, shape));
+    if (!t->file)
+        die("%s: tensor %s: missing, want %s %s", c->dir, name, dtype, shape_text(rank, shape));
     bool fits = t->rank == rank && t->shape[0] == out && (rank == 1 || t->shape[1] == in);
     if (!fits || !(str_equal(t->dtype, dtype) || (other && str_equal(t->dtype, other))))
         die("%s: tensor %s: got %.*s %s, want %s%s%s %s", t->file->name, name, (int)t->dtype.len,
-            t->dtype.data, shape_text(t->rank, t->shape), dtype, other ? " or " : "", other ? other : "",
-            shape_text(rank, shape));
+            t->dtype.data, shape_text(t->rank, t->shape), dtype, other ? " or " : "",
+            other ? other : "", shape_text(rank, shape));
     t->used = true;
     return t;
 }
 
-static size_t weight_bind(Checkpoint *c, const Config *config, const char *prefix, const Weight *w) {
+static size_t weight_bind(Checkpoint *c, const Config *config, const char *prefix,
+                          const Weight *w) {
     bool fp8 = w->kind == QUANTISED && config->fp8;
     const char *dtype = fp8 ? "F8_E4M3" : "BF16", *other = w->kind == QUANTISED ? NULL : "F32";
     char *name = format_string("%s%s%s", prefix, w->name, w->kind == QUANTISED ? ".weight" : "");
-    const Tensor *t = checkpoint_find(c, name, dtype, other, w->kind == VECTOR ? 1 : 2, w->out, w->in);
+    const Tensor *t =
+        checkpoint_find(c, name, dtype, other, w->kind == VECTOR ? 1 : 2, w->out, w->in);
     DType got = str_equal(t->dtype, "F32") ? DTYPE_F32 : fp8 ? DTYPE_F8_E4M3 : DTYPE_BF16;
     size_t bytes = t->bytes;
     if (w->kind == VECTOR) {
@@ -557,7 +595,8 @@ static size_t weight_bind(Checkpoint *c, const Config *config, const char *prefi
     return bytes;
 }
 
-static size_t weights_bind(Checkpoint *c, const Config *config, const char *prefix, const Weight *w, size_t n) {
+static size_t weights_bind(Checkpoint *c, const Config *config, const char *prefix, const Weight *w,
+                           size_t n) {
     size_t bytes = 0;
     for (size_t i = 0; i < n; i++) bytes += weight_bind(c, config, prefix, &w[i]);
     return bytes;
@@ -586,8 +625,9 @@ static size_t moe_bind(Checkpoint *c, const Config *config, const char *prefix, 
         bool shared = e == config->n_routed_experts;
         char *name = shared ? format_string("%sshared_experts.", prefix)
                             : format_string("%sexperts.%d.", prefix, e);
-        bytes += mlp_bind(c, config, name, shared ? &l->moe_mlp.shared_experts : &l->moe_mlp.experts[e],
-                          config->moe_intermediate_size);
+        bytes +=
+            mlp_bind(c, config, name, shared ? &l->moe_mlp.shared_experts : &l->moe_mlp.experts[e],
+                     config->moe_intermediate_size);
         free(name);
     }
     return bytes;
@@ -598,9 +638,12 @@ static size_t layer_bind(Checkpoint *c, const Config *config, int i, Layer *l) {
     const Weight table[] = {
         {"input_layernorm.weight", VECTOR, &l->input_layernorm, hidden, 0},
         {"self_attn.q_a_proj", QUANTISED, &l->self_attn.q_a_proj, config->q_lora_rank, hidden},
-        {"self_attn.q_a_layernorm.weight", VECTOR, &l->self_attn.q_a_layernorm, config->q_lora_rank, 0},
-        {"self_attn.q_b_proj", QUANTISED, &l->self_attn.q_b_proj, heads * QK_DIM, config->q_lora_rank},
-        {"self_attn.kv_a_proj_with_mqa", QUANTISED, &l->self_attn.kv_a_proj_with_mqa, CACHE_DIM, hidden},
+        {"self_attn.q_a_layernorm.weight", VECTOR, &l->self_attn.q_a_layernorm, config->q_lora_rank,
+         0},
+        {"self_attn.q_b_proj", QUANTISED, &l->self_attn.q_b_proj, heads * QK_DIM,
+         config->q_lora_rank},
+        {"self_attn.kv_a_proj_with_mqa", QUANTISED, &l->self_attn.kv_a_proj_with_mqa, CACHE_DIM,
+         hidden},
         {"self_attn.kv_a_layernorm.weight", VECTOR, &l->self_attn.kv_a_layernorm, LATENT_DIM, 0},
         {"self_attn.kv_b_proj", QUANTISED, &l->self_attn.kv_b_proj, heads * KV_DIM, LATENT_DIM},
         {"self_attn.o_proj", QUANTISED, &l->self_attn.o_proj, hidden, heads * V_DIM},
@@ -614,7 +657,8 @@ static size_t layer_bind(Checkpoint *c, const Config *config, int i, Layer *l) {
         {"shared_head.norm.weight", VECTOR, &l->mtp.shared_head_norm, hidden, 0},
         {"shared_head.head.weight", PLAIN, &l->mtp.shared_head, config->vocab_size, hidden},
     };
-    char *prefix = format_string("model.layers.%d.", i), *mlp_prefix = format_string("%smlp.", prefix);
+    char *prefix = format_string("model.layers.%d.", i),
+         *mlp_prefix = format_string("%smlp.", prefix);
     size_t bytes = weights_bind(c, config, prefix, table, COUNT(table));
     l->moe = i >= config->first_k_dense_replace;
     if (l->moe) bytes += moe_bind(c, config, mlp_prefix, l);
@@ -625,7 +669,8 @@ static size_t layer_bind(Checkpoint *c, const Config *config, int i, Layer *l) {
     return bytes;
 }
 
-// Touches every page of the files, so that the first answer finds them in memory, and tells how it goes.
+// Touches every page of the files, so that the first answer finds them in memory, and tells how it
+// goes.
 static void checkpoint_read(Checkpoint *c, Progress *p) {
     enum { STEP = 4096, REPORT = 5 };  // bytes of a page; seconds
     double start = now_seconds(), reported = start;
@@ -649,13 +694,14 @@ static void checkpoint_read(Checkpoint *c, Progress *p) {
     }
 }
 
-// ==== One layer, one step =========================================================================
-// A step takes n rows, each one token at one position of one sequence, and needs no more than the cache
-// of the positions before. Rows of many sequences, decoding and prefilling, stand side by side. After
-// model_step the rows' latents are in the cache and the wanted rows' logits in m->logits.
+// ==== One layer, one step ========================================================================
+// A step takes n rows, each one token at one position of one sequence, and needs no more than the
+// cache of the positions before. Rows of many sequences, decoding and prefilling, stand side by
+// side. After model_step the rows' latents are in the cache and the wanted rows' logits in
+// m->logits.
 
-// Inverse frequencies of the 32 rotary pairs: fast ones as trained, slow ones stretched by `factor`, with
-// a ramp between. (YaRN, Peng et al. 2023; model.py precompute_freqs_cis)
+// Inverse frequencies of the 32 rotary pairs: fast ones as trained, slow ones stretched by
+// `factor`, with a ramp between. (YaRN, Peng et al. 2023; model.py precompute_freqs_cis)
 static void yarn(Model *m) {
     const Config *c = &m->config;
     double range = c->rope_scaling.original_max_position_embeddings, log_base = log(c->rope_theta);
@@ -691,11 +737,12 @@ static void model_bind(Model *m, Progress *p) {
         if (m->checkpoint->slots[i].file && !m->checkpoint->slots[i].used && !unused++)
             first = m->checkpoint->slots[i].name;
     if (unused)
-        log_line(0, "%zu tensors of the checkpoint have no place in this model, the first is %.*s", unused,
-                 (int)first.len, first.data);
+        log_line(0, "%zu tensors of the checkpoint have no place in this model, the first is %.*s",
+                 unused, (int)first.len, first.data);
 }
 
-Model *model_load(const char *dir, bool dummy, int max_rows, int max_out, int n_pages, Progress *p) {
+Model *model_load(const char *dir, bool dummy, int max_rows, int max_out, int n_pages,
+                  Progress *p) {
     Model *m = xcalloc(1, sizeof *m);
     Progress unwatched;
     m->config = config_load(dir);
@@ -748,8 +795,8 @@ void model_embed(Model *m, const Batch *b) {
     rope_angles(m->rope, m->inv_freq, b->position, b->n);
 }
 
-// The residual stream is x. What a half of a layer adds, y, is added by the norm that follows it, which
-// reads and writes x anyway; so x is complete only after the next add_norm.
+// The residual stream is x. What a half of a layer adds, y, is added by the norm that follows it,
+// which reads and writes x anyway; so x is complete only after the next add_norm.
 void model_layer(Model *m, int layer, const Batch *b) {
     const Layer *l = &m->layers[layer];
     const Config *c = &m->config;
@@ -757,7 +804,8 @@ void model_layer(Model *m, int layer, const Batch *b) {
     int n = b->n, heads = c->num_attention_heads;
     bf16 *cache = m->cache[layer];
 
-    // Attention. All heads look at one latent of 512 + 64 numbers per token: that is all that is cached.
+    // Attention. All heads look at one latent of 512 + 64 numbers per token: that is all that is
+    // cached.
     add_norm(m->x, m->normed, layer ? m->y : NULL, &l->input_layernorm, eps, n);
     linear(m->q_a, m->normed, &l->self_attn.q_a_proj, n);
     linear(m->kv_a, m->normed, &l->self_attn.kv_a_proj_with_mqa, n);
@@ -769,7 +817,8 @@ void model_layer(Model *m, int layer, const Batch *b) {
     mla_value(m->heads_out, m->u, &l->self_attn.kv_b_proj, heads, n);
     linear(m->y, m->heads_out, &l->self_attn.o_proj, n);
 
-    // The MLP: a plain one in the first layers, then the 8 experts that the router chooses and a shared one.
+    // The MLP: a plain one in the first layers, then the 8 experts that the router chooses and a
+    // shared one.
     add_norm(m->x, m->normed, m->y, &l->post_attention_layernorm, eps, n);
     if (!l->moe) {
         mlp(m->y, m->dense_hidden, m->normed, &l->mlp, n);
@@ -792,11 +841,11 @@ void model_step(Model *m, const Batch *b) {
     model_logits(m, b);
 }
 
-// ==== Many at once ================================================================================
-// The engine thread owns the model. Sequences reach it through one queue and leave, a token at a time, as
-// events through another; nothing else is shared but the atomics of `server`. Today it computes one
-// sequence after the other, a step at a time: a prompt in chunks, then token by token. Between two steps
-// it looks whether the client is still there, and which requests ask to go first.
+// ==== Many at once ===============================================================================
+// The engine thread owns the model. Sequences reach it through one queue and leave, a token at a
+// time, as events through another; nothing else is shared but the atomics of `server`. Today it
+// computes one sequence after the other, a step at a time: a prompt in chunks, then token by token.
+// Between two steps it looks whether the client is still there, and which requests ask to go first.
 
 Server server = {.wake_fd = -1};
 
@@ -878,7 +927,8 @@ static void outbox_add(Event *e) {
     else outbox.first = e;
     outbox.last = e;
     pthread_mutex_unlock(&outbox.mutex);
-    if (write(server.wake_fd, &(uint64_t){1}, 8) < 0 && errno != EAGAIN) die("eventfd: %s", strerror(errno));
+    if (write(server.wake_fd, &(uint64_t){1}, 8) < 0 && errno != EAGAIN)
+        die("eventfd: %s", strerror(errno));
 }
 
 Event *engine_events(void) {
@@ -895,8 +945,8 @@ static bool is_stop_id(const Seq *s, int id) {
     return id == server.config.eos_token_id && !s->ignore_eos;
 }
 
-// Takes the chosen token into the sequence and says in e what it means: EOS and stop ids first, then stop
-// strings, then the length.
+// Takes the chosen token into the sequence and says in e what it means: EOS and stop ids first,
+// then stop strings, then the length.
 static void seq_take(Seq *s, Event *e) {
     e->has_token = true;
     if (e->choice.id < 0) {
@@ -917,7 +967,8 @@ static void seq_take(Seq *s, Event *e) {
 
 static void log_prefill(const Seq *s, int rows) {
     log_line(0,
-             "Prefill batch. #new-seq: 1, #new-token: %d, #cached-token: 0, cache hit rate: 0.00%%, token "
+             "Prefill batch. #new-seq: 1, #new-token: %d, #cached-token: 0, cache hit rate: "
+             "0.00%%, token "
              "usage: %.2f, #running-req: 0, #queue-req: %d",
              rows, (double)s->n_computed / server.max_total_tokens,
              server.queued + (s->n_computed + rows < (int)s->tokens.len));
@@ -927,7 +978,8 @@ static void log_decode(const Seq *s) {
     if (++engine.decode_steps < server.options.decode_log_interval) return;
     double now = now_seconds();
     log_line(0,
-             "Decode batch. #running-req: 1, #token: %d, token usage: %.2f, gen throughput (token/s): %.2f, "
+             "Decode batch. #running-req: 1, #token: %d, token usage: %.2f, gen throughput "
+             "(token/s): %.2f, "
              "#queue-req: %d",
              s->n_computed, (double)s->n_computed / server.max_total_tokens,
              engine.decode_steps / (now - engine.decode_start), server.queued);
@@ -935,8 +987,8 @@ static void log_decode(const Seq *s) {
     engine.decode_start = now;
 }
 
-// One step of a sequence: the next chunk of its prompt, or one token. NULL while the prompt is not through,
-// else what happened.
+// One step of a sequence: the next chunk of its prompt, or one token. NULL while the prompt is not
+// through, else what happened.
 static Event *seq_step(Seq *s) {
     Event *e = xcalloc(1, sizeof *e);
     *e = (Event){.seq = s, .stop_id = -1, .stop_string = -1};
@@ -973,13 +1025,15 @@ static Event *seq_step(Seq *s) {
     return e;
 }
 
-// Without a seed of its own a request draws one from --random-seed and its number. (api.md 8)
+// Without a seed of its own a request draws one from --random-seed and its number; its i-th choice
+// adds i.
 static void seq_seed(Seq *s) {
     static uint32_t requests;
     uint32_t word[4];
-    if (s->has_seed) return;
-    philox(word, server.options.random_seed, (uint32_t[4]){requests++, 0, 0, 0});
-    s->sampling.seed = word[0] | (uint64_t)word[1] << 32;
+    if (s->has_seed || s->probe) return;
+    requests += s->index == 0;
+    philox(word, server.options.random_seed, (uint32_t[4]){requests, 0, 0, 0});
+    s->sampling.seed = (word[0] | (uint64_t)word[1] << 32) + s->index;
 }
 
 // Runs a sequence to its end. After the event with its finish it is the HTTP thread's again.
@@ -1002,7 +1056,8 @@ static void engine_load(void) {
     const Options *o = &server.options;
     bool dummy = !strcmp(o->load_format, "dummy");
     int n_pages = (server.max_total_tokens + PAGE - 1) / PAGE;
-    engine.chunk = o->chunked_prefill_size < server.context_len ? o->chunked_prefill_size : server.context_len;
+    engine.chunk =
+        o->chunked_prefill_size < server.context_len ? o->chunked_prefill_size : server.context_len;
     engine.model = model_load(o->model_path, dummy, engine.chunk, 1, n_pages, &server.progress);
     engine.max_pages = n_pages;
     engine.pages = xcalloc(n_pages, sizeof(int));
@@ -1017,7 +1072,8 @@ static void engine_free(void) {
     free(engine.pages), free(engine.id), free(engine.position), free(engine.seq);
 }
 
-// "The capital city of France is", 8 tokens, greedily: what a first request would wait for happens now.
+// "The capital city of France is", 8 tokens, greedily: what a first request would wait for happens
+// now.
 static void engine_warmup(void) {
     Seq *s = seq_new();
     if (tokenizer_bos(server.tokenizer) >= 0) ids_add(&s->tokens, tokenizer_bos(server.tokenizer));
@@ -1042,7 +1098,8 @@ static void *engine_main(void *unused) {
     server.state = STATE_LOADING;
     log_line(0, "Load weight begin. avail mem=%.2f GB", free_memory());
     engine_load();
-    log_line(0, "Load weight end. type=DeepseekV3ForCausalLM, dtype=torch.bfloat16, avail mem=%.2f GB",
+    log_line(0,
+             "Load weight end. type=DeepseekV3ForCausalLM, dtype=torch.bfloat16, avail mem=%.2f GB",
              free_memory());
     log_line(0, "max_total_num_tokens=%d, chunked_prefill_size=%d, max_prefill_tokens=%d, "
              "max_running_requests=1, context_len=%d",
@@ -1056,10 +1113,10 @@ static void *engine_main(void *unused) {
     return NULL;
 }
 
-// ==== Commands ====================================================================================
-// One table says every flag once: its names, where its value goes, what it may be, and the help's line.
-// SGLang's other flags are known too, so that its command lines keep working: those without a meaning
-// here are accepted, those that would change what is served are refused.
+// ==== Commands ===================================================================================
+// One table says every flag once: its names, where its value goes, what it may be, and the help's
+// line. SGLang's other flags are known too, so that its command lines keep working: those without a
+// meaning here are accepted, those that would change what is served are refused.
 
 typedef enum {
     TEXT, INTEGER, LONG, NUMBER, SWITCH, LIST,
@@ -1083,25 +1140,35 @@ typedef struct {
 #define AT(field) offsetof(Options, field)
 static const Flag flags[] = {
     {"--model-path", "--model", MODEL | TOKENIZE, TEXT, AT(model_path), 0, 0, NULL,
-     "a directory with R1's files, or a name in the local Hugging Face cache; default: the tiny-r1 beside r1"},
-    {"--tokenizer-path", "", MODEL, TEXT, AT(tokenizer_path), 0, 0, NULL, "default: as --model-path"},
-    {"--load-format", "", MODEL, TEXT, AT(load_format), 0, 0, "auto", "auto, safetensors or dummy (made-up weights)"},
-    {"--served-model-name", "", SERVE, TEXT, AT(served_model_name), 0, 0, NULL, "default: as --model-path"},
-    {"--host", "", SERVE, TEXT, AT(host), 0, 0, "0.0.0.0", "address to listen on; :: is IPv6 and IPv4"},
+     "a directory with R1's files, or a name in the local Hugging Face cache; default: the tiny-r1 "
+     "beside r1"},
+    {"--tokenizer-path", "", MODEL, TEXT, AT(tokenizer_path), 0, 0, NULL,
+     "default: as --model-path"},
+    {"--load-format", "", MODEL, TEXT, AT(load_format), 0, 0, "auto",
+     "auto, safetensors or dummy (made-up weights)"},
+    {"--served-model-name", "", SERVE, TEXT, AT(served_model_name), 0, 0, NULL,
+     "default: as --model-path"},
+    {"--host", "", SERVE, TEXT, AT(host), 0, 0, "0.0.0.0",
+     "address to listen on; :: is IPv6 and IPv4"},
     {"--port", "", SERVE, INTEGER, AT(port), 0, 65535, "30000", "0 takes a free one and logs it"},
-    {"--api-key", "", SERVE, TEXT, AT(api_key), 0, 0, NULL, "what clients must send as Authorization: Bearer"},
-    {"--context-length", "", MODEL, INTEGER, AT(context_length), 2, 1 << 24, NULL, "default: config.json's"},
+    {"--api-key", "", SERVE, TEXT, AT(api_key), 0, 0, NULL,
+     "what clients must send as Authorization: Bearer"},
+    {"--context-length", "", MODEL, INTEGER, AT(context_length), 2, 1 << 24, NULL,
+     "default: config.json's"},
     {"--max-total-tokens", "", MODEL, INTEGER, AT(max_total_tokens), PAGE, 1 << 30, NULL,
      "tokens that the cache holds; default: what fits"},
     {"--chunked-prefill-size", "", MODEL, INTEGER, AT(chunked_prefill_size), 1, 1 << 20, "8192",
      "prompt tokens of a step, at most"},
     {"--max-queued-requests", "", SERVE, INTEGER, AT(max_queued_requests), 1, 1 << 30, NULL,
      "sequences that may wait; beyond: 503"},
-    {"--chat-template", "", SERVE | RUN | TOKENIZE, TEXT, AT(chat_template), 0, 0, "auto", "auto, r1 or r1-0528"},
+    {"--chat-template", "", SERVE | RUN | TOKENIZE, TEXT, AT(chat_template), 0, 0, "auto",
+     "auto, r1 or r1-0528"},
     {"--think", "", SERVE | RUN | TOKENIZE, TEXT, AT(think), 0, 0, "auto",
      "auto, force or off: whether the prompt ends in <think>"},
-    {"--random-seed", "", SERVE, INTEGER, AT(random_seed), 0, INT_MAX, "0", "for requests without a seed"},
-    {"--stream-interval", "", SERVE, INTEGER, AT(stream_interval), 1, 1 << 20, "1", "tokens of a stream's event"},
+    {"--random-seed", "", SERVE, INTEGER, AT(random_seed), 0, INT_MAX, "0",
+     "for requests without a seed"},
+    {"--stream-interval", "", SERVE, INTEGER, AT(stream_interval), 1, 1 << 20, "1",
+     "tokens of a stream's event"},
     {"--decode-log-interval", "", SERVE, INTEGER, AT(decode_log_interval), 1, 1 << 30, "40",
      "steps between two log lines"},
     {"--log-level", "", SERVE, TEXT, AT(log_level), 0, 0, "info", "debug, info, warning or error"},
@@ -1109,21 +1176,29 @@ static const Flag flags[] = {
      "cut prompts that are too long instead of refusing them"},
     {"--enable-cache-report", "", SERVE, SWITCH, AT(enable_cache_report), 0, 0, NULL,
      "report cached tokens in usage"},
-    {"--log-requests", "", SERVE, SWITCH, AT(log_requests), 0, 0, NULL, "log each request's parameters and figures"},
-    {"--skip-server-warmup", "", SERVE, SWITCH, AT(skip_server_warmup), 0, 0, NULL, "ready without a first step"},
+    {"--log-requests", "", SERVE, SWITCH, AT(log_requests), 0, 0, NULL,
+     "log each request's parameters and figures"},
+    {"--skip-server-warmup", "", SERVE, SWITCH, AT(skip_server_warmup), 0, 0, NULL,
+     "ready without a first step"},
     {"--system", "", RUN, TEXT, AT(system), 0, 0, NULL, "a system prompt"},
-    {"--raw", "", RUN, SWITCH, AT(raw), 0, 0, NULL, "no chat template: the text itself is continued"},
-    {"--max-tokens", "", RUN, INTEGER, AT(max_tokens), 0, 1 << 24, NULL, "default: what the context leaves"},
-    {"--temperature", "", RUN, NUMBER, AT(temperature), 0, 1e6, NULL, "default: generation_config.json's"},
+    {"--raw", "", RUN, SWITCH, AT(raw), 0, 0, NULL,
+     "no chat template: the text itself is continued"},
+    {"--max-tokens", "", RUN, INTEGER, AT(max_tokens), 0, 1 << 24, NULL,
+     "default: what the context leaves"},
+    {"--temperature", "", RUN, NUMBER, AT(temperature), 0, 1e6, NULL,
+     "default: generation_config.json's"},
     {"--top-p", "", RUN, NUMBER, AT(top_p), 1e-9, 1, NULL, "default: generation_config.json's"},
     {"--top-k", "", RUN, INTEGER, AT(top_k), -1, 1 << 24, "-1", "-1: all"},
     {"--min-p", "", RUN, NUMBER, AT(min_p), 0, 1, "0", "relative to the likeliest token"},
     {"--seed", "", RUN, LONG, AT(seed), -0x1p63, 0x1p63, "0", "for sampling"},
-    {"--stop", "", RUN, LIST, AT(stop), 0, 0, NULL, "a text that ends the answer; may be given again"},
+    {"--stop", "", RUN, LIST, AT(stop), 0, 0, NULL,
+     "a text that ends the answer; may be given again"},
     {"--no-bos", "", TOKENIZE, SWITCH, AT(no_bos), 0, 0, NULL, "don't begin with the BOS token"},
     {"--ids", "", TOKENIZE, SWITCH, AT(ids), 0, 0, NULL, "the ids on one line"},
-    {"--chat", "", TOKENIZE, SWITCH, AT(chat), 0, 0, NULL, "the text as a user's message in the chat template"},
-    {"--decode", "", TOKENIZE, SWITCH, AT(decode), 0, 0, NULL, "the text is ids; print what they mean"},
+    {"--chat", "", TOKENIZE, SWITCH, AT(chat), 0, 0, NULL,
+     "the text as a user's message in the chat template"},
+    {"--decode", "", TOKENIZE, SWITCH, AT(decode), 0, 0, NULL,
+     "the text is ids; print what they mean"},
 
     {"--tensor-parallel-size", "--tp --tp-size", SERVE, LATER, 0, 0, 0, "1", "ranks"},
     {"--nnodes", "", SERVE, LATER, 0, 0, 0, "1", "nodes"},
@@ -1149,21 +1224,25 @@ static const Flag flags[] = {
 #undef AT
 
 // Flags of SGLang that need no more than their names, by kind.
-static const struct { FlagKind kind; const char *names; } foreign_flags[] = {
-    {IGNORED, "--trust-remote-code --enable-torch-compile --enable-mixed-chunk --enable-metrics "
-              "--enable-deterministic-inference --enable-nan-detection --enable-flashinfer-mla --disable-mla "
-              "--disable-overlap-schedule --disable-jump-forward --disable-cuda-graph-padding "
-              "--enable-nccl-nvls --disable-outlines-disk-cache --enable-p2p-check "
-              "--triton-attention-reduce-in-fp32 --enable-memory-saver --show-time-cost "
-              "--prefill-only-one-req --enable-hierarchical-cache --disable-radix-cache "
-              "--disable-custom-all-reduce --disable-cuda-graph --enable-dp-attention --enable-ep-moe "},
-    {IGNORED_VALUE, "--dtype --device --tokenizer-mode --quantization-param-path --revision --download-dir "
-                    "--attention-backend --sampling-backend --grammar-backend --torch-compile-max-bs "
-                    "--num-continuous-decode-steps --triton-attention-num-kv-splits --torchao-config "
-                    "--file-storage-pth --load-balance-method --constrained-json-whitespace-pattern "
-                    "--schedule-conservativeness --max-loras-per-batch --lora-backend "
-                    "--speculative-draft-model-path --speculative-algorithm --speculative-num-steps "
-                    "--speculative-eagle-topk --speculative-num-draft-tokens --cuda-graph-bs "},
+static const struct { FlagKind kind; const char *names;
+} foreign_flags[] = {
+    {IGNORED,
+     "--trust-remote-code --enable-torch-compile --enable-mixed-chunk --enable-metrics "
+     "--enable-deterministic-inference --enable-nan-detection --enable-flashinfer-mla "
+     "--disable-mla "
+     "--disable-overlap-schedule --disable-jump-forward --disable-cuda-graph-padding "
+     "--enable-nccl-nvls --disable-outlines-disk-cache --enable-p2p-check "
+     "--triton-attention-reduce-in-fp32 --enable-memory-saver --show-time-cost "
+     "--prefill-only-one-req --enable-hierarchical-cache --disable-radix-cache "
+     "--disable-custom-all-reduce --disable-cuda-graph --enable-dp-attention --enable-ep-moe "},
+    {IGNORED_VALUE,
+     "--dtype --device --tokenizer-mode --quantization-param-path --revision --download-dir "
+     "--attention-backend --sampling-backend --grammar-backend --torch-compile-max-bs "
+     "--num-continuous-decode-steps --triton-attention-num-kv-splits --torchao-config "
+     "--file-storage-pth --load-balance-method --constrained-json-whitespace-pattern "
+     "--schedule-conservativeness --max-loras-per-batch --lora-backend "
+     "--speculative-draft-model-path --speculative-algorithm --speculative-num-steps "
+     "--speculative-eagle-topk --speculative-num-draft-tokens --cuda-graph-bs "},
     {REFUSED, "--is-embedding --skip-tokenizer-init --lora-paths --enable-double-sparsity "
               "--json-model-override-args --return-hidden-states --enable-custom-logit-processor "
               "--delete-ckpt-after-loading --stream-output "},
@@ -1222,12 +1301,20 @@ static const Flag *flag_find(const Command *c, const char *name, size_t len) {
             buf_printf(&candidates, "%s%s", n++ ? ", " : "", f->name);
             found = f;
         }
-        if (edit_distance(name, len, f->name) < edit_distance(name, len, nearest->name)) nearest = f;
+        if (edit_distance(name, len, f->name) < edit_distance(name, len, nearest->name))
+            nearest = f;
     }
     for (size_t i = 0; i < COUNT(foreign_flags) && c->bit == SERVE; i++)
         if (listed(foreign_flags[i].names, name, len)) {
-            foreign = (Flag){format_string("%.*s", (int)len, name), "", SERVE, foreign_flags[i].kind, 0, 0, 0,
-                             NULL, NULL};
+            foreign = (Flag){format_string("%.*s", (int)len, name),
+                             "",
+                             SERVE,
+                             foreign_flags[i].kind,
+                             0,
+                             0,
+                             0,
+                             NULL,
+                             NULL};
             return &foreign;
         }
     if (n > 1) usage_die(c, "%.*s could be any of %s", (int)len, name, candidates.data);
@@ -1246,7 +1333,8 @@ static void flag_set(const Command *c, Options *o, const Flag *f, const char *va
         ((const char **)field)[o->n_stop++] = value;
     } else if (f->kind == TEXT) {
         *(const char **)field = value;
-    } else if (!*value || *end || !(number >= f->low && number <= f->high) || (whole && number != floor(number))) {
+    } else if (!*value || *end || !(number >= f->low && number <= f->high) ||
+               (whole && number != floor(number))) {
         usage_die(c, "%s: got \"%s\", want %s in %.10g..%.10g", f->name, value,
                   whole ? "an integer" : "a number", f->low, f->high);
     } else if (f->kind == LONG) {
@@ -1266,8 +1354,9 @@ static void flag_apply(const Command *c, Options *o, const Flag *f, const char *
     case REFUSED: usage_die(c, "%s: not supported, since it would change what is served", f->name);
     case LATER:
         if (!f->fallback || strcmp(value, f->fallback))
-            usage_die(c, "%s %s (%s): this version of r1 can't do that yet%s%s", f->name, value, f->help,
-                      f->fallback ? "; it takes only " : "", f->fallback ? f->fallback : "");
+            usage_die(c, "%s %s (%s): this version of r1 can't do that yet%s%s", f->name, value,
+                      f->help, f->fallback ? "; it takes only " : "",
+                      f->fallback ? f->fallback : "");
         break;
     default: flag_set(c, o, f, value);
     }
@@ -1278,14 +1367,15 @@ static _Noreturn void flags_help(const Command *c, const char *synopsis) {
     for (size_t i = 0; i < COUNT(flags); i++) {
         const Flag *f = &flags[i];
         if (!(f->commands & c->bit) || f->kind == IGNORED_VALUE) continue;
-        bool bare = f->kind == SWITCH;
-        char *left = format_string("%s%s%s%s", f->name, *f->others ? ", " : "", f->others, bare ? "" : " V");
-        printf("  %-40s %s%s%s%s\n", left, f->help, f->fallback ? " (default " : "",
+        int n = printf("  %s%s%s%s", f->name, *f->others ? ", " : "", f->others,
+                       f->kind == SWITCH ? "" : " V");
+        printf("%*s%s%s%s%s\n", n < 40 ? 42 - n : 2, "", f->help, f->fallback ? " (default " : "",
                f->fallback ? f->fallback : "", f->fallback ? ")" : "");
     }
     if (c->bit == SERVE)
         for (size_t i = 0; i < 2; i++)
-            printf("\naccepted without effect%s:\n  %s\n", i ? ", with a value" : "", foreign_flags[i].names);
+            printf("\naccepted without effect%s:\n  %s\n", i ? ", with a value" : "",
+                   foreign_flags[i].names);
     exit(0);
 }
 
@@ -1294,7 +1384,8 @@ static const char *flags_parse(const Command *c, Options *o, const char *synopsi
     const char *text = NULL;
     *o = (Options){.max_tokens = -1, .temperature = -1, .top_p = -1};
     for (size_t i = 0; i < COUNT(flags); i++)
-        if (flags[i].fallback && flags[i].kind <= LIST) flag_set(c, o, &flags[i], flags[i].fallback);
+        if (flags[i].fallback && flags[i].kind <= LIST)
+            flag_set(c, o, &flags[i], flags[i].fallback);
     for (; *argv; argv++) {
         if (!strcmp(*argv, "--help") || !strcmp(*argv, "-h")) flags_help(c, synopsis);
         if (strncmp(*argv, "--", 2) || !(*argv)[2]) {
@@ -1308,7 +1399,8 @@ static const char *flags_parse(const Command *c, Options *o, const char *synopsi
         const Flag *f = flag_find(c, *argv, len);
         bool bare = f->kind == SWITCH || f->kind == IGNORED || f->kind == REFUSED;
         const char *value = (*argv)[len] ? *argv + len + 1 : NULL;
-        if (bare && value && f->kind != REFUSED) usage_die(c, "%s: got \"%s\", takes no value", f->name, value);
+        if (bare && value && f->kind != REFUSED)
+            usage_die(c, "%s: got \"%s\", takes no value", f->name, value);
         if (!bare && !value && !(value = *++argv)) usage_die(c, "%s: want a value", f->name);
         flag_apply(c, o, f, value);
     }
@@ -1325,18 +1417,21 @@ static const char *default_model(void) {
     return format_string("%s/tiny-r1", path);
 }
 
-// A directory as it is; else ORG/NAME in the local Hugging Face cache, which is never downloaded to.
+// A directory as it is; else ORG/NAME in the local Hugging Face cache, which is never downloaded
+// to.
 static const char *model_directory(const char *path) {
     struct stat st;
     if (stat(path, &st) == 0 && S_ISDIR(st.st_mode)) return path;
     const char *home = getenv("HOME"), *hf = getenv("HF_HOME");
-    char *root = hf ? format_string("%s/hub", hf) : format_string("%s/.cache/huggingface/hub", home ? home : "");
+    char *root = hf ? format_string("%s/hub", hf)
+                    : format_string("%s/.cache/huggingface/hub", home ? home : "");
     Buf name = {0};
     for (const char *p = path; *p; p++) *p == '/' ? buf_str(&name, "--") : buf_add(&name, p, 1);
     char *base = format_string("%s/models--%s", root, name.data ? name.data : "");
     size_t len = 0;
     char *main_ref = format_string("%s/refs/main", base), *revision = read_file(main_ref, &len);
-    if (!revision) die("--model-path %s: no such directory, and not in the Hugging Face cache %s", path, root);
+    if (!revision)
+        die("--model-path %s: no such directory, and not in the Hugging Face cache %s", path, root);
     revision[strcspn(revision, "\n")] = 0;
     const char *directory = format_string("%s/snapshots/%s", base, revision);
     free(root), free(base), free(main_ref), free(revision);
@@ -1361,7 +1456,9 @@ static void server_setup(Options *o) {
     server.options = *o;
     server.tokenizer = tokenizer_load(o->tokenizer_path);
     bool automatic = !strcmp(o->chat_template, "auto"), r1 = !strcmp(o->chat_template, "r1");
-    server.template_kind = automatic ? tokenizer_template(server.tokenizer) : r1 ? TEMPLATE_R1 : TEMPLATE_R1_0528;
+    server.template_kind = automatic ? tokenizer_template(server.tokenizer)
+                           : r1      ? TEMPLATE_R1
+                                     : TEMPLATE_R1_0528;
     server.think = !strcmp(o->think, "auto") ? template_forces_think(server.template_kind)
                                              : !strcmp(o->think, "force");
 }
@@ -1370,9 +1467,10 @@ static void server_size(const Options *o) {
     server.config = config_load(o->model_path);
     int longest = server.config.max_position_embeddings;
     if (tokenizer_vocab(server.tokenizer) > server.config.vocab_size)
-        die("%s/tokenizer.json: has ids up to %d, want at most config.json's vocab_size, %d", o->tokenizer_path,
-            tokenizer_vocab(server.tokenizer) - 1, server.config.vocab_size);
-    server.context_len = o->context_length && o->context_length < longest ? o->context_length : longest;
+        die("%s/tokenizer.json: has ids up to %d, want at most config.json's vocab_size, %d",
+            o->tokenizer_path, tokenizer_vocab(server.tokenizer) - 1, server.config.vocab_size);
+    server.context_len =
+        o->context_length && o->context_length < longest ? o->context_length : longest;
     server.max_total_tokens = pool_size(&server.config, o, server.context_len);
 }
 
@@ -1465,9 +1563,11 @@ static void on_interrupt(int unused) {
 // The prompt's ids: the text as a user's message in the template, or as it is behind BOS.
 static void encode_prompt(Ids *ids, const char *system, Str text, bool template, bool bos) {
     Buf rendered = {0};
-    Message messages[] = {{ROLE_SYSTEM, {system, system ? strlen(system) : 0}, NULL}, {ROLE_USER, text, NULL}};
+    Message messages[] = {{ROLE_SYSTEM, {system, system ? strlen(system) : 0}, NULL},
+                          {ROLE_USER, text, NULL}};
     if (template) {
-        chat_render(&rendered, server.template_kind, messages + !system, 1 + !!system, true, server.think);
+        chat_render(&rendered, server.template_kind, messages + !system, 1 + !!system, true,
+                    server.think);
         text = (Str){rendered.data, rendered.len};
     } else if (bos && tokenizer_bos(server.tokenizer) >= 0) {
         ids_add(ids, tokenizer_bos(server.tokenizer));
@@ -1479,7 +1579,8 @@ static void encode_prompt(Ids *ids, const char *system, Str text, bool template,
 static int run_main(char **argv) {
     const Command command = {"run", RUN};
     Options o;
-    const char *argument = options_read(&command, "run [flags] [PROMPT|-]: answers one prompt", argv, &o);
+    const char *argument =
+        options_read(&command, "run [flags] [PROMPT|-]: answers one prompt", argv, &o);
     server_setup(&o);
     server_size(&o);
     device_init();
@@ -1488,7 +1589,8 @@ static int run_main(char **argv) {
     Seq *s = seq_new();
     encode_prompt(&s->tokens, o.system, (Str){text.data, text.len}, !o.raw, true);
     s->n_prompt = s->tokens.len;
-    int room = (server.context_len < server.max_total_tokens ? server.context_len : server.max_total_tokens) -
+    int room = (server.context_len < server.max_total_tokens ? server.context_len
+                                                             : server.max_total_tokens) -
                s->n_prompt;
     if (!s->n_prompt) die("the prompt is empty");
     if (room <= 0 || o.max_tokens > room)
@@ -1497,8 +1599,10 @@ static int run_main(char **argv) {
     s->max_tokens = o.max_tokens < 0 ? room : o.max_tokens;
     if (o.temperature >= 0) s->sampling.temperature = o.temperature;
     if (o.top_p >= 0) s->sampling.top_p = o.top_p;
-    s->sampling.top_k = o.top_k ? o.top_k : -1, s->sampling.min_p = o.min_p, s->sampling.seed = o.seed;
-    for (int i = 0; i < o.n_stop; i++) s->text.stop[s->text.n_stop++] = (Str){o.stop[i], strlen(o.stop[i])};
+    s->sampling.top_k = o.top_k ? o.top_k : -1, s->sampling.min_p = o.min_p,
+    s->sampling.seed = o.seed;
+    for (int i = 0; i < o.n_stop; i++)
+        s->text.stop[s->text.n_stop++] = (Str){o.stop[i], strlen(o.stop[i])};
     s->probe = true;  // no log lines in the middle of the answer
     signal(SIGINT, on_interrupt);
     if (server.think && !o.raw) printf("<think>\n");
@@ -1518,9 +1622,11 @@ static int run_main(char **argv) {
     fflush(stdout);
     double prefill = first - start, decode = now_seconds() - first;
     int output = (int)s->tokens.len - s->n_prompt;
-    static const char *reason[] = {"", "stop", "length", "abort", "error: the model gave a value that is no number"};
+    static const char *reason[] = {"", "stop", "length", "abort",
+                                   "error: the model gave a value that is no number"};
     // The first token comes with the prompt's last step; the others take a step each.
-    fprintf(stderr, "prompt: %d tokens, %.2f s (%.2f tok/s); output: %d tokens, %.2f s (%.2f tok/s); %s\n",
+    fprintf(stderr,
+            "prompt: %d tokens, %.2f s (%.2f tok/s); output: %d tokens, %.2f s (%.2f tok/s); %s\n",
             s->n_prompt, prefill, s->n_prompt / prefill, output, decode,
             output > 1 ? (output - 1) / decode : 0.0, reason[finish]);
     seq_free(s);
@@ -1559,7 +1665,8 @@ static void print_decoded(const Command *c, const char *text) {
         char *end;
         long id = strtol(p, &end, 10);
         if (end == p || id < 0 || id >= tokenizer_vocab(server.tokenizer))
-            usage_die(c, "--decode: got \"%.20s\", want token ids in 0..%d", p, tokenizer_vocab(server.tokenizer) - 1);
+            usage_die(c, "--decode: got \"%.20s\", want token ids in 0..%d", p,
+                      tokenizer_vocab(server.tokenizer) - 1);
         text_push(&stream, &out, id, false);
         p = end;
     }
@@ -1573,7 +1680,8 @@ static void print_decoded(const Command *c, const char *text) {
 static int tokenize_main(char **argv) {
     const Command command = {"tokenize", TOKENIZE};
     Options o;
-    const char *argument = options_read(&command, "tokenize [flags] [TEXT|-]: shows a text's tokens", argv, &o);
+    const char *argument =
+        options_read(&command, "tokenize [flags] [TEXT|-]: shows a text's tokens", argv, &o);
     server_setup(&o);
     Buf text = text_or_stdin(argument);
     Ids ids = {0};
@@ -1602,7 +1710,8 @@ int main(int argc, char **argv) {
     if (!strcmp(name, "run")) return run_main(argv + 2);
     if (!strcmp(name, "tokenize")) return tokenize_main(argv + 2);
     if (!strcmp(name, "version") || !strcmp(name, "--version")) return puts("r1 " R1_VERSION), 0;
-    if (!strcmp(name, "help") || !strcmp(name, "--help") || !strcmp(name, "-h")) return fputs(usage, stdout), 0;
+    if (!strcmp(name, "help") || !strcmp(name, "--help") || !strcmp(name, "-h"))
+        return fputs(usage, stdout), 0;
     if (!strcmp(name, "bench") || !strcmp(name, "plan"))
         usage_die(NULL, "%s: this version of r1 can't do that yet", name);
     usage_die(NULL, "unknown command %s, want serve, run, tokenize, help or version", name);

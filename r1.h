@@ -1,12 +1,14 @@
 // r1.h: the map of r1, DeepSeek R1 inference in plain C and CUDA.
 //
 // One section per file that implements it, in the order in which a reader wants them: json.c and
-// tokenizer.c turn bytes into ids, r1.c turns a checkpoint into a model and ids into tokens, kernels.c
-// (or kernels.cu, which has the same symbols) does the arithmetic, http.c speaks to the world.
+// tokenizer.c turn bytes into ids, r1.c turns a checkpoint into a model and ids into tokens,
+// kernels.c (or kernels.cu, which has the same symbols) does the arithmetic, http.c speaks to the
+// world.
 //
-// Conventions: outputs first, then inputs, then dims. [n][hidden] is row-major. Sizes are in elements
-// unless a name says bytes. A function that can fail on a user's input returns false or NULL and says
-// why in `err`; a function that can fail on the machine or the checkpoint calls die().
+// Conventions: outputs first, then inputs, then dims. [n][hidden] is row-major. Sizes are in
+// elements unless a name says bytes. A function that can fail on a user's input returns false or
+// NULL and says why in `err`; a function that can fail on the machine or the checkpoint calls
+// die().
 #ifndef R1_H
 #define R1_H
 
@@ -23,25 +25,25 @@
 
 #define R1_VERSION "0.1.0"
 
-// ------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Numbers that belong to R1 and not to a size of it. config.json is checked against them.
 
 enum {
-    BLOCK = 128,        // side of a weight's scale block, and columns of an activation's scale group
-    NOPE_DIM = 128,     // qk_nope_head_dim: the part of a head's query and key without position
-    ROPE_DIM = 64,      // qk_rope_head_dim: the part that is rotated
-    V_DIM = 128,        // v_head_dim
-    LATENT_DIM = 512,   // kv_lora_rank: what all heads' keys and values are made from
+    BLOCK = 128,       // side of a weight's scale block, and columns of an activation's scale group
+    NOPE_DIM = 128,    // qk_nope_head_dim: the part of a head's query and key without position
+    ROPE_DIM = 64,     // qk_rope_head_dim: the part that is rotated
+    V_DIM = 128,       // v_head_dim
+    LATENT_DIM = 512,  // kv_lora_rank: what all heads' keys and values are made from
     QK_DIM = NOPE_DIM + ROPE_DIM,       // one head of q_b_proj's output
     KV_DIM = NOPE_DIM + V_DIM,          // one head of kv_b_proj's output
     CACHE_DIM = LATENT_DIM + ROPE_DIM,  // one row of the latent cache: c (512), then k_pe (64)
-    PAGE = 64,          // tokens in a page of the cache
+    PAGE = 64,                          // tokens in a page of the cache
     MAX_EXPERTS_PER_TOK = 16,
     MAX_TOP_LOGPROBS = 64,
-    MAX_STOPS = 64,     // stop strings of a request, and stop ids of a request
+    MAX_STOPS = 64,  // stop strings of a request, and stop ids of a request
 };
 
-// ------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // json.c: small things that every file needs, and JSON
 
 typedef struct {  // borrowed bytes, any value, not terminated
@@ -93,20 +95,22 @@ typedef struct {
 } Json;
 
 // Parses strict RFC 8259 in place: strings of the result point into `text` (len bytes, which are
-// overwritten and must outlive the result). One malloc'ed array, to be freed with free(). On an error
-// NULL, and in err a text like: invalid JSON at byte 17: got 'x', want ',' or '}'
+// overwritten and must outlive the result). One malloc'ed array, to be freed with free(). On an
+// error NULL, and in err a text like: invalid JSON at byte 17: got 'x', want ',' or '}'
 Json *json_parse(char *text, size_t len, char *err, size_t err_size);
-const Json *json_get(const Json *object, const char *key);  // the LAST of equal keys; NULL if absent
+const Json *json_get(const Json *object,
+                     const char *key);  // the LAST of equal keys; NULL if absent
 const Json *json_next(const Json *value);                   // the node behind a whole value
 const Json *json_duplicate_key(const Json *object);  // the second of two equal keys' nodes, or NULL
 // True and *out when the value is an integer in lo..hi; 16.0 counts as 16.
 bool json_int(const Json *value, int64_t lo, int64_t hi, int64_t *out);
-const char *json_type_name(const Json *value);   // "null", "bool", "number", "string", "array", "object"
+const char *
+json_type_name(const Json *value);  // "null", "bool", "number", "string", "array", "object"
 
 void json_write_string(Buf *b, Str s);           // with quotes; escapes only ", \ and below U+0020
-void json_write_float(Buf *b, float f);          // fewest digits that read back as f; f must be finite
+void json_write_float(Buf *b, float f);  // fewest digits that read back as f; f must be finite
 
-// ------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // tokenizer.c: byte-level BPE, the chat templates, text that streams
 
 typedef struct Tokenizer Tokenizer;
@@ -124,10 +128,11 @@ void tokenizer_free(Tokenizer *t);
 int tokenizer_vocab(const Tokenizer *t);         // ids 0..this-1 may have a token
 // Appends the ids of any bytes (invalid UTF-8 too). Added tokens' texts are matched. Adds no BOS.
 void tokenizer_encode(const Tokenizer *t, Ids *out, Str text);
-Str tokenizer_bytes(const Tokenizer *t, int id); // a token's own bytes; {NULL, 0} for an id without one
+Str tokenizer_bytes(const Tokenizer *t,
+                    int id);  // a token's own bytes; {NULL, 0} for an id without one
 bool tokenizer_special(const Tokenizer *t, int id);  // dropped by skip_special_tokens
 int tokenizer_find(const Tokenizer *t, const char *added);  // id of an added token's text, or -1
-int tokenizer_bos(const Tokenizer *t);           // the BOS id where tokenizer_config.json wants it, else -1
+int tokenizer_bos(const Tokenizer *t);  // the BOS id where tokenizer_config.json wants it, else -1
 
 typedef enum { TEMPLATE_AUTO, TEMPLATE_R1, TEMPLATE_R1_0528 } ChatTemplate;
 
@@ -145,11 +150,11 @@ ChatTemplate tokenizer_template(const Tokenizer *t);
 bool template_forces_think(ChatTemplate kind);
 // Appends the rendered text, BOS first. With generation_prompt the answer's head follows: where
 // `think`, "<think>\n" after <Assistant>. (model.md 7.1, 7.2; the original's quirks kept)
-void chat_render(Buf *out, ChatTemplate kind, const Message *messages, int n, bool generation_prompt,
-                 bool think);
+void chat_render(Buf *out, ChatTemplate kind, const Message *messages, int n,
+                 bool generation_prompt, bool think);
 
-// From tokens to text: bytes, whole code points, stop strings. What can't be decided yet is held back.
-// The joined deltas never depend on where tokens were cut. (api.md 9)
+// From tokens to text: bytes, whole code points, stop strings. What can't be decided yet is held
+// back. The joined deltas never depend on where tokens were cut. (api.md 9)
 typedef struct {
     const Tokenizer *tokenizer;
     bool skip_special, no_stop_trim;
@@ -161,13 +166,13 @@ typedef struct {
 } TextStream;
 
 void text_init(TextStream *s, const Tokenizer *t, bool skip_special);
-// Appends to `out` the text that token id makes certain. True when a stop string matched: the text is
-// over. `match` false: this token's text takes no part in stop matching (min_tokens).
+// Appends to `out` the text that token id makes certain. True when a stop string matched: the text
+// is over. `match` false: this token's text takes no part in stop matching (min_tokens).
 bool text_push(TextStream *s, Buf *out, int id, bool match);
-void text_flush(TextStream *s, Buf *out);        // the end of the sequence: everything that was held
+void text_flush(TextStream *s, Buf *out);  // the end of the sequence: everything that was held
 void text_free(TextStream *s);
 
-// ------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // r1.c, chapters "Config" and "Checkpoint"
 
 typedef struct {  // config.json's keys
@@ -232,25 +237,27 @@ typedef struct {  // watched by other threads while a checkpoint is read
     _Atomic uint64_t loaded_bytes, total_bytes;
 } Progress;
 
-// Opens config's tensors in `dir`: through model.safetensors.index.json where there is one, else one
-// model.safetensors. Checks every offset and length; maps the files and copies nothing. `dummy`: makes
-// every tensor from a hash of its name and the element's index instead; reads no file.
+// Opens config's tensors in `dir`: through model.safetensors.index.json where there is one, else
+// one model.safetensors. Checks every offset and length; maps the files and copies nothing.
+// `dummy`: makes every tensor from a hash of its name and the element's index instead; reads no
+// file.
 Checkpoint *checkpoint_open(const char *dir, bool dummy);
 void checkpoint_close(Checkpoint *c);
 
-// ------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // kernels.c and kernels.cu: the stages. Two twins of the same symbols; the Makefile links one.
 
-// A bf16 in memory. Built with -DEXACT (tests only) it is a float and nothing is rounded or quantised,
-// so that the maths can be compared with an oracle in f32 to 1e-4 instead of bf16's 4e-3.
+// A bf16 in memory. Built with -DEXACT (tests only) it is a float and nothing is rounded or
+// quantised, so that the maths can be compared with an oracle in f32 to 1e-4 instead of bf16's
+// 4e-3.
 #ifdef EXACT
 typedef float bf16;
 #else
 typedef uint16_t bf16;
 #endif
 
-// n rows on their way into a linear: normed or gated values, and their e4m3 form with one scale per row
-// and 128 columns. The format is the twin's own.
+// n rows on their way into a linear: normed or gated values, and their e4m3 form with one scale per
+// row and 128 columns. The format is the twin's own.
 typedef struct Act Act;
 
 typedef struct {  // one step: n rows, each a token at a position of a sequence
@@ -258,7 +265,7 @@ typedef struct {  // one step: n rows, each a token at a position of a sequence
     const int *id;          // [n] token ids
     const int *position;    // [n] index in the sequence, 0 first
     const int *seq;         // [n] which row of `pages`
-    const int *pages;       // [sequences][max_pages] the page that holds positions 64 i .. 64 i + 63
+    const int *pages;  // [sequences][max_pages] the page that holds positions 64 i .. 64 i + 63
     int max_pages;
     const int *out;         // [n_out] the rows whose logits are wanted
     int n_out;
@@ -286,7 +293,7 @@ typedef struct {  // how one row's token is chosen (api.md 8)
     const int *bias_id;     // [n_bias]
     const float *bias;      // [n_bias]
     int n_bias;
-    int top_logprobs;       // how many of the likeliest ids are wanted with their logprobs; -1: none
+    int top_logprobs;  // how many of the likeliest ids are wanted with their logprobs; -1: none
 } Sampling;
 
 typedef struct {
@@ -324,22 +331,28 @@ void mla_latent(Act *qa, bf16 *cache, const bf16 *q, const bf16 *kv, const Vecto
                 const Vector *kv_gain, float eps, const float *rope, const Batch *b);
 
 // query [n][heads][576] = [ q_nope W_UK (512) | rotated q_pe (64) ] of q [n][heads][192]: the keys'
-// up-projection absorbed into the query, so that attention reads latents only. (V2 paper, appendix C)
-void mla_query(bf16 *query, const bf16 *q, const Linear *kv_b_proj, const float *rope, int heads, int n);
+// up-projection absorbed into the query, so that attention reads latents only. (V2 paper, appendix
+// C)
+void mla_query(bf16 *query, const bf16 *q, const Linear *kv_b_proj, const float *rope, int heads,
+               int n);
 
-// u [n][heads][512] = softmax(scale query . cache) cache[:512] over the row's own sequence up to its
-// own position. Scores, softmax and sums in f32.
-void mla_attend(bf16 *u, const bf16 *query, const bf16 *cache, float scale, int heads, const Batch *b);
+// u [n][heads][512] = softmax(scale query . cache) cache[:512] over the row's own sequence up to
+// its own position. Scores, softmax and sums in f32.
+void mla_attend(bf16 *u, const bf16 *query, const bf16 *cache, float scale, int heads,
+                const Batch *b);
 
 // o = quant(u W_UV^T) per head: [n][heads*128], the input of o_proj.
 void mla_value(Act *o, const bf16 *u, const Linear *kv_b_proj, int heads, int n);
 
-// The 8 (num_experts_per_tok) experts of each row and their weights: sigmoid scores of the unquantised
-// row; bias only for choosing; the best groups by the sum of their two best. (V3 eq. 13-16)
-void moe_route(Routing *r, const Act *a, const Linear *gate, const Vector *bias, const Config *c, int n);
+// The 8 (num_experts_per_tok) experts of each row and their weights: sigmoid scores of the
+// unquantised row; bias only for choosing; the best groups by the sum of their two best. (V3 eq.
+// 13-16)
+void moe_route(Routing *r, const Act *a, const Linear *gate, const Vector *bias, const Config *c,
+               int n);
 
-// y [n][hidden] = sum over chosen experts of weight x expert(a), plus shared(a); summed in f32, rounded
-// once. h: room for n x (num_experts_per_tok + 1) rows of moe_intermediate_size. (V3 eq. 12)
+// y [n][hidden] = sum over chosen experts of weight x expert(a), plus shared(a); summed in f32,
+// rounded once. h: room for n x (num_experts_per_tok + 1) rows of moe_intermediate_size. (V3 eq.
+// 12)
 void moe_experts(bf16 *y, Act *h, const Act *a, const Routing *r, const Mlp *experts,
                  const Mlp *shared, const Config *c, int n);
 
@@ -352,11 +365,11 @@ void logits(float *out, const Act *a, const Linear *lm_head, const int *rows, in
 // Philox4x32-10: four random words, a pure function of key and counter. (Salmon et al. 2011)
 void philox(uint32_t out[4], uint64_t key, const uint32_t counter[4]);
 
-// Chooses one token for each row of l [n][stride] (overwritten), of whose entries the first `vocab` are
-// tokens. The order of its steps is fixed. (api.md 8)
+// Chooses one token for each row of l [n][stride] (overwritten), of whose entries the first `vocab`
+// are tokens. The order of its steps is fixed. (api.md 8)
 void sample(Choice *out, float *l, const Sampling *s, int vocab, int stride, int n);
 
-// ------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // r1.c, chapters "One step" and "Many at once"
 
 typedef struct {
@@ -387,8 +400,9 @@ void model_step(Model *m, const Batch *b);               // all of them
 
 typedef enum { FINISH_NONE, FINISH_STOP, FINISH_LENGTH, FINISH_ABORT, FINISH_ERROR } Finish;
 
-// One prompt and its answer. The HTTP thread fills the first part, hands it over with engine_submit and
-// gets events until one has a finish; then it is the HTTP thread's again, and is freed with seq_free.
+// One prompt and its answer. The HTTP thread fills the first part, hands it over with engine_submit
+// and gets events until one has a finish; then it is the HTTP thread's again, and is freed with
+// seq_free.
 typedef struct Seq {
     struct Seq *next;
     char rid[136];          // at most 128 given characters, and "_1023" where there are several
@@ -423,7 +437,14 @@ typedef struct Event {  // one token of one sequence, or its end, or both
     Buf text;               // what became certain; owned
 } Event;
 
-typedef enum { STATE_STARTING, STATE_LOADING, STATE_WARMUP, STATE_READY, STATE_DRAINING, STATE_FAILED } State;
+typedef enum {
+    STATE_STARTING,
+    STATE_LOADING,
+    STATE_WARMUP,
+    STATE_READY,
+    STATE_DRAINING,
+    STATE_FAILED
+} State;
 
 typedef struct {  // the flags by their long names (api.md 12)
     const char *model_path, *tokenizer_path, *served_model_name, *load_format, *host, *api_key;
@@ -457,13 +478,14 @@ typedef struct {  // what both threads see; no lock but the two queues'
 
 extern Server server;
 void engine_submit(Seq *s);          // any thread; ownership passes until its finish event
-Event *engine_events(void);          // the waiting events, oldest first, a list to free; never blocks
-void engine_stop(bool abort_all);    // drain: finish what is queued (or abort it), then the thread ends
+Event *engine_events(void);  // the waiting events, oldest first, a list to free; never blocks
+void engine_stop(
+    bool abort_all);  // drain: finish what is queued (or abort it), then the thread ends
 Seq *seq_new(void);                  // with the defaults of api.md 3
 void seq_free(Seq *s);
 void event_free(Event *e);
 
-// ------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // http.c: sockets, HTTP/1.1, SSE, the endpoints
 
 typedef struct {  // api.md 0; the tests make them smaller
@@ -475,7 +497,8 @@ typedef struct {  // api.md 0; the tests make them smaller
 extern HttpLimits http_limits;
 // Binds options.host:port and returns the listening socket; dies with one line where it can't.
 int http_listen(const char *host, int port);
-// Serves until http_stop's pipe says drain and all requests are answered. Runs in the calling thread.
+// Serves until http_stop's pipe says drain and all requests are answered. Runs in the calling
+// thread.
 void http_serve(int listen_fd);
 // From a signal handler: first call drains, second aborts. Async-signal-safe.
 void http_stop(void);

@@ -1,0 +1,1571 @@
+// http.c: sockets, HTTP/1.1, SSE and the endpoints. It knows requests and text, and no tensors.
+//
+// The idea: a connection is a small machine between two buffers. What came lies in `in`, what must
+// go lies in `out`, and a state says what the next byte means. conn_run() sends what is in `out`,
+// then lets the state take one step, until it has to wait for the client or the engine. Nothing
+// blocks: one poll() waits for all sockets, the engine's events and the pipe behind http_stop().
+//
+// A request that generates becomes a Call: one Seq for each choice, and an Answer that gathers what
+// comes of it. A Call outlives its connection when the client leaves: a Seq that the engine has can
+// only be freed after its last event. All of this runs in one thread, so there is no lock.
+#define _GNU_SOURCE
+#include "r1.h"
+
+#include <ctype.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <float.h>
+#include <limits.h>
+#include <math.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <sys/resource.h>
+#include <time.h>
+#include <unistd.h>
+
+HttpLimits http_limits = {
+    .connections = 4096, .header_bytes = 32 << 10, .header_fields = 100, .body_bytes = 32 << 20,
+    .all_bodies_bytes = 1 << 30, .header_s = 10, .body_gap_s = 30, .idle_s = 75, .stall_s = 300,
+    .linger_s = 2, .probe_s = 20,
+};
+
+enum {
+    READ_BYTES = 64 << 10,     // taken from a socket at once: no client keeps the others waiting
+    CHUNK_LINE = 4096,         // a chunk's size with its extensions
+    SPARE_FDS = 64,            // files beside the connections: checkpoint, engine, log
+    GOODBYES = 32,             // connections above the limit that are still told so
+    EVENT_TEXT = 24 << 10,     // text in one event, as JSON, and
+    EVENT_ENTRIES = 32 << 10,  // logprobs in one event: together they stay below 64 KiB
+    SHOWN = 64, LINE = 1024,   // bytes repeated of a wrong value; of a target or a model's name
+    STOP_BYTES = 1024, MAX_BIAS = 1024, MAX_RID = 128,
+};
+
+typedef enum {
+    IDLE,       // nothing of a request is there yet
+    HEADER,     // a part of its header is
+    BODY,       // the header is understood, the body comes
+    COMPUTING,  // the engine works and the answer has not begun
+    STREAMING,  // the answer's head is out, events follow
+    WRITING,    // the answer is complete and lies in `out`
+    LINGER,     // said goodbye; what the client still sends is thrown away
+    DEAD,       // closed; freed before the next round
+} ConnState;
+
+typedef struct Conn Conn;
+typedef struct Call Call;
+
+typedef struct {
+    const char *path;     // with a slash at its end: all that begins so
+    const char *methods;  // "POST or PUT"
+    enum { OPENAI, GENERATE, HEALTH } shape;  // of its errors: F, G, H of api.md 11
+    void (*handler)(Conn *c);
+} Route;
+
+typedef struct {  // what a header said; its strings lie in Conn.head
+    Str method, target, path;  // path: the target without its query and last slash
+    Str authorization, origin, cors_headers;
+    bool http10, chunked, has_length, expects, body_done;
+    bool close;              // the connection ends with this answer
+    enum { CHUNK_SIZE, CHUNK_END, CHUNK_TRAILER } line;  // what a chunked body's next line is
+    uint64_t left, trailer;  // bytes of the body or its chunk still to come; of trailers so far
+    const Route *route;      // NULL: none
+    const Json *json;        // the body of a POST: an object
+    const char *extra;       // header fields for the answer, or NULL
+} Request;
+
+struct Conn {
+    int fd;
+    char peer[INET6_ADDRSTRLEN], port[8];
+    ConnState state;
+    double since;          // when the state began or bytes last moved: timeouts count from here
+    Buf in, out, head, body;
+    size_t in_at, out_at;  // how much of `in` is used up, how much of `out` is sent
+    size_t scanned;        // bytes of `in` that hold no end of a header
+    Request request;
+    Call *call;            // in COMPUTING and STREAMING
+};
+
+static Conn **conns;
+static size_t n_conns, n_open;  // n_open: without the dead ones
+static size_t bodies_held;      // bytes, of all requests
+static Call *calls;
+static double now;              // of this round
+static int stops;               // how often http_stop() was called
+static int stop_pipe[2] = {-1, -1};  // a signal handler may write into a pipe, and hardly more
+
+#define ARG(s) (int)(s).len, (s).data  // a Str for %.*s
+
+// Passing texts: an empty buffer, a string as JSON, a formatted text. Nobody has to free them; they
+// are good until their place in the ring is taken again, fifteen calls later.
+static Buf *scratch(void) {
+    static Buf ring[16];
+    static unsigned turn;
+    Buf *b = &ring[turn++ % 16];
+    if (b->cap > READ_BYTES) buf_free(b);
+    b->len = 0;
+    buf_str(b, "");
+    return b;
+}
+
+static const char *quoted(Str s) {
+    Buf *b = scratch();
+    json_write_string(b, s);
+    return b->data;
+}
+
+__attribute__((format(printf, 1, 2))) static const char *at(const char *format, ...) {
+    va_list args;
+    char text[4 * LINE];
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    Buf *b = scratch();
+    buf_str(b, text);
+    return b->data;
+}
+
+static Str str_of(const char *text) { return (Str){text, strlen(text)}; }
+static Str buf_text(const Buf *b) { return (Str){b->data, b->len}; }
+static Str str_cut(Str s, size_t most) { return (Str){s.data, s.len < most ? s.len : most}; }
+static bool str_begins(Str s, const char *a) { return str_equal(str_cut(s, strlen(a)), a); }
+static bool str_is(Str s, const char *lower) {  // letters of either case
+    return s.len == strlen(lower) && !strncasecmp(s.data, lower, s.len);
+}
+static void buf_drop(Buf *b, size_t n) { if (n) memmove(b->data, b->data + n, (b->len -= n) + 1); }
+static void conn_state(Conn *c, ConnState state) { c->state = state, c->since = now; }
+
+// ------------------------------------------------------------------------------------------------
+// Answers. respond() is the only way to a complete answer, refuse() the only way to an error.
+
+typedef struct {
+    int code;
+    const char *reason, *type;  // type: api.md 11's T
+} Status;
+
+static const Status *status_find(int code) {
+    static const Status list[] = {
+        {200, "OK", ""}, {204, "No Content", ""}, {401, "Unauthorized", ""},
+        {400, "Bad Request", "BadRequestError"}, {404, "Not Found", "NotFoundError"},
+        {405, "Method Not Allowed", "MethodNotAllowedError"},
+        {408, "Request Timeout", "RequestTimeoutError"},
+        {413, "Payload Too Large", "PayloadTooLargeError"},
+        {415, "Unsupported Media Type", "UnsupportedMediaTypeError"},
+        {431, "Request Header Fields Too Large", "HeaderTooLargeError"},
+        {500, "Internal Server Error", "InternalServerError"},
+        {501, "Not Implemented", "NotImplementedError"},
+        {503, "Service Unavailable", "ServiceUnavailableError"},
+        {505, "HTTP Version Not Supported", "HTTPVersionError"},
+    };
+    const Status *s = list;
+    while (s->code != code) s++;
+    return s;
+}
+
+// SGLang's form. Probes come every few seconds, so their 200 shows only at debug.
+static void access_log(const Conn *c, const Status *s) {
+    const char *level = server.options.log_level ? server.options.log_level : "info";
+    const Request *r = &c->request;
+    bool probe = s->code == 200 && r->route->shape == HEALTH;
+    if (!strcmp(level, "debug") || (!strcmp(level, "info") && !probe))
+        log_line(-1, "INFO:     %s:%s - \"%.*s %.*s HTTP/1.1\" %d %s", c->peer, c->port,
+                 ARG(r->method), ARG(str_cut(r->target, LINE)), s->code, s->reason);
+}
+
+// Status line and header. length -1: a stream, chunked in HTTP/1.1, up to the end in HTTP/1.0.
+static void respond_head(Conn *c, int code, const char *type, long length) {
+    Request *r = &c->request;
+    // Behind a body that was not read to its end nobody could tell where the next request begins.
+    r->close |= r->http10 || !r->body_done || stops;
+    access_log(c, status_find(code));
+    buf_printf(&c->out, "HTTP/1.1 %d %s\r\n", code, status_find(code)->reason);
+    if (length) buf_printf(&c->out, "Content-Type: %s\r\n", type);
+    // A 204 must not have a length (RFC 9110, 8.6).
+    if (length >= 0 && code != 204) buf_printf(&c->out, "Content-Length: %ld\r\n", length);
+    if (length < 0 && !r->http10) buf_str(&c->out, "Transfer-Encoding: chunked\r\n");
+    if (r->close) buf_str(&c->out, "Connection: close\r\n");
+    if (r->origin.len)
+        buf_printf(&c->out, "Access-Control-Allow-Origin: %.*s\r\n"
+                   "Access-Control-Allow-Credentials: true\r\nVary: Origin\r\n", ARG(r->origin));
+    buf_printf(&c->out, "%s\r\n", r->extra ? r->extra : "");
+}
+
+// The body is JSON. HEAD gets its length and not its bytes.
+static void respond(Conn *c, int code, const Buf *body) {
+    respond_head(c, code, "application/json", (long)body->len);
+    if (!str_equal(c->request.method, "HEAD")) buf_add(&c->out, body->data, body->len);
+    conn_state(c, WRITING);
+}
+
+// Draining is this thread's to decide; the engine may still report progress of its own.
+static int server_state(void) {
+    return stops && server.state != STATE_FAILED ? STATE_DRAINING : server.state;
+}
+
+static const char *state_name(void) {
+    static const char *const names[] = {"starting", "loading",  "warmup",
+                                        "ready",    "draining", "failed"};
+    return names[server_state()];
+}
+
+// The JSON of /health (api.md 7). It asks no other thread and waits for nothing.
+static Buf *health_json(void) {
+    int state = server_state();
+    uint64_t loaded = server.progress.loaded_bytes, total = server.progress.total_bytes;
+    const double giga = 1e9, instant = 1e-3;
+    double uptime = fmax(now - server.boot, instant), rate = (double)loaded / uptime;
+    Buf *b = scratch();
+    buf_printf(b, "{\"status\":\"%s\",\"ready\":%s,\"version\":\"%s\",\"uptime_s\":%.1f",
+               state_name(), state == STATE_READY ? "true" : "false", R1_VERSION, uptime);
+    if (state == STATE_READY || state == STATE_DRAINING)
+        buf_printf(b, ",\"steps\":%lu,\"running\":%d,\"queued\":%d", server.steps, server.running,
+                   server.queued);
+    else
+        buf_printf(b, ",\"loaded_bytes\":%lu,\"total_bytes\":%lu,\"gb_per_s\":%.2f,\"eta_s\":%s",
+                   loaded, total, rate / giga,
+                   loaded ? at("%.1f", (double)(total - loaded) / rate) : "null");
+    buf_printf(b, ",\"ranks\":[{\"rank\":0,\"node\":0,\"state\":\"%s\",\"loaded_bytes\":%lu,"
+               "\"total_bytes\":%lu}]}", state_name(), loaded, total);
+    return b;
+}
+
+// One event of a stream, which is a chunk by itself.
+static void stream_event(Conn *c, const char *json) {
+    bool chunked = !c->request.http10;
+    if (chunked) buf_printf(&c->out, "%zx\r\n", strlen(json) + strlen("data: \n\n"));
+    buf_printf(&c->out, "data: %s\n\n%s", json, chunked ? "\r\n" : "");
+}
+
+static void stream_end(Conn *c) {
+    stream_event(c, "[DONE]");
+    if (!c->request.http10) buf_str(&c->out, "0\r\n\r\n");
+    conn_state(c, WRITING);
+}
+
+// Answers with an error, in the shape that api.md 11 gives to the route. The text begins with the
+// field's path, where there is one (else param is NULL). Behind a stream's head it is a last event.
+// Always false, so that whoever parses can say `return refuse(...)`.
+#define refuse(c, code, param, ...) refuse_text(c, code, param, at(__VA_ARGS__))
+
+static bool refuse_text(Conn *c, int code, const char *param, const char *text) {
+    Request *r = &c->request;
+    int shape = r->route ? (int)r->route->shape : OPENAI;
+    const char *message = quoted(str_of(param ? at("%s: %s", param, text) : text));
+    Buf *b = scratch();
+    if (code == 401) buf_str(b, "{\"error\":\"Unauthorized\"}");
+    else if (shape == HEALTH) b = health_json();
+    else if (shape == GENERATE) buf_printf(b, "{\"error\":{\"message\":%s}}", message);
+    else buf_printf(b, "{\"object\":\"error\",\"message\":%s,\"type\":\"%s\",\"param\":%s,"
+                    "\"code\":%d}", message, status_find(code)->type,
+                    param ? quoted(str_of(param)) : "null", code);
+    if (c->state != STREAMING) { respond(c, code, b); return false; }
+    stream_event(c, shape == OPENAI ? at("{\"error\":%s}", b->data) : b->data);
+    stream_end(c);
+    return !(r->close = true);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Fields of a JSON body. A rule stands once, in a table that drives parsing and the error's text.
+
+typedef struct {  // the strings lie in the request's body
+    Sampling sampling;   // as every sequence gets it, but for the seed
+    int max_tokens;      // -1: as many as fit
+    int min_tokens, n, top_logprobs;
+    bool has_seed, ignore_eos, no_stop_trim, skip_special_tokens, spaces_between, stream, logprobs;
+    bool separate_reasoning, stream_reasoning, include_usage, continuous_usage, add_special_tokens;
+    Str rid, model, stop[MAX_STOPS];
+    int stop_id[MAX_STOPS], bias_id[MAX_BIAS], n_stop, n_stop_id;
+    float bias[MAX_BIAS];
+} Params;
+
+typedef struct {
+    const char *name;
+    enum { INT, NUMBER, BOOL, STRING, SEED, RID, STOP, STOP_IDS, BIAS } kind;
+    size_t offset;     // of the value in Params
+    double lo, hi;     // both ends are allowed
+    const char *want;  // the range in words
+} Field;
+
+static const Json *field(const Json *object, const char *name) {  // null means absent
+    const Json *v = json_get(object, name);
+    return v && v->type != JSON_NULL ? v : NULL;
+}
+
+static bool json_is(const Json *v, const char *text) {
+    return v && v->type == JSON_STRING && str_equal(v->string, text);
+}
+
+// A value as an error repeats it; a long string is cut behind a whole character.
+static const char *shown(const Json *v) {
+    if (!v || v->type < JSON_NUMBER || v->type > JSON_STRING) return v ? json_type_name(v) : "null";
+    if (v->type == JSON_NUMBER && !v->integer) return at("%.15g", v->number);
+    if (v->type == JSON_NUMBER) return at("%s%lu", v->negative ? "-" : "", v->magnitude);
+    Str s = str_cut(v->string, SHOWN);
+    while (s.len && s.len < v->string.len && (s.data[s.len] & 0xC0) == 0x80) s.len--;
+    return quoted(s);
+}
+
+// What was got is a type's name, or the value itself where the type was right.
+static bool wrong(Conn *c, const char *path, const char *got, const char *want) {
+    return refuse(c, 400, path, "got %s, want %s", got, want);
+}
+
+static bool typed(Conn *c, const char *path, const Json *v, JsonType type) {
+    const char *want = json_type_name(&(Json){.type = type});
+    return v->type == type || wrong(c, path, json_type_name(v), want);
+}
+
+static bool id_parse(Conn *c, int *out, const char *path, const Json *v) {
+    int64_t id, last = tokenizer_vocab(server.tokenizer) - 1;
+    if (!typed(c, path, v, JSON_NUMBER)) return false;
+    const char *want = at("a token id in 0..%ld", last);
+    if (!json_int(v, 0, last, &id)) return wrong(c, path, shown(v), want);
+    *out = (int)id;
+    return true;
+}
+
+// `stop`: one string or an array of them; `stop_token_ids`: an array of ids.
+static bool stops_parse(Conn *c, Params *p, const Field *f, const char *path, const Json *v) {
+    bool ids = f->kind == STOP_IDS, list = v->type == JSON_ARRAY;
+    if (!list && (ids || v->type != JSON_STRING)) return wrong(c, path, json_type_name(v), f->want);
+    int n = list ? (int)v->count : 1;
+    if (n > MAX_STOPS) return refuse(c, 400, path, "got %d entries, want at most %d", n, MAX_STOPS);
+    const Json *s = list ? v + 1 : v;
+    for (int i = 0; i < n; i++, s = json_next(s)) {
+        const char *entry = list ? at("%s[%d]", path, i) : path;
+        if (ids && !id_parse(c, &p->stop_id[i], entry, s)) return false;
+        if (ids) continue;
+        if (!typed(c, entry, s, JSON_STRING)) return false;
+        if (!s->string.len || s->string.len > STOP_BYTES)
+            return refuse(c, 400, entry, "got %zu bytes, want 1..%d", s->string.len, STOP_BYTES);
+        p->stop[i] = s->string;
+    }
+    *(ids ? &p->n_stop_id : &p->n_stop) = n;
+    return true;
+}
+
+// {"decimal id": number}
+static bool bias_parse(Conn *c, Params *p, const Field *f, const char *path, const Json *v) {
+    if (!typed(c, path, v, JSON_OBJECT)) return false;
+    if (v->count > MAX_BIAS)
+        return refuse(c, 400, path, "got %u entries, want at most %d", v->count, MAX_BIAS);
+    const Json *key = v + 1, *value = key + 1;
+    for (uint32_t i = 0; i < v->count; i++, key = json_next(value), value = key + 1) {
+        Str digits = key->string;
+        char *end;  // a string lies in the body, where a quote at the latest ends the digits
+        long id = strtol(digits.data, &end, 10), last = tokenizer_vocab(server.tokenizer) - 1;
+        if (!isdigit((uint8_t)*digits.data) || end != digits.data + digits.len || id > last)
+            return wrong(c, path, shown(key), at("token ids in 0..%ld", last));
+        const char *entry = at("%s.%ld", path, id);
+        if (!typed(c, entry, value, JSON_NUMBER)) return false;
+        if (!(value->number >= f->lo && value->number <= f->hi))
+            return wrong(c, entry, shown(value), f->want);
+        int k = 0;  // the last of equal ids wins, as of all equal keys
+        while (k < p->sampling.n_bias && p->bias_id[k] != id) k++;
+        p->sampling.n_bias += k == p->sampling.n_bias;
+        p->bias_id[k] = (int)id, p->bias[k] = (float)value->number;
+    }
+    return true;
+}
+
+static bool rid_live(const char *rid);
+
+// An rid names one live sequence, or /abort_request could not tell which is meant.
+static bool rid_parse(Conn *c, Params *p, const Field *f, const char *path, const Json *v) {
+    Str rid = p->rid = v->string;
+    bool ok = rid.len >= f->lo && rid.len <= f->hi;
+    for (size_t i = 0; ok && i < rid.len; i++) ok = rid.data[i] >= ' ' && rid.data[i] <= '~';
+    if (!ok) return wrong(c, path, shown(v), f->want);
+    if (!rid_live(at("%.*s", ARG(rid)))) return true;
+    return refuse(c, 400, path, "got %s, which is still running", shown(v));
+}
+
+// One value into its place in Params.
+static bool field_parse(Conn *c, Params *p, const Field *f, const char *path, const Json *v) {
+    static const JsonType types[] = {JSON_NUMBER, JSON_NUMBER, JSON_BOOL,
+                                     JSON_STRING, JSON_NUMBER, JSON_STRING};
+    void *out = (char *)p + f->offset;
+    int64_t i = 0;
+    bool ok = true;
+    if (f->kind < STOP && !typed(c, path, v, types[f->kind])) return false;
+    switch (f->kind) {
+    case INT:  // top_k alone begins at -1, which is all of them; none of them is no choice
+        ok = json_int(v, (int64_t)f->lo, (int64_t)f->hi, &i) && (f->lo >= 0 || i);
+        *(int *)out = (int)i;
+        break;
+    case NUMBER:
+        ok = v->number >= f->lo && v->number <= f->hi;
+        if (ok) *(float *)out = (float)v->number;
+        break;
+    case BOOL: *(bool *)out = v->boolean; break;
+    case STRING: ok = v->string.len <= f->hi, *(Str *)out = v->string; break;
+    case SEED:  // modulo 2^64
+        ok = p->has_seed = v->integer && (!v->negative || v->magnitude <= (uint64_t)1 << 63);
+        p->sampling.seed = v->negative ? 0 - v->magnitude : v->magnitude;
+        break;
+    case RID: return rid_parse(c, p, f, path, v);
+    case STOP: case STOP_IDS: return stops_parse(c, p, f, path, v);
+    case BIAS: return bias_parse(c, p, f, path, v);
+    }
+    return ok || wrong(c, path, shown(v), f->want);
+}
+
+// prefix: how the object's own path begins, "stream_options." say.
+static bool fields_parse(Conn *c, Params *p, const Json *o, const char *prefix, const Field *f) {
+    for (; f->name; f++) {
+        const Json *v = field(o, f->name);
+        char path[SHOWN];
+        snprintf(path, sizeof path, "%s%s", prefix, f->name);
+        if (v && !field_parse(c, p, f, path, v)) return false;
+    }
+    return true;
+}
+
+#define AT(member) offsetof(Params, member)
+#define FLAG(name) {#name, BOOL, AT(name), 0, 0, NULL}
+
+// What all generating endpoints understand (api.md 3), in the order in which errors are reported. A
+// positive number is a positive f32, because that is what the engine gets.
+static const Field shared_fields[] = {
+    {"max_tokens", INT, AT(max_tokens), 0, INT_MAX, "an integer in 0..2147483647"},
+    {"min_tokens", INT, AT(min_tokens), 0, INT_MAX, "an integer in 0..2147483647"},
+    {"temperature", NUMBER, AT(sampling.temperature), 0, FLT_MAX, "a number >= 0"},
+    {"top_p", NUMBER, AT(sampling.top_p), FLT_MIN, 1, "a number in (0, 1]"},
+    {"top_k", INT, AT(sampling.top_k), -1, INT_MAX, "-1 or an integer >= 1"},
+    {"min_p", NUMBER, AT(sampling.min_p), 0, 1, "a number in [0, 1]"},
+    {"frequency_penalty", NUMBER, AT(sampling.frequency_penalty), -2, 2, "a number in [-2, 2]"},
+    {"presence_penalty", NUMBER, AT(sampling.presence_penalty), -2, 2, "a number in [-2, 2]"},
+    {"repetition_penalty", NUMBER, AT(sampling.repetition_penalty), FLT_MIN, 2,
+     "a number in (0, 2]"},
+    {"logit_bias", BIAS, 0, -100, 100, "a number in [-100, 100]"},
+    {"seed", SEED, 0, 0, 0, "an integer in -9223372036854775808..18446744073709551615"},
+    {"stop", STOP, 0, 0, 0, "string or array"},
+    {"stop_token_ids", STOP_IDS, 0, 0, 0, "array"},
+    FLAG(ignore_eos), FLAG(no_stop_trim), FLAG(skip_special_tokens),
+    {"spaces_between_special_tokens", BOOL, AT(spaces_between), 0, 0, NULL},
+    {"n", INT, AT(n), 1, 128, "an integer in 1..128"},
+    FLAG(stream), {"rid", RID, 0, 1, MAX_RID, "1..128 printable ASCII characters"}, {0},
+};
+
+// Fields that would change the answer in a way that is not implemented. A client may send all that
+// it knows, so a neutral value passes: tools [] or tool_choice "none", type "text", suffix "".
+static bool refuse_unsupported(Conn *c, const Json *o) {
+    static const char *const names[] = {
+        "tools", "response_format", "suffix", "regex", "ebnf", "json_schema", "structural_tag",
+        "lora_path", "session_params", "image_data", "input_embeds", "custom_logit_processor"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+        const Json *v = field(o, names[i]);
+        bool none = json_is(field(o, "tool_choice"), "none");
+        bool empty = v && v->type == JSON_ARRAY && !v->count;
+        bool neutral[] = {none || empty, json_is(field(v, "type"), "text"), json_is(v, "")};
+        if (v && !(i < sizeof neutral && neutral[i]))
+            return refuse(c, 400, names[i], "not supported by this version of r1");
+    }
+    return true;
+}
+
+// ------------------------------------------------------------------------------------------------
+// Calls: what the engine computes for a connection. An endpoint that generates parses into a new
+// Call, adds its prompts and starts it; then its Api says how tokens, events, answers are written.
+
+typedef struct {  // one sequence's part of an answer
+    Seq *seq;
+    Buf text, entries;  // not yet written; entries: logprobs as JSON, a newline behind each
+    int n_tokens;
+    bool started;       // the head of its stream is written
+    bool waiting;       // an event is to be written as soon as `out` is empty
+    Finish finish;
+    int stop_id, stop_string;  // as in Event
+} Answer;
+
+typedef struct {
+    void (*token)(Buf *entries, const Choice *choice);
+    void (*event)(Call *call, Answer *a);  // writes the sequence's next event into the stream
+    void (*answer)(Call *call);            // writes everything at once
+} Api;
+
+struct Call {
+    Call *next;
+    Conn *conn;        // NULL: the client has left or has got its answer
+    const Api *api;
+    Params params;
+    Buf body;          // the request's, where the strings of params lie
+    Buf head;          // {"id":...,"model":...: how each object of the answer begins
+    bool forced_tag;   // the prompt ends in <think>\n
+    Answer *answers;
+    int n_answers, n_live, n_prompt, n_completion;
+    double deadline;
+};
+
+static Str served_name(void) {
+    const Options *o = &server.options;
+    return str_of(o->served_model_name ? o->served_model_name : o->model_path);
+}
+
+// The longest sequence, prompt and answer: the model's limit or, where that is less, the cache's.
+static int64_t max_req_len(void) {
+    int pool = server.max_total_tokens;
+    return server.context_len < pool ? server.context_len : pool;
+}
+
+// With the defaults of /v1.
+static Call *call_new(const Api *api) {
+    Call *call = xcalloc(1, sizeof *call);
+    *call = (Call){.api = api, .deadline = INFINITY, .params = {
+        .sampling = {.temperature = (float)server.config.temperature,
+                     .top_p = (float)server.config.top_p, .top_k = -1, .repetition_penalty = 1,
+                     .top_logprobs = -1},
+        .max_tokens = -1, .n = 1, .model = served_name(), .skip_special_tokens = true}};
+    return call;
+}
+
+static void call_free(Call *call) {
+    for (Answer *a = call->answers; a < call->answers + call->n_answers; a++) {
+        seq_free(a->seq);
+        buf_free(&a->text), buf_free(&a->entries);
+    }
+    bodies_held -= call->body.len;
+    buf_free(&call->body), buf_free(&call->head);
+    free(call->answers), free(call);
+}
+
+// Parts a call from its connection; what still runs is cancelled. calls_reap() frees it in time.
+static void call_leave(Call *call) {
+    for (Answer *a = call->answers; a < call->answers + call->n_answers; a++)
+        if (!a->finish) a->seq->cancelled = true;
+    call->conn->call = NULL;
+    call->conn = NULL;
+}
+
+// Only here calls are freed, between two rounds, so that none vanishes under who works on it.
+static void calls_reap(void) {
+    for (Call **link = &calls, *call; (call = *link);)
+        if (call->conn || call->n_live) link = &call->next;
+        else *link = call->next, call_free(call);
+}
+
+static bool rid_live(const char *rid) {  // also the stem of rid_0, rid_1, ...
+    for (const Call *call = calls; call; call = call->next) {
+        if (call->n_live && str_equal(call->params.rid, rid)) return true;
+        for (const Answer *a = call->answers; a < call->answers + call->n_answers; a++)
+            if (!a->finish && !strcmp(a->seq->rid, rid)) return true;
+    }
+    return false;
+}
+
+// Whether P + C tokens can ever be held, and the queue has room; settles C where it was left open.
+// The texts are SGLang's.
+static bool call_fits(Conn *c, Params *p, Ids *prompt) {
+    int64_t limit = max_req_len(), n = (int64_t)prompt->len;
+    int waiting = server.queued, most = server.options.max_queued_requests;
+    bool truncate = server.options.allow_auto_truncate;
+    const char *pool = limit == server.context_len ? "" :
+        at(" The KV cache of this server holds %ld tokens; the model allows %d.", limit,
+           server.context_len);
+    if (truncate && n >= limit) n = limit - 1, prompt->len = (size_t)n;
+    if (n >= limit)
+        return refuse(c, 400, NULL, "The input (%ld tokens) is longer than the model's context "
+                      "length (%ld tokens).%s", n, limit, pool);
+    bool open = p->max_tokens < 0 || (truncate && p->max_tokens > limit - n);
+    if (open) p->max_tokens = (int)(limit - n);
+    if (n + p->max_tokens > limit)
+        return refuse(c, 400, NULL, "Requested token count exceeds the model's maximum context "
+                      "length of %ld tokens. You requested a total of %ld tokens: %ld in the "
+                      "prompt and %d for the completion.%s", limit, n + p->max_tokens, n,
+                      p->max_tokens, pool);
+    if (p->min_tokens > p->max_tokens)
+        return refuse(c, 400, "min_tokens", "got %d, want an integer in 0..%d", p->min_tokens,
+                      p->max_tokens);
+    if (most <= 0 || waiting < most) return true;
+    c->request.extra = "Retry-After: 1\r\n";
+    return refuse(c, 503, NULL, "the request queue is full: %d waiting, limit %d", waiting, most);
+}
+
+// One choice of one prompt, with all that the engine has to know of it.
+static Seq *seq_fill(Call *call, const Ids *prompt, int choice) {
+    const Params *p = &call->params;
+    Seq *s = seq_new();
+    uint64_t random[2];
+    if (getrandom(random, sizeof random, 0) < 0) die("getrandom: %s", strerror(errno));
+    if (!p->rid.len) snprintf(s->rid, sizeof s->rid, "%016lx%016lx", random[0], random[1]);
+    else snprintf(s->rid, sizeof s->rid, p->n > 1 ? "%.*s_%d" : "%.*s", ARG(p->rid), choice);
+    s->owner = call, s->index = call->n_answers;
+    for (size_t i = 0; i < prompt->len; i++) ids_add(&s->tokens, prompt->data[i]);
+    s->n_prompt = (int)prompt->len;
+    s->max_tokens = p->max_tokens, s->min_tokens = p->min_tokens;
+    s->ignore_eos = p->ignore_eos, s->has_seed = p->has_seed;
+    s->sampling = p->sampling;
+    s->sampling.seed += (uint64_t)choice;
+    s->sampling.bias_id = p->bias_id, s->sampling.bias = p->bias;  // the call's, which lives longer
+    if (p->logprobs) s->sampling.top_logprobs = p->top_logprobs;
+    memcpy(s->stop_id, p->stop_id, sizeof s->stop_id);
+    s->n_stop_id = p->n_stop_id;
+    text_init(&s->text, server.tokenizer, p->skip_special_tokens);
+    memcpy(s->text.stop, p->stop, sizeof p->stop);
+    s->text.n_stop = p->n_stop, s->text.no_stop_trim = p->no_stop_trim;
+    return s;
+}
+
+// Adds a prompt: n sequences, whose choice index goes on from the prompt before.
+static void call_add(Call *call, const Ids *prompt) {
+    size_t n = (size_t)call->n_answers + (size_t)call->params.n;
+    call->answers = xrealloc(call->answers, n * sizeof *call->answers);
+    for (int i = 0; i < call->params.n; i++, call->n_answers++)
+        call->answers[call->n_answers] = (Answer){.seq = seq_fill(call, prompt, i)};
+    call->n_prompt += (int)prompt->len;
+}
+
+// Hands the sequences to the engine. What can be refused was refused: a stream's head goes out now.
+static void call_start(Conn *c, Call *call) {
+    call->conn = c, c->call = call;
+    call->next = calls, calls = call;
+    call->body = c->body, c->body = (Buf){0};  // stop strings are looked at until the last token
+    call->n_live = call->n_answers;
+    conn_state(c, call->params.stream ? STREAMING : COMPUTING);
+    c->request.extra = "Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n";
+    if (call->params.stream) respond_head(c, 200, "text/event-stream; charset=utf-8", -1);
+    c->request.extra = NULL;
+    for (int i = 0; i < call->n_answers; i++) engine_submit(call->answers[i].seq);
+}
+
+// Takes one event of the engine's into the answer that it belongs to.
+static void call_event(Call *call, const Event *e) {
+    Answer *a = &call->answers[e->seq->index];
+    int interval = server.options.stream_interval > 0 ? server.options.stream_interval : 1;
+    a->finish = e->finish, a->stop_id = e->stop_id, a->stop_string = e->stop_string;
+    if (e->finish) call->n_live--;
+    if (!call->conn) return;  // nobody waits for it any more
+    if (e->finish == FINISH_ERROR) {  // the request fails, and its other sequences are of no use
+        Conn *c = call->conn;
+        int code = c->request.route->shape == HEALTH ? 503 : 500;
+        call_leave(call);
+        refuse(c, code, NULL, "the model gave a value that is not a number at position %zu",
+               e->seq->tokens.len);
+        return;
+    }
+    a->n_tokens += e->has_token, call->n_completion += e->has_token;
+    if (e->has_token && call->params.logprobs) call->api->token(&a->entries, &e->choice);
+    if (e->text.len) buf_add(&a->text, e->text.data, e->text.len);
+    // A token without text, logprobs or an end makes no event: a character may not be whole yet.
+    if (e->finish || a->n_tokens == 1 || a->n_tokens % interval == 0)
+        a->waiting = e->finish || !a->started || a->text.len || a->entries.len;
+    if (call->params.stream || call->n_live) return;
+    call->api->answer(call);
+    call_leave(call);
+}
+
+// `details` stands where no cache report was asked for.
+static void usage_write(Buf *b, const Call *call, const char *details) {
+    if (server.options.enable_cache_report && !call->n_live)
+        details = at(",\"prompt_tokens_details\":{\"cached_tokens\":%d}",
+                     call->answers[0].seq->n_cached);
+    int p = call->n_prompt, c = call->n_completion;
+    buf_printf(b, "{\"prompt_tokens\":%d,\"total_tokens\":%d,\"completion_tokens\":%d%s}", p, p + c,
+               c, details);
+}
+
+// Writes the events that wait, one for each sequence; called only while `out` is empty. So a client
+// that reads slowly has one event of a sequence on its way and one, which grows, waiting: no step
+// ever waits for it. True when there was something to write.
+static bool stream_fill(Conn *c) {
+    Call *call = c->call;
+    bool any = false;
+    for (Answer *a = call->answers; a < call->answers + call->n_answers; a++)
+        if (a->waiting) call->api->event(call, a), any = true;
+    c->since = now;
+    if (any || call->n_live) return any;
+    if (call->params.include_usage) {
+        Buf *b = scratch();
+        buf_printf(b, "%s,\"choices\":[],\"usage\":", call->head.data);
+        usage_write(b, call, "");
+        buf_str(b, "}");
+        stream_event(c, b->data);
+    }
+    call_leave(call);
+    stream_end(c);
+    return true;
+}
+
+// ------------------------------------------------------------------------------------------------
+// POST /v1/chat/completions
+
+#define THINK "<think>\n"
+
+// The parts of a content, joined by newlines in `room`, which is as large as the request's body.
+static bool parts_join(Conn *c, int message, const Json *list, Str *content, char **room) {
+    const Json *part = list + 1;
+    content->data = *room;
+    for (uint32_t i = 0; i < list->count; i++, part = json_next(part)) {
+        const Json *type = field(part, "type"), *text = field(part, "text");
+        const char *path = at("messages[%d].content[%u]", message, i);
+        if (!typed(c, path, part, JSON_OBJECT)) return false;
+        if (!json_is(type, "text")) return wrong(c, at("%s.type", path), shown(type), "\"text\"");
+        if (!text) return refuse(c, 400, at("%s.text", path), "missing, want a string");
+        if (!typed(c, at("%s.text", path), text, JSON_STRING)) return false;
+        if (i) *(*room)++ = '\n';
+        *room = mempcpy(*room, text->string.data, text->string.len);
+    }
+    content->len = (size_t)(*room - content->data);
+    return true;
+}
+
+// One message. Keys that are not looked at here (name, reasoning_content, ...) are ignored.
+static bool message_parse(Conn *c, Message *m, const Json *v, int i, char **room) {
+    static const char *const names[] = {"system", "developer", "user", "assistant", "tool"};
+    static const Role roles[] = {ROLE_SYSTEM, ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, ROLE_TOOL};
+    const char *want = "system, developer, user, assistant or tool";
+    const char *role_path = at("messages[%d].role", i), *path = at("messages[%d].content", i);
+    const Json *role = field(v, "role"), *content = field(v, "content");
+    const Json *tools = field(v, "tool_calls");
+    size_t k = 0, n = sizeof roles / sizeof *roles;
+    if (!typed(c, at("messages[%d]", i), v, JSON_OBJECT)) return false;
+    if (!role) return refuse(c, 400, role_path, "missing, want %s", want);
+    if (!typed(c, role_path, role, JSON_STRING)) return false;
+    while (k < n && !json_is(role, names[k])) k++;
+    if (k == n) return wrong(c, role_path, shown(role), want);
+    m->role = roles[k];
+    if (tools && !typed(c, at("messages[%d].tool_calls", i), tools, JSON_ARRAY)) return false;
+    m->tool_calls = tools && tools->count ? tools : NULL;
+    if (!content) return true;
+    if (content->type == JSON_ARRAY) return parts_join(c, i, content, &m->content, room);
+    m->content = content->string;
+    if (content->type == JSON_STRING) return true;
+    return wrong(c, path, json_type_name(content), "string or array");
+}
+
+// The prompt's ids. A last message of the assistant's is the beginning of the answer: it follows on
+// the template's <Assistant>, and then no tag is forced. *forced: the prompt ends in <think>\n.
+static bool chat_prompt(Conn *c, Ids *prompt, bool *forced) {
+    const Json *list = field(c->request.json, "messages"), *v;
+    const char *want = "want a non-empty array";
+    if (!list) return refuse(c, 400, "messages", "missing, %s", want);
+    if (!typed(c, "messages", list, JSON_ARRAY)) return false;
+    if (!list->count) return refuse(c, 400, "messages", "got an empty array, %s", want);
+    int n = (int)list->count, i = 0;
+    Message *m = xcalloc(list->count, sizeof *m);
+    char *joined = xmalloc(c->body.len), *room = joined;
+    for (v = list + 1; i < n && message_parse(c, &m[i], v, i, &room); i++) v = json_next(v);
+    if (i == n) {
+        bool prefill = m[n - 1].role == ROLE_ASSISTANT, think = server.think && !prefill;
+        Buf text = {0};
+        chat_render(&text, server.template_kind, m, n - prefill, true, think);
+        // Behind a tool's answer the template has no <Assistant>, and then no tag either.
+        *forced = think && !strcmp(text.data + text.len - strlen(THINK), THINK);
+        if (prefill) buf_add(&text, m[n - 1].content.data, m[n - 1].content.len);
+        tokenizer_encode(server.tokenizer, prompt, buf_text(&text));
+        buf_free(&text);
+    }
+    free(joined), free(m);
+    return i == n;
+}
+
+// One token alone: {"token":"Okay","bytes":[79,107,97,121],"logprob":-0.0021
+static void token_write(Buf *b, int id, float logprob) {
+    Str bytes = tokenizer_bytes(server.tokenizer, id);
+    TextStream s;
+    Buf text = {0};
+    text_init(&s, server.tokenizer, false);
+    text_push(&s, &text, id, false), text_flush(&s, &text);
+    buf_printf(b, "{\"token\":%s,\"bytes\":[", quoted(buf_text(&text)));
+    for (size_t i = 0; i < bytes.len; i++) buf_printf(b, i ? ",%u" : "%u", (uint8_t)bytes.data[i]);
+    buf_str(b, "],\"logprob\":");
+    json_write_float(b, fmaxf(logprob, -9999.0f));  // never below that, as in SGLang
+    buf_free(&text), text_free(&s);
+}
+
+// A token with its rivals: one entry of logprobs.content.
+static void chat_token(Buf *entries, const Choice *choice) {
+    token_write(entries, choice->id, choice->logprob);
+    buf_str(entries, ",\"top_logprobs\":[");
+    for (int i = 0; i < choice->n_top; i++) {
+        if (i) buf_str(entries, ",");
+        token_write(entries, choice->top_id[i], choice->top_logprob[i]);
+        buf_str(entries, "}");
+    }
+    buf_str(entries, "]}\n");
+}
+
+// What stands behind a choice's text in /v1: logprobs (the first bytes of entries), how it ended.
+static void choice_end(Buf *b, const Call *call, const Answer *a, size_t entries, bool done) {
+    static const char *const reasons[] = {"null", "\"stop\"", "\"length\"", "\"abort\""};
+    bool list = call->params.logprobs && (entries || !call->params.stream);
+    const char *matched = !done || a->finish != FINISH_STOP ? "null" :
+        a->stop_id >= 0 ? at("%d", a->stop_id) : quoted(call->params.stop[a->stop_string]);
+    buf_str(b, list ? ",\"logprobs\":{\"content\":[" : ",\"logprobs\":null");
+    size_t from = b->len;
+    if (entries) buf_add(b, a->entries.data, entries - 1);  // without the last newline
+    for (; from < b->len; from++) if (b->data[from] == '\n') b->data[from] = ',';
+    buf_printf(b, "%s,\"finish_reason\":%s,\"matched_stop\":%s}", list ? "]}" : "",
+               reasons[done ? a->finish : FINISH_NONE], matched);
+}
+
+// One chunk of a stream, for one choice.
+static void chat_chunk(Call *call, Answer *a, const char *role, Str text, size_t entries,
+                       bool done) {
+    Buf *b = scratch();
+    buf_printf(b, "%s,\"choices\":[{\"index\":%d,\"delta\":{\"role\":%s,\"content\":%s,"
+               "\"tool_calls\":null}", call->head.data, a->seq->index, role, quoted(text));
+    choice_end(b, call, a, entries, done);
+    buf_str(b, "],\"usage\":");
+    if (call->params.continuous_usage) usage_write(b, call, "");
+    else buf_str(b, "null");
+    buf_str(b, "}");
+    stream_event(call->conn, b->data);
+}
+
+// As much of what waits as one event may hold: whole characters of text and whole entries.
+static void chat_event(Call *call, Answer *a) {
+    size_t text = 0, entries = 0;
+    if (!a->started) chat_chunk(call, a, "\"assistant\"", STR(""), 0, false);
+    if (!a->started && call->forced_tag) chat_chunk(call, a, "null", STR(THINK), 0, false);
+    for (size_t cost = 0; text < a->text.len && cost < EVENT_TEXT; cost++) {
+        uint8_t byte = (uint8_t)a->text.data[text++];
+        if (byte < ' ' || byte == '"' || byte == '\\') cost += 5;  // \u001f at most
+    }
+    while (text < a->text.len && (a->text.data[text] & 0xC0) == 0x80) text++;
+    while (entries < a->entries.len && entries < EVENT_ENTRIES)
+        entries = (size_t)(strchr(a->entries.data + entries, '\n') + 1 - a->entries.data);
+    bool all = text == a->text.len && entries == a->entries.len, done = all && a->finish;
+    if (text || entries || done)
+        chat_chunk(call, a, "null", str_cut(buf_text(&a->text), text), entries, done);
+    buf_drop(&a->text, text), buf_drop(&a->entries, entries);
+    a->started = true, a->waiting = !all;
+}
+
+// The whole answer of a request that is not streamed, all choices in one object.
+static void chat_answer(Call *call) {
+    Buf b = {0};
+    buf_printf(&b, "%s,\"choices\":[", call->head.data);
+    for (Answer *a = call->answers; a < call->answers + call->n_answers; a++) {
+        buf_printf(&b, "%s{\"index\":%d,\"message\":{\"role\":\"assistant\",\"content\":",
+                   a->seq->index ? "," : "", a->seq->index);
+        json_write_string(&b, buf_text(&a->text));
+        buf_str(&b, ",\"tool_calls\":null}");
+        choice_end(&b, call, a, a->entries.len, true);
+    }
+    buf_str(&b, "],\"usage\":");
+    usage_write(&b, call, ",\"prompt_tokens_details\":null");
+    buf_str(&b, "}");
+    respond(call->conn, 200, &b);
+    buf_free(&b);
+}
+
+static const Field chat_fields[] = {
+    {"max_completion_tokens", INT, AT(max_tokens), 0, INT_MAX, "an integer in 0..2147483647"},
+    {"model", STRING, AT(model), 0, LINE, "at most 1024 bytes"}, FLAG(logprobs),
+    {"top_logprobs", INT, AT(top_logprobs), 0, MAX_TOP_LOGPROBS, "an integer in 0..64"},
+    FLAG(separate_reasoning), FLAG(stream_reasoning), {0},
+};
+
+static const Field stream_fields[] = {
+    FLAG(include_usage), {"continuous_usage_stats", BOOL, AT(continuous_usage), 0, 0, NULL}, {0},
+};
+
+// Everything that can be wrong with a chat request, in the order of api.md 3 and 4.
+static bool chat_parse(Conn *c, Call *call, Ids *prompt) {
+    Params *p = &call->params;
+    const Json *json = c->request.json, *options = field(json, "stream_options");
+    if (!fields_parse(c, p, json, "", shared_fields) || !refuse_unsupported(c, json) ||
+        !chat_prompt(c, prompt, &call->forced_tag) || !fields_parse(c, p, json, "", chat_fields))
+        return false;
+    if (p->top_logprobs && !p->logprobs)
+        return refuse(c, 400, "top_logprobs", "got %d, want 0 unless logprobs is true",
+                      p->top_logprobs);
+    if (options && (!typed(c, "stream_options", options, JSON_OBJECT) ||
+                    !fields_parse(c, p, options, "stream_options.", stream_fields))) return false;
+    return call_fits(c, p, prompt);
+}
+
+static void chat_complete(Conn *c) {
+    static const Api api = {chat_token, chat_event, chat_answer};
+    Call *call = call_new(&api);
+    Ids prompt = {0};
+    if (chat_parse(c, call, &prompt)) {
+        call_add(call, &prompt);
+        for (int i = 0; i < call->n_answers && call->forced_tag && !call->params.stream; i++)
+            buf_str(&call->answers[i].text, THINK);  // a stream has it in an event of its own
+        buf_printf(&call->head, "{\"id\":%s,\"object\":\"chat.completion%s\",\"created\":%ld,"
+                   "\"model\":%s", quoted(str_of(call->answers[0].seq->rid)),
+                   call->params.stream ? ".chunk" : "", (long)time(NULL),
+                   quoted(call->params.model));
+        call_start(c, call);
+    } else {
+        call_free(call);
+    }
+    free(prompt.data);
+}
+
+// ------------------------------------------------------------------------------------------------
+// The other endpoints
+
+static void health(Conn *c) {
+    respond(c, server_state() == STATE_READY ? 200 : 503, health_json());
+}
+
+static void probe_answer(Call *call) {
+    bool ok = call->answers[0].finish != FINISH_ABORT && call->answers[0].finish != FINISH_ERROR;
+    respond(call->conn, ok ? 200 : 503, ok ? scratch() : health_json());
+}
+
+// Proves that the engine moves: one token, within 20 s. conn_expire() answers where it doesn't.
+static void health_generate(Conn *c) {
+    static const Api api = {NULL, NULL, probe_answer};
+    if (server_state() != STATE_READY) { health(c); return; }
+    Call *call = call_new(&api);
+    call->params.max_tokens = 1, call->params.sampling.temperature = 0;
+    call->deadline = now + http_limits.probe_s;
+    call_add(call, &(Ids){.data = (int[]){0}, .len = 1});
+    call->answers[0].seq->probe = true;
+    call_start(c, call);
+}
+
+static Str percent_decode(Str s) {
+    Buf *b = scratch();
+    for (size_t i = 0; i < s.len; i++) {
+        char hex[3] = {0}, byte = s.data[i];
+        if (byte == '%' && i + 2 < s.len) memcpy(hex, &s.data[i + 1], 2);
+        bool escape = isxdigit((uint8_t)hex[0]) && isxdigit((uint8_t)hex[1]);
+        if (escape) byte = (char)strtol(hex, NULL, 16), i += 2;
+        buf_add(b, &byte, 1);
+    }
+    return buf_text(b);
+}
+
+// GET /v1/models, and /v1/models/{id}, whose id may hold slashes.
+static void models(Conn *c) {
+    Str id = c->request.path;
+    bool all = !str_begins(id, "/v1/models/");
+    for (int slashes = 0; slashes < 3 && id.len; id.len--) slashes += *id.data++ == '/';
+    id = percent_decode(id);
+    const char *name = quoted(served_name());
+    bool found = all || !strcmp(name, quoted(id));
+    Buf *b = scratch();
+    if (found)
+        buf_printf(b, "%s{\"id\":%s,\"object\":\"model\",\"created\":%ld,\"owned_by\":\"sglang\","
+                   "\"root\":%s,\"parent\":null,\"max_model_len\":%ld}%s",
+                   all ? "{\"object\":\"list\",\"data\":[" : "", name, server.created, name,
+                   max_req_len(), all ? "]}" : "");
+    else
+        buf_printf(b, "{\"error\":{\"message\":%s,\"type\":\"invalid_request_error\",\"param\":"
+                   "\"model\",\"code\":\"model_not_found\"}}",
+                   quoted(str_of(at("The model '%.*s' does not exist", ARG(id)))));
+    respond(c, found ? 200 : 404, b);
+}
+
+static void model_info(Conn *c) {
+    const Options *o = &server.options;
+    const char *tokenizer = o->tokenizer_path ? o->tokenizer_path : o->model_path;
+    Buf *b = scratch();
+    buf_printf(b, "{\"model_path\":%s,\"tokenizer_path\":%s,\"is_generation\":true}",
+               quoted(str_of(o->model_path)), quoted(str_of(tokenizer)));
+    respond(c, 200, b);
+}
+
+// Appends the ids of a text. BOS stands once at its head, where the checkpoint wants one at all.
+static void text_encode(Ids *out, Str text, bool special) {
+    int bos = tokenizer_bos(server.tokenizer);
+    Str head = tokenizer_bytes(server.tokenizer, bos);
+    bool there = bos >= 0 && text.len >= head.len && !memcmp(text.data, head.data, head.len);
+    if (special && bos >= 0 && !there) ids_add(out, bos);
+    tokenizer_encode(server.tokenizer, out, text);
+}
+
+// Arrays in give arrays out: of ids, and of their counts.
+static void tokenize(Conn *c) {
+    static const Field fields[] = {FLAG(add_special_tokens), {0}};
+    Params p = {.add_special_tokens = true};
+    const Json *text = field(c->request.json, "prompt"), *list = NULL;
+    bool messages = field(c->request.json, "messages"), forced;
+    const char *got = messages ? "both" : "neither";
+    bool ok = messages != !!text ||
+              refuse(c, 400, NULL, "prompt, messages: got %s, want exactly one", got);
+    if (text && text->type == JSON_ARRAY) list = text++;
+    ok = ok && fields_parse(c, &p, c->request.json, "", fields);
+    Buf b = {0}, counts = {0};
+    buf_str(&b, list ? "{\"tokens\":[" : "{\"tokens\":");
+    for (uint32_t i = 0, n = list ? list->count : 1; ok && i < n; i++) {
+        Ids ids = {0};
+        const char *path = list ? at("prompt[%u]", i) : "prompt";
+        ok = messages ? chat_prompt(c, &ids, &forced) : typed(c, path, text, JSON_STRING);
+        if (ok && text) text_encode(&ids, text->string, p.add_special_tokens);
+        if (text) text = json_next(text);
+        buf_str(&b, i ? ",[" : "[");
+        for (size_t k = 0; k < ids.len; k++) buf_printf(&b, k ? ",%d" : "%d", ids.data[k]);
+        buf_str(&b, "]");
+        buf_printf(&counts, i ? ",%zu" : "%zu", ids.len);
+        free(ids.data);
+    }
+    buf_printf(&b, list ? "],\"count\":[%.*s]" : ",\"count\":%.*s", ARG(counts));
+    buf_printf(&b, ",\"max_model_len\":%ld}", max_req_len());
+    if (ok) respond(c, 200, &b);
+    buf_free(&b), buf_free(&counts);
+}
+
+// Appends the text of an array of ids as a JSON string.
+static bool ids_decode(Conn *c, Buf *out, const char *path, const Json *ids, bool skip_special) {
+    if (!typed(c, path, ids, JSON_ARRAY)) return false;
+    TextStream s;
+    Buf text = {0};
+    const Json *v = ids + 1;
+    uint32_t i = 0;
+    text_init(&s, server.tokenizer, skip_special);
+    for (int id; i < ids->count; i++, v = json_next(v)) {
+        if (!id_parse(c, &id, at("%s[%u]", path, i), v)) break;
+        text_push(&s, &text, id, false);
+    }
+    text_flush(&s, &text);
+    json_write_string(out, buf_text(&text));
+    text_free(&s), buf_free(&text);
+    return i == ids->count;
+}
+
+static void detokenize(Conn *c) {
+    static const Field fields[] = {FLAG(skip_special_tokens), {0}};
+    Params p = {.skip_special_tokens = true};
+    const Json *ids = field(c->request.json, "tokens"), *list = NULL;
+    bool ok = ids || refuse(c, 400, "tokens", "missing, want an array");
+    ok = ok && typed(c, "tokens", ids, JSON_ARRAY);
+    ok = ok && fields_parse(c, &p, c->request.json, "", fields);
+    if (ok && ids->count && ids[1].type == JSON_ARRAY) list = ids++;
+    Buf b = {0};
+    buf_str(&b, list ? "{\"text\":[" : "{\"text\":");
+    for (uint32_t i = 0, n = list ? list->count : 1; ok && i < n; i++, ids = json_next(ids)) {
+        char path[SHOWN] = "tokens";
+        if (list) snprintf(path, sizeof path, "tokens[%u]", i);
+        if (i) buf_str(&b, ",");
+        ok = ids_decode(c, &b, path, ids, p.skip_special_tokens);
+    }
+    buf_str(&b, list ? "]}" : "}");
+    if (ok) respond(c, 200, &b);
+    buf_free(&b);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Routes, and what may come in
+
+static const Route routes[] = {
+    {"/v1/chat/completions", "POST", OPENAI, chat_complete},
+    {"/v1/models", "GET, HEAD", OPENAI, models},
+    {"/v1/models/", "GET, HEAD", OPENAI, models},
+    {"/health", "GET, HEAD", HEALTH, health},
+    {"/health_generate", "GET, HEAD", HEALTH, health_generate},
+    {"/get_model_info", "GET, HEAD", GENERATE, model_info},
+    {"/model_info", "GET, HEAD", GENERATE, model_info},
+    {"/tokenize", "POST", OPENAI, tokenize},
+    {"/v1/tokenize", "POST", OPENAI, tokenize},
+    {"/detokenize", "POST", OPENAI, detokenize},
+    {"/v1/detokenize", "POST", OPENAI, detokenize},
+};
+
+static const Route *route_find(Str path) {
+    for (const Route *r = routes; r < routes + sizeof routes / sizeof *routes; r++) {
+        bool prefix = r->path[strlen(r->path) - 1] == '/';
+        if (prefix ? str_begins(path, r->path) : str_equal(path, r->path)) return r;
+    }
+    return NULL;
+}
+
+// Whether a word is one of a list's, in letters of either case.
+static bool list_has(Str list, Str word) {
+    for (size_t i = 0, n; i < list.len; i += n + 1) {
+        for (n = 0; i + n < list.len && !strchr(", \t", list.data[i + n]);) n++;
+        if (n == word.len && !strncasecmp(list.data + i, word.data, n)) return true;
+    }
+    return false;
+}
+
+// In constant time: how long it takes tells the length of what was sent and nothing of the key.
+static bool key_matches(Str got) {
+    const char *want = at("Bearer %s", server.options.api_key);
+    size_t n = strlen(want);
+    unsigned different = got.len != n;
+    for (size_t i = 0; i < got.len; i++) different |= (uint8_t)(got.data[i] ^ want[i % n]);
+    return !different;
+}
+
+// "GET, HEAD" for the header, "GET or HEAD" for the reader.
+static bool refuse_method(Conn *c) {
+    const char *all = c->request.route->methods, *comma = strchr(all, ',');
+    const char *want = comma ? at("%.*s or%s", (int)(comma - all), all, comma + 1) : all;
+    c->request.extra = at("Allow: %s\r\n", all);
+    return refuse(c, 405, NULL, "%.*s %.*s: method not allowed, want %s", ARG(c->request.method),
+                  ARG(c->request.path), want);
+}
+
+static bool refuse_not_ready(Conn *c) {
+    if (server_state() == STATE_DRAINING) return refuse(c, 503, NULL, "r1 is shutting down");
+    uint64_t loaded = server.progress.loaded_bytes, total = server.progress.total_bytes;
+    double percent = total ? 100.0 * (double)loaded / (double)total : 0;
+    c->request.extra = "Retry-After: 5\r\n";
+    if (server_state() != STATE_LOADING)
+        return refuse(c, 503, NULL, "r1 is not ready: %s", state_name());
+    return refuse(c, 503, NULL, "r1 is not ready: loading, %.1f %% (slowest: rank 0, %.1f %%)",
+                  percent, percent);
+}
+
+// True when the request may be handled; else it is answered.
+static bool request_admit(Conn *c) {
+    Request *r = &c->request;
+    if (str_equal(r->method, "OPTIONS")) {
+        Str asked = r->cors_headers.len && r->cors_headers.len < LINE ? r->cors_headers : STR("*");
+        r->extra = at("Access-Control-Allow-Methods: GET, HEAD, POST, PUT, OPTIONS\r\n"
+                      "Access-Control-Allow-Headers: %.*s\r\nAccess-Control-Max-Age: 600\r\n",
+                      ARG(asked));
+        respond(c, 204, scratch());
+        return false;
+    }
+    bool open = !server.options.api_key || str_begins(r->path, "/health");
+    bool probe = r->route && r->route->shape == HEALTH;
+    if (!open && !key_matches(r->authorization)) return refuse(c, 401, NULL, "Unauthorized");
+    if (!probe && server_state() != STATE_READY) return refuse_not_ready(c);
+    if (!r->route)
+        return refuse(c, 404, NULL, "%.*s %.*s: no such route", ARG(r->method),
+                      ARG(str_cut(r->path, LINE)));
+    Str all = str_of(r->route->methods);  // methods are of one case, fields' words of either
+    bool same_case = memmem(all.data, all.len, r->method.data, r->method.len);
+    return (same_case && list_has(all, r->method)) || refuse_method(c);
+}
+
+// The request is complete. An error has left BODY already, so that its handler doesn't run.
+static void request_handle(Conn *c) {
+    if (!request_admit(c)) return;
+    char err[SHOWN * 4];
+    Json *json = NULL;
+    if (str_begins(str_of(c->request.route->methods), "POST")) {
+        buf_str(&c->body, "");  // not NULL then
+        json = json_parse(c->body.data, c->body.len, err, sizeof err);
+        if (!json) refuse(c, 400, NULL, "%s", err);
+        else if (json->type != JSON_OBJECT)
+            refuse(c, 400, NULL, "body: got %s, want object", json_type_name(json));
+    }
+    c->request.json = json;
+    if (c->state == BODY) c->request.route->handler(c);
+    free(json);
+}
+
+// ------------------------------------------------------------------------------------------------
+// Requests: from bytes to Request and body. What could be read in two ways is refused.
+
+static bool malformed(Conn *c, const char *what) {
+    return refuse(c, 400, NULL, "malformed HTTP request: %s", what);
+}
+
+// A method's or a field's name (RFC 9110, 5.6.2).
+static bool is_token(Str s) {
+    bool ok = s.len > 0;
+    for (size_t i = 0; i < s.len; i++)
+        ok = ok && (isalnum((uint8_t)s.data[i]) || strchr("!#$%&'*+-.^_`|~", s.data[i]));
+    return ok;
+}
+
+// GET /v1/models?x=1 HTTP/1.1
+static bool request_line(Conn *c, Str line) {
+    Request *r = &c->request;
+    const char *end = line.data + line.len, *a = memchr(line.data, ' ', line.len);
+    const char *b = a ? memchr(a + 1, ' ', (size_t)(end - a - 1)) : NULL;
+    if (!b || end - b != strlen(" HTTP/1.1")) return malformed(c, "request line");
+    const char *version = b + 1;
+    r->method = (Str){line.data, (size_t)(a - line.data)};
+    r->target = r->path = (Str){a + 1, (size_t)(b - a - 1)};
+    // Other targets than a path (a proxy's http://..., CONNECT's host:port) are not for us.
+    bool ok = is_token(r->method) && (*r->target.data == '/' || str_equal(r->target, "*"));
+    for (const char *s = a + 1; s < b; s++) ok = ok && *s > ' ' && *s <= '~';
+    if (!ok || memcmp(version, "HTTP/", 5) || !isdigit((uint8_t)version[5]) || version[6] != '.' ||
+        !isdigit((uint8_t)version[7])) return malformed(c, "request line");
+    if (version[5] != '1') return refuse(c, 505, NULL, "%.8s: want HTTP/1.1", version);
+    r->http10 = version[7] == '0';
+    const char *query = memchr(r->path.data, '?', r->path.len);
+    if (query) r->path.len = (size_t)(query - r->path.data);
+    if (r->path.len > 1 && r->path.data[r->path.len - 1] == '/') r->path.len--;
+    return true;
+}
+
+// Authorization: Bearer K. A line that begins with white space used to go on with the field before;
+// here it has no name and is refused.
+static bool header_field(Conn *c, Str line) {
+    Request *r = &c->request;
+    const char *colon = memchr(line.data, ':', line.len);
+    Str name = str_cut(line, colon ? (size_t)(colon - line.data) : 0), v;
+    if (!is_token(name)) return malformed(c, "header field");
+    v = (Str){colon + 1, line.len - name.len - 1};
+    while (v.len && isblank((uint8_t)*v.data)) v.data++, v.len--;
+    while (v.len && isblank((uint8_t)v.data[v.len - 1])) v.len--;
+    Str start = str_cut(v, SHOWN);
+    if (str_is(name, "content-length")) {
+        uint64_t length = strtoull(v.data, NULL, 10);
+        size_t digits = strspn(v.data, "0123456789");  // the field's end is none
+        if (!digits || digits != v.len || digits > 18) return malformed(c, "Content-Length");
+        if (r->has_length && r->left != length) return malformed(c, "two lengths");
+        r->has_length = true, r->left = length;
+    }
+    if (str_is(name, "transfer-encoding")) {
+        if (!str_is(v, "chunked"))
+            return refuse(c, 501, NULL, "Transfer-Encoding: got %.*s, want chunked", ARG(start));
+        if (r->chunked || r->http10) return malformed(c, "Transfer-Encoding");
+        r->chunked = true;
+    }
+    if (str_is(name, "content-encoding") && !str_is(v, "identity"))
+        return refuse(c, 415, NULL, "Content-Encoding: got %.*s, want identity", ARG(start));
+    if (str_is(name, "connection") && list_has(v, STR("close"))) r->close = true;
+    if (str_is(name, "expect")) r->expects = str_is(v, "100-continue");
+    if (str_is(name, "authorization")) r->authorization = v;
+    if (str_is(name, "origin")) r->origin = v;
+    if (str_is(name, "access-control-request-headers")) r->cors_headers = v;
+    return true;
+}
+
+// The whole header lies in c->head. True when a body may follow, else it is answered.
+static bool header_parse(Conn *c) {
+    Request *r = &c->request;
+    const char *h = c->head.data;
+    // Behind this, CR and LF stand in pairs only and NUL nowhere: strings end where lines do, and
+    // nothing of a request can begin a new line in an answer or in the log.
+    for (size_t i = 0; i < c->head.len; i++) {
+        bool pair = h[i] == '\r' ? h[i + 1] == '\n' : h[i] == '\n' && i && h[i - 1] == '\r';
+        if (!pair && iscntrl((uint8_t)h[i]) && h[i] != '\t')
+            return malformed(c, "control character");
+    }
+    int n = -1;  // fields; the request line is none
+    for (const char *end; (end = strstr(h, "\r\n")) != h; h = end + 2, n++) {
+        Str line = {h, (size_t)(end - h)};
+        if (n == http_limits.header_fields)
+            return refuse(c, 431, NULL, "header: got more than %d fields", n);
+        if (n < 0 ? !request_line(c, line) : !header_field(c, line)) return false;
+    }
+    if (r->chunked && r->has_length) return malformed(c, "two lengths");
+    r->route = route_find(r->path);
+    r->body_done = !r->chunked && !r->left;
+    size_t most = http_limits.body_bytes;
+    return r->left <= most ||
+           refuse(c, 413, NULL, "body: got %lu bytes, want at most %zu", r->left, most);
+}
+
+// These are steps of conn_run(): true when something was done, false when more must come first.
+static bool header_read(Conn *c) {
+    // Empty lines in front of a request are left over from sloppy clients' bodies (RFC 9112, 2.2).
+    while (str_begins((Str){c->in.data + c->in_at, c->in.len - c->in_at}, "\r\n")) c->in_at += 2;
+    const char *data = c->in.data + c->in_at;
+    size_t n = c->in.len - c->in_at, most = (size_t)http_limits.header_bytes;
+    if (!n) c->state = IDLE;
+    if (!n) return false;
+    if (c->state == IDLE) conn_state(c, HEADER);
+    const char *end = memmem(data + c->scanned, n - c->scanned, "\r\n\r\n", 4);
+    size_t size = end ? (size_t)(end + 4 - data) : n;
+    c->scanned = end || n < 4 ? 0 : n - 3;  // the end's first three bytes may be there
+    if (size > most) return !refuse(c, 431, NULL, "header: got more than %zu bytes", most);
+    if (!end) return false;
+    buf_add(&c->head, data, size);
+    c->in_at += size;
+    if (!header_parse(c)) return true;
+    conn_state(c, BODY);
+    // Who asks before it sends a body is told of a refusal before it does.
+    bool asks = c->request.expects && !c->request.body_done && !c->request.http10;
+    if (asks && request_admit(c)) buf_str(&c->out, "HTTP/1.1 100 Continue\r\n\r\n");
+    return true;
+}
+
+// A line of a chunked body that is no data. False when it isn't whole yet, or when it was refused.
+static bool chunk_line(Conn *c) {
+    Request *r = &c->request;
+    const char *line = c->in.data + c->in_at;
+    size_t n = c->in.len - c->in_at, most = http_limits.body_bytes;
+    const char *end = n ? memmem(line, n, "\r\n", 2) : NULL;
+    if (end) n = (size_t)(end - line);
+    // A bare LF would be a line's end for some proxies and none for others.
+    if (n > CHUNK_LINE || (n && memchr(line, '\n', n))) return malformed(c, "chunk");
+    if (!end) return false;
+    c->in_at += n + 2;
+    if (r->line == CHUNK_TRAILER) {
+        r->trailer += n, r->body_done = !n;
+        return r->trailer <= (size_t)http_limits.header_bytes || malformed(c, "trailer");
+    }
+    if (r->line == CHUNK_END) { r->line = CHUNK_SIZE; return !n || malformed(c, "chunk"); }
+    size_t digits = strspn(line, "0123456789abcdefABCDEF");
+    bool ends = digits == n || line[digits] == ';' || isblank((uint8_t)line[digits]);
+    if (!digits || digits > 15 || !ends) return malformed(c, "chunk");  // 15: fits 64 bits
+    r->left = strtoul(line, NULL, 16);
+    r->line = r->left ? CHUNK_END : CHUNK_TRAILER;
+    return c->body.len + r->left <= most ||
+           refuse(c, 413, NULL, "body: got more than %zu bytes, want at most %zu", most, most);
+}
+
+// Limits are checked on what has come, not on what was announced: a promise holds no memory.
+static bool body_read(Conn *c) {
+    Request *r = &c->request;
+    while (c->state == BODY && !r->body_done) {
+        size_t n = c->in.len - c->in_at < r->left ? c->in.len - c->in_at : r->left;
+        if (r->left ? !n : !chunk_line(c)) return c->state != BODY;
+        if (bodies_held + n > http_limits.all_bodies_bytes)
+            return !refuse(c, 503, NULL, "too many request bodies");
+        if (!n) continue;
+        buf_add(&c->body, c->in.data + c->in_at, n);
+        bodies_held += n, c->in_at += n, r->left -= n;
+        r->body_done = !r->left && !r->chunked;
+    }
+    if (c->state == BODY) request_handle(c);
+    return true;
+}
+
+// ------------------------------------------------------------------------------------------------
+// Connections
+
+// An idle connection holds no memory but itself.
+static void request_end(Conn *c) {
+    bodies_held -= c->body.len;
+    buf_free(&c->body), buf_free(&c->head), buf_free(&c->out);
+    c->request = (Request){.close = c->request.close};
+}
+
+// Closed by the client, by an error or by a limit: whatever was being computed is cancelled.
+static void conn_drop(Conn *c) {
+    if (c->call) call_leave(c->call);
+    close(c->fd);
+    n_open--;
+    c->state = DEAD;
+}
+
+// Sends what is in `out`. True when all of it is gone.
+static bool conn_send(Conn *c) {
+    while (c->out_at < c->out.len) {
+        ssize_t n = send(c->fd, c->out.data + c->out_at, c->out.len - c->out_at, MSG_NOSIGNAL);
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0 && errno != EAGAIN) conn_drop(c);
+        if (n < 0) return false;
+        c->out_at += (size_t)n, c->since = now;
+    }
+    c->out.len = c->out_at = 0;
+    return true;
+}
+
+// One step of the state, with an empty `out`. False when the client or the engine must move first.
+static bool conn_advance(Conn *c) {
+    if (c->state == IDLE || c->state == HEADER) return header_read(c);
+    if (c->state == BODY) return body_read(c);
+    if (c->state == STREAMING) return stream_fill(c);
+    if (c->state != WRITING) return false;
+    request_end(c);
+    // Closed at once, with bytes of the client's unread, TCP would throw away our answer too.
+    if (c->request.close) shutdown(c->fd, SHUT_WR);
+    conn_state(c, c->request.close ? LINGER : IDLE);
+    return c->state == IDLE;
+}
+
+// Goes on until it must wait. Pipelined requests are served one by one in this loop, in order.
+static void conn_run(Conn *c) {
+    while (conn_send(c) && conn_advance(c)) {}
+    buf_drop(&c->in, c->in_at);
+    c->in_at = 0;
+    if (!c->in.len) buf_free(&c->in);
+}
+
+// One read for each connection and round. The end of the stream ends the connection: in these
+// states no answer is owed, except to a request that will never be complete.
+static void conn_read(Conn *c) {
+    static char bytes[READ_BYTES];
+    ssize_t n = recv(c->fd, bytes, sizeof bytes, 0);
+    if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
+    if (n <= 0) conn_drop(c);
+    if (n <= 0 || c->state == LINGER) return;
+    if (c->state == BODY) c->since = now;
+    buf_add(&c->in, bytes, (size_t)n);
+    conn_run(c);
+}
+
+// When the state has lasted too long (api.md 0).
+static double conn_deadline(const Conn *c) {
+    const HttpLimits *l = &http_limits;
+    if (c->state == COMPUTING) return c->call->deadline;
+    double seconds = c->out.len ? l->stall_s : c->state == IDLE ? l->idle_s :
+        c->state == HEADER ? l->header_s : c->state == BODY ? l->body_gap_s :
+        c->state == LINGER ? l->linger_s : INFINITY;
+    return c->since + seconds;
+}
+
+static void conn_expire(Conn *c) {
+    bool computing = c->state == COMPUTING, header = c->state == HEADER;
+    if (!computing && (c->out.len || c->state == IDLE || c->state == LINGER)) {
+        conn_drop(c);
+        return;
+    }
+    if (computing) call_leave(c->call), respond(c, 503, health_json());
+    else refuse(c, 408, NULL, header ? "request not complete: no header after %g s" :
+                "request not complete: no byte for %g s",
+                header ? http_limits.header_s : http_limits.body_gap_s);
+    conn_run(c);
+}
+
+// While a call runs nothing is read: what the client sends ahead waits in the kernel, and only its
+// departure is of interest. POLLRDHUP tells of it, in front of unread bytes too.
+static short conn_wants(const Conn *c) {
+    bool called = c->state == COMPUTING || c->state == STREAMING;
+    return (called ? POLLRDHUP : 0) | (c->out.len ? POLLOUT : called ? 0 : POLLIN);
+}
+
+// What poll() said of a connection. It may have changed since, through an event of the engine's.
+static void conn_ready(Conn *c, int revents) {
+    bool called = c->state == COMPUTING || c->state == STREAMING;
+    if (c->state == DEAD) return;
+    if (called && (revents & (POLLRDHUP | POLLHUP | POLLERR))) conn_drop(c);
+    else if (revents && (called || c->out.len)) conn_run(c);
+    else if (revents) conn_read(c);
+    else if (now >= conn_deadline(c)) conn_expire(c);
+}
+
+// Room for one more connection is made by closing the one that has been idle for longest.
+static bool idle_close(void) {
+    Conn *oldest = NULL;
+    for (size_t i = 0; i < n_conns; i++)
+        if (conns[i]->state == IDLE && (!oldest || conns[i]->since < oldest->since))
+            oldest = conns[i];
+    if (oldest) conn_drop(oldest);
+    return oldest;
+}
+
+static void conn_name(Conn *c, const struct sockaddr_storage *a, socklen_t len) {
+    getnameinfo((const struct sockaddr *)a, len, c->peer, sizeof c->peer, c->port, sizeof c->port,
+                NI_NUMERICHOST | NI_NUMERICSERV);
+}
+
+// Takes what waits in the listening socket. False when there are no files left: then it must rest.
+static bool conns_accept(int listen_fd, size_t files) {
+    size_t most = (size_t)http_limits.connections < files ? (size_t)http_limits.connections : files;
+    for (;;) {
+        struct sockaddr_storage address;
+        socklen_t len = sizeof address;
+        int fd = accept4(listen_fd, (void *)&address, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
+        if (fd < 0 && (errno == EINTR || errno == ECONNABORTED)) continue;
+        if (fd < 0) return errno == EAGAIN;
+        bool full = n_open >= most && !idle_close();
+        if (n_open >= most + GOODBYES) { close(fd); continue; }
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
+        conns = xrealloc(conns, (n_conns + 1) * sizeof *conns);
+        Conn *c = conns[n_conns++] = xcalloc(1, sizeof *c);
+        n_open++;
+        c->fd = fd, c->since = now;
+        conn_name(c, &address, len);
+        if (full) refuse(c, 503, NULL, "too many connections"), conn_run(c);
+    }
+}
+
+// Frees the dead: not earlier, for the round still has their places in `polls`.
+static void conns_reap(bool all) {
+    size_t kept = 0;
+    for (size_t i = 0; i < n_conns; i++) {
+        Conn *c = conns[i];
+        if (all && c->state != DEAD) conn_drop(c);
+        if (c->state != DEAD) { conns[kept++] = c; continue; }
+        request_end(c);
+        buf_free(&c->in), free(c);
+    }
+    n_conns = kept;
+}
+
+// ------------------------------------------------------------------------------------------------
+// The loop
+
+// Each event goes out by itself where the client keeps up: a chunk for each token and sequence.
+static void take_events(void) {
+    char bytes[SHOWN];
+    while (read(server.wake_fd, bytes, sizeof bytes) > 0) {}
+    for (Event *e = engine_events(), *next; e; e = next) {
+        Call *call = e->seq->owner;
+        Conn *c = call->conn;
+        next = e->next;
+        call_event(call, e);
+        if (c) conn_run(c);
+        event_free(e);
+    }
+}
+
+// The first stop drains. The second aborts: *give_up is when http_serve() returns in any case.
+static void take_stops(double *give_up) {
+    for (char byte; read(stop_pipe[0], &byte, 1) == 1;) {
+        if (stops++) *give_up = now + http_limits.linger_s;
+        else log_line(-1, "SIGTERM received. Draining requests and shutting down...");
+        if (server.state != STATE_FAILED) server.state = STATE_DRAINING;
+        engine_stop(stops > 1);
+    }
+}
+
+int http_listen(const char *host, int port) {
+    struct rlimit files;
+    const rlim_t most = 65535;
+    getrlimit(RLIMIT_NOFILE, &files);
+    files.rlim_cur = files.rlim_max < most ? files.rlim_max : most;
+    setrlimit(RLIMIT_NOFILE, &files);
+    signal(SIGPIPE, SIG_IGN);  // a client that left is an error of send(), no signal
+    bool first = stop_pipe[0] < 0;
+    if (first && pipe2(stop_pipe, O_NONBLOCK | O_CLOEXEC)) die("pipe: %s", strerror(errno));
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *a;
+    int error = getaddrinfo(host, at("%d", port), &hints, &a);
+    if (error) die("cannot listen on %s:%d: %s", host, port, gai_strerror(error));
+    int fd = socket(a->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+    const int backlog = 4096;
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
+    setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &(int){0}, sizeof(int));  // :: takes IPv4, too
+    if (fd < 0 || bind(fd, a->ai_addr, a->ai_addrlen) || listen(fd, backlog))
+        die("cannot listen on %s:%d: %s", host, port, strerror(errno));
+    freeaddrinfo(a);
+    struct sockaddr_storage bound;
+    socklen_t len = sizeof bound;
+    Conn self;  // its name only: port 0 takes a free one
+    getsockname(fd, (void *)&bound, &len);
+    conn_name(&self, &bound, len);
+    log_line(-1, "INFO:     r1 %s running on http://%s:%s (Press CTRL+C to quit)", R1_VERSION, host,
+             self.port);
+    return fd;
+}
+
+void http_stop(void) {
+    int saved = errno;
+    (void)!write(stop_pipe[1], "", 1);
+    errno = saved;
+}
+
+// Whether somebody is still to get an answer.
+static bool busy(void) {
+    bool any = calls;
+    for (size_t i = 0; i < n_conns; i++) any = any || conns[i]->out.len;
+    return any;
+}
+
+void http_serve(int listen_fd) {
+    struct pollfd *polls = NULL;
+    struct rlimit files;
+    const double pause = 0.1, most = 1;  // without files to accept with; between two looks around
+    double give_up = INFINITY, rest = 0, report = 0;
+    getrlimit(RLIMIT_NOFILE, &files);
+    for (stops = 0; now = now_seconds(), !stops || (busy() && now < give_up);) {
+        double wake = now + most;
+        size_t n = n_conns;
+        polls = xrealloc(polls, (n + 3) * sizeof *polls);
+        polls[0] = (struct pollfd){listen_fd, now < rest ? 0 : POLLIN, 0};
+        polls[1] = (struct pollfd){stop_pipe[0], POLLIN, 0};
+        polls[2] = (struct pollfd){server.wake_fd, POLLIN, 0};
+        for (size_t i = 0; i < n; i++) {
+            polls[3 + i] = (struct pollfd){conns[i]->fd, conn_wants(conns[i]), 0};
+            wake = fmin(wake, conn_deadline(conns[i]));
+        }
+        if (poll(polls, n + 3, (int)ceil(fmax(0, wake - now) * 1000)) < 0) continue;
+        now = now_seconds();
+        if (polls[1].revents) take_stops(&give_up);
+        if (polls[2].revents) take_events();  // before the sockets: tokens first
+        for (size_t i = 0; i < n; i++) conn_ready(conns[i], polls[3 + i].revents);
+        if (polls[0].revents && !conns_accept(listen_fd, files.rlim_cur - SPARE_FDS))
+            rest = now + pause;
+        conns_reap(false), calls_reap();
+        if (!stops || now < report) continue;
+        int left = 0;
+        for (const Call *call = calls; call; call = call->next) left++;
+        log_line(-1, "Gracefully exiting... remaining number of requests %d", left);
+        report = now + 5 * most;
+    }
+    conns_reap(true), calls_reap();
+    free(polls), free(conns);
+    conns = NULL;
+}
