@@ -479,8 +479,8 @@ static uint8_t e4m3_nearest(double v) {
     return v < 0 ? best | 0x80 : best;
 }
 
-#define DUMMY_SIGMA                                                                                \
-    112.0  // of the codes: the largest of a block is then near 448, as quantisers leave it
+// Of the codes: the largest of a block is then near 448, as quantisers leave it.
+#define DUMMY_SIGMA 112.0
 
 // n elements of a tensor with the given name, dtype and shape. There are 4,096 different values.
 static void dummy_fill(uint8_t *data, const Tensor *t, size_t n) {
@@ -509,10 +509,10 @@ static void dummy_fill(uint8_t *data, const Tensor *t, size_t n) {
     size_t size = dtype_size(t->dtype);
     for (size_t i = 0; i < n; i++) {
         size_t random = mix(key + i * 0x9e3779b97f4a7c15ull) % NORMAL_CODES;
-        if (size == 1) data[i] = code[random];
-        else
-            memcpy(data + size * i, size == 2 ? (void *)&half[random] : (void *)&value[random],
-                   size);
+        const void *from = size == 1   ? &code[random]
+                           : size == 2 ? (void *)&half[random]
+                                       : &value[random];
+        memcpy(data + size * i, from, size);
     }
 }
 
@@ -531,8 +531,8 @@ typedef struct {
     int out, in;
 } Weight;
 
-static const char *shape_text(int rank,
-                              const int64_t *shape) {  // "[256, 128]"; malloc'ed, for die()
+// "[256, 128]", malloc'ed, for die().
+static const char *shape_text(int rank, const int64_t *shape) {
     Buf b = {0};
     for (int i = 0; i < rank; i++) buf_printf(&b, "%s%ld", i ? ", " : "[", (long)shape[i]);
     buf_str(&b, rank ? "]" : "[]");
@@ -1036,17 +1036,37 @@ static void seq_seed(Seq *s) {
     s->sampling.seed = (word[0] | (uint64_t)word[1] << 32) + s->index;
 }
 
+static void log_receive(const Seq *s) {
+    const Sampling *p = &s->sampling;
+    log_line(0, "Receive: rid=%s prompt_tokens=%d params={max_tokens=%d, temperature=%g, top_p=%g, "
+             "top_k=%d, min_p=%g, seed=%lu}", s->rid, s->n_prompt, s->max_tokens, p->temperature,
+             p->top_p, p->top_k, p->min_p, p->seed);
+}
+
+static void log_finish(const Seq *s, Finish finish, double first) {
+    static const char *const names[] = {"", "stop", "length", "abort", "error"};
+    double now = now_seconds();
+    log_line(0, "Finish: rid=%s finish=%s completion_tokens=%d ttft=%.3f e2e=%.3f", s->rid,
+             names[finish], (int)s->tokens.len - s->n_prompt, (first ? first : now) - s->arrival,
+             now - s->arrival);
+}
+
 // Runs a sequence to its end. After the event with its finish it is the HTTP thread's again.
 static void seq_run(Seq *s) {
+    bool log = server.options.log_requests && !s->probe;
+    double first = 0;
     seq_seed(s);
+    if (log) log_receive(s);
     server.running = 1;
     engine.decode_start = now_seconds();
     engine.decode_steps = 0;
     for (bool done = false; !done;) {
         Event *e = seq_step(s);
         if (!e) continue;
+        if (!first) first = now_seconds();
         done = e->finish != FINISH_NONE;
         if (done) server.running = 0;
+        if (done && log) log_finish(s, e->finish, first);
         outbox_add(e);
     }
 }
@@ -1119,138 +1139,111 @@ static void *engine_main(void *unused) {
 // meaning here are accepted, those that would change what is served are refused.
 
 typedef enum {
-    TEXT, INTEGER, LONG, NUMBER, SWITCH, LIST,
+    TEXT, WORD, INTEGER, LONG, NUMBER, SWITCH, LIST,  // WORD: one of those before the help's colon
+    ONLY,           // one value, which must be one of `fallback`
     IGNORED,        // no value, no effect
     IGNORED_VALUE,  // one value, no effect
-    LATER,          // one value; anything but the neutral one that `help` names is refused
-    REFUSED,        // changes what is served
+    REFUSED,        // would change what is served
 } FlagKind;
 
-enum { SERVE = 1, RUN = 2, TOKENIZE = 4, MODEL = SERVE | RUN };
+enum { SERVE = 1, RUN = 2, TOKENIZE = 4, MODEL = SERVE | RUN, ALL = MODEL | TOKENIZE };
 
 typedef struct {
-    const char *name, *others;  // others: more names, separated by blanks
-    int commands;               // a set of SERVE, RUN, TOKENIZE
+    const char *names;  // the long name, then others, with blanks between
+    int commands;       // a set of SERVE, RUN, TOKENIZE
     FlagKind kind;
-    size_t offset;              // in Options
+    size_t offset;      // in Options
     double low, high;
     const char *fallback, *help;  // the default as text, NULL: none
 } Flag;
 
 #define AT(field) offsetof(Options, field)
 static const Flag flags[] = {
-    {"--model-path", "--model", MODEL | TOKENIZE, TEXT, AT(model_path), 0, 0, NULL,
-     "a directory with R1's files, or a name in the local Hugging Face cache; default: the tiny-r1 "
-     "beside r1"},
-    {"--tokenizer-path", "", MODEL, TEXT, AT(tokenizer_path), 0, 0, NULL,
-     "default: as --model-path"},
-    {"--load-format", "", MODEL, TEXT, AT(load_format), 0, 0, "auto",
-     "auto, safetensors or dummy (made-up weights)"},
-    {"--served-model-name", "", SERVE, TEXT, AT(served_model_name), 0, 0, NULL,
-     "default: as --model-path"},
-    {"--host", "", SERVE, TEXT, AT(host), 0, 0, "0.0.0.0",
-     "address to listen on; :: is IPv6 and IPv4"},
-    {"--port", "", SERVE, INTEGER, AT(port), 0, 65535, "30000", "0 takes a free one and logs it"},
-    {"--api-key", "", SERVE, TEXT, AT(api_key), 0, 0, NULL,
-     "what clients must send as Authorization: Bearer"},
-    {"--context-length", "", MODEL, INTEGER, AT(context_length), 2, 1 << 24, NULL,
-     "default: config.json's"},
-    {"--max-total-tokens", "", MODEL, INTEGER, AT(max_total_tokens), PAGE, 1 << 30, NULL,
+    {"--model-path --model", ALL, TEXT, AT(model_path), 0, 0, NULL,
+     "a directory, or a name in the local Hugging Face cache; else the tiny-r1 beside r1"},
+    {"--tokenizer-path", ALL, TEXT, AT(tokenizer_path), 0, 0, NULL, "default: as --model-path"},
+    {"--load-format", MODEL, WORD, AT(load_format), 0, 0, "auto",
+     "auto safetensors dummy: dummy makes up weights for config.json's geometry"},
+    {"--served-model-name", SERVE, TEXT, AT(served_model_name), 0, 0, NULL, "as --model-path"},
+    {"--host", SERVE, TEXT, AT(host), 0, 0, "0.0.0.0", "to listen on; :: is IPv6 and IPv4"},
+    {"--port", SERVE, INTEGER, AT(port), 0, 65535, "30000", "0 takes a free one and logs it"},
+    {"--api-key", SERVE, TEXT, AT(api_key), 0, 0, NULL, "Authorization: Bearer K is wanted"},
+    {"--context-length", MODEL, INTEGER, AT(context_length), 2, 1 << 24, NULL, "config.json's"},
+    {"--max-total-tokens", MODEL, INTEGER, AT(max_total_tokens), PAGE, 1 << 30, NULL,
      "tokens that the cache holds; default: what fits"},
-    {"--chunked-prefill-size", "", MODEL, INTEGER, AT(chunked_prefill_size), 1, 1 << 20, "8192",
+    {"--chunked-prefill-size", MODEL, INTEGER, AT(chunked_prefill_size), 1, 1 << 20, "8192",
      "prompt tokens of a step, at most"},
-    {"--max-queued-requests", "", SERVE, INTEGER, AT(max_queued_requests), 1, 1 << 30, NULL,
+    {"--max-queued-requests", SERVE, INTEGER, AT(max_queued_requests), 1, 1 << 30, NULL,
      "sequences that may wait; beyond: 503"},
-    {"--chat-template", "", SERVE | RUN | TOKENIZE, TEXT, AT(chat_template), 0, 0, "auto",
-     "auto, r1 or r1-0528"},
-    {"--think", "", SERVE | RUN | TOKENIZE, TEXT, AT(think), 0, 0, "auto",
-     "auto, force or off: whether the prompt ends in <think>"},
-    {"--random-seed", "", SERVE, INTEGER, AT(random_seed), 0, INT_MAX, "0",
-     "for requests without a seed"},
-    {"--stream-interval", "", SERVE, INTEGER, AT(stream_interval), 1, 1 << 20, "1",
+    {"--chat-template", ALL, WORD, AT(chat_template), 0, 0, "auto",
+     "auto r1 r1-0528: auto reads tokenizer_config.json"},
+    {"--think", ALL, WORD, AT(think), 0, 0, "auto",
+     "auto force off: whether a prompt ends in <think>; auto as the template does"},
+    {"--random-seed", SERVE, INTEGER, AT(random_seed), 0, INT_MAX, "0", "of unseeded requests"},
+    {"--stream-interval", SERVE, INTEGER, AT(stream_interval), 1, 1 << 20, "1",
      "tokens of a stream's event"},
-    {"--decode-log-interval", "", SERVE, INTEGER, AT(decode_log_interval), 1, 1 << 30, "40",
+    {"--decode-log-interval", SERVE, INTEGER, AT(decode_log_interval), 1, 1 << 30, "40",
      "steps between two log lines"},
-    {"--log-level", "", SERVE, TEXT, AT(log_level), 0, 0, "info", "debug, info, warning or error"},
-    {"--allow-auto-truncate", "", SERVE, SWITCH, AT(allow_auto_truncate), 0, 0, NULL,
+    {"--log-level", SERVE, WORD, AT(log_level), 0, 0, "info", "debug info warning error: access"},
+    {"--allow-auto-truncate", SERVE, SWITCH, AT(allow_auto_truncate), 0, 0, NULL,
      "cut prompts that are too long instead of refusing them"},
-    {"--enable-cache-report", "", SERVE, SWITCH, AT(enable_cache_report), 0, 0, NULL,
+    {"--enable-cache-report", SERVE, SWITCH, AT(enable_cache_report), 0, 0, NULL,
      "report cached tokens in usage"},
-    {"--log-requests", "", SERVE, SWITCH, AT(log_requests), 0, 0, NULL,
-     "log each request's parameters and figures"},
-    {"--skip-server-warmup", "", SERVE, SWITCH, AT(skip_server_warmup), 0, 0, NULL,
+    {"--log-requests", SERVE, SWITCH, AT(log_requests), 0, 0, NULL,
+     "a log line when a request begins and when it ends"},
+    {"--skip-server-warmup", SERVE, SWITCH, AT(skip_server_warmup), 0, 0, NULL,
      "ready without a first step"},
-    {"--system", "", RUN, TEXT, AT(system), 0, 0, NULL, "a system prompt"},
-    {"--raw", "", RUN, SWITCH, AT(raw), 0, 0, NULL,
-     "no chat template: the text itself is continued"},
-    {"--max-tokens", "", RUN, INTEGER, AT(max_tokens), 0, 1 << 24, NULL,
-     "default: what the context leaves"},
-    {"--temperature", "", RUN, NUMBER, AT(temperature), 0, 1e6, NULL,
-     "default: generation_config.json's"},
-    {"--top-p", "", RUN, NUMBER, AT(top_p), 1e-9, 1, NULL, "default: generation_config.json's"},
-    {"--top-k", "", RUN, INTEGER, AT(top_k), -1, 1 << 24, "-1", "-1: all"},
-    {"--min-p", "", RUN, NUMBER, AT(min_p), 0, 1, "0", "relative to the likeliest token"},
-    {"--seed", "", RUN, LONG, AT(seed), -0x1p63, 0x1p63, "0", "for sampling"},
-    {"--stop", "", RUN, LIST, AT(stop), 0, 0, NULL,
-     "a text that ends the answer; may be given again"},
-    {"--no-bos", "", TOKENIZE, SWITCH, AT(no_bos), 0, 0, NULL, "don't begin with the BOS token"},
-    {"--ids", "", TOKENIZE, SWITCH, AT(ids), 0, 0, NULL, "the ids on one line"},
-    {"--chat", "", TOKENIZE, SWITCH, AT(chat), 0, 0, NULL,
-     "the text as a user's message in the chat template"},
-    {"--decode", "", TOKENIZE, SWITCH, AT(decode), 0, 0, NULL,
-     "the text is ids; print what they mean"},
-
-    {"--tensor-parallel-size", "--tp --tp-size", SERVE, LATER, 0, 0, 0, "1", "ranks"},
-    {"--nnodes", "", SERVE, LATER, 0, 0, 0, "1", "nodes"},
-    {"--node-rank", "", SERVE, LATER, 0, 0, 0, "0", "this node"},
-    {"--dist-init-addr", "--nccl-init-addr", SERVE, LATER, 0, 0, 0, NULL, "the leader's HOST:PORT"},
-    {"--dist-timeout", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
-    {"--watchdog-timeout", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
-    {"--reasoning-parser", "", SERVE, LATER, 0, 0, 0, NULL, "reasoning_content in answers"},
-    {"--tool-call-parser", "", SERVE, LATER, 0, 0, 0, NULL, "tool_calls in answers"},
-    {"--max-running-requests", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
-    {"--max-prefill-tokens", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
-    {"--mem-fraction-static", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
-    {"--base-gpu-id", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
-    {"--schedule-policy", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
-    {"--log-level-http", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
-    {"--cuda-graph-max-bs", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
-    {"--kv-cache-dtype", "", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
-    {"--dp-size", "--dp --data-parallel-size", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
-    {"--ep-size", "--ep --expert-parallel-size", SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
-    {"--quantization", "", SERVE, LATER, 0, 0, 0, "fp8", "the checkpoint says how it is quantised"},
-    {"--cpu-offload-gb", "", SERVE, LATER, 0, 0, 0, "0", "gigabytes of weights off the GPU"},
-};
-#undef AT
-
-// Flags of SGLang that need no more than their names, by kind.
-static const struct { FlagKind kind; const char *names;
-} foreign_flags[] = {
-    {IGNORED,
-     "--trust-remote-code --enable-torch-compile --enable-mixed-chunk --enable-metrics "
+    {"--system", RUN, TEXT, AT(system), 0, 0, NULL, "a system prompt"},
+    {"--raw", RUN, SWITCH, AT(raw), 0, 0, NULL, "no template: the text itself is continued"},
+    {"--max-tokens", RUN, INTEGER, AT(max_tokens), 0, 1 << 24, NULL, "what the context leaves"},
+    {"--temperature", RUN, NUMBER, AT(temperature), 0, 1e6, NULL, "generation_config.json's"},
+    {"--top-p", RUN, NUMBER, AT(top_p), 1e-9, 1, NULL, "generation_config.json's"},
+    {"--top-k", RUN, INTEGER, AT(top_k), -1, 1 << 24, "-1", "-1: all"},
+    {"--min-p", RUN, NUMBER, AT(min_p), 0, 1, "0", "relative to the likeliest token"},
+    {"--seed", RUN, LONG, AT(seed), -0x1p63, 0x1p63, "0", "for sampling"},
+    {"--stop", RUN, LIST, AT(stop), 0, 0, NULL, "a text that ends the answer; may be repeated"},
+    {"--no-bos", TOKENIZE, SWITCH, AT(no_bos), 0, 0, NULL, "don't begin with the BOS token"},
+    {"--ids", TOKENIZE, SWITCH, AT(ids), 0, 0, NULL, "the ids on one line"},
+    {"--chat", TOKENIZE, SWITCH, AT(chat), 0, 0, NULL, "the text as a user's message"},
+    {"--decode", TOKENIZE, SWITCH, AT(decode), 0, 0, NULL, "the text is ids; print their text"},
+    {"--tensor-parallel-size --tp --tp-size", SERVE, ONLY, 0, 0, 0, "1", "ranks"},
+    {"--nnodes", SERVE, ONLY, 0, 0, 0, "1", "nodes"},
+    {"--node-rank", SERVE, ONLY, 0, 0, 0, "0", "which of them this is"},
+    {"--dist-init-addr --nccl-init-addr", SERVE, ONLY, 0, 0, 0, NULL, "the leader's HOST:PORT"},
+    {"--reasoning-parser", SERVE, ONLY, 0, 0, 0, NULL, "reasoning_content in answers"},
+    {"--tool-call-parser", SERVE, ONLY, 0, 0, 0, NULL, "tool_calls in answers"},
+    {"--quantization", SERVE, ONLY, 0, 0, 0, "fp8", "config.json says how"},
+    {"--dtype", SERVE, ONLY, 0, 0, 0, "auto bfloat16", "of activations"},
+    {"--cpu-offload-gb", SERVE, ONLY, 0, 0, 0, "0", "weights off the GPU"},
+    // SGLang's other flags, which need no more than their names.
+    {"--trust-remote-code --enable-torch-compile --enable-mixed-chunk --enable-metrics "
      "--enable-deterministic-inference --enable-nan-detection --enable-flashinfer-mla "
-     "--disable-mla "
-     "--disable-overlap-schedule --disable-jump-forward --disable-cuda-graph-padding "
-     "--enable-nccl-nvls --disable-outlines-disk-cache --enable-p2p-check "
-     "--triton-attention-reduce-in-fp32 --enable-memory-saver --show-time-cost "
-     "--prefill-only-one-req --enable-hierarchical-cache --disable-radix-cache "
-     "--disable-custom-all-reduce --disable-cuda-graph --enable-dp-attention --enable-ep-moe "},
-    {IGNORED_VALUE,
-     "--dtype --device --tokenizer-mode --quantization-param-path --revision --download-dir "
+     "--disable-mla --disable-overlap-schedule --disable-jump-forward "
+     "--disable-cuda-graph-padding --enable-nccl-nvls --disable-outlines-disk-cache "
+     "--enable-p2p-check --triton-attention-reduce-in-fp32 --enable-memory-saver "
+     "--show-time-cost --prefill-only-one-req --enable-hierarchical-cache "
+     "--disable-radix-cache --disable-custom-all-reduce --disable-cuda-graph "
+     "--enable-dp-attention --enable-ep-moe", SERVE, IGNORED, 0, 0, 0, NULL, NULL},
+    {"--device --tokenizer-mode --quantization-param-path --revision --download-dir "
      "--attention-backend --sampling-backend --grammar-backend --torch-compile-max-bs "
      "--num-continuous-decode-steps --triton-attention-num-kv-splits --torchao-config "
      "--file-storage-pth --load-balance-method --constrained-json-whitespace-pattern "
-     "--schedule-conservativeness --max-loras-per-batch --lora-backend "
+     "--schedule-conservativeness --max-loras-per-batch --lora-backend --cuda-graph-bs "
      "--speculative-draft-model-path --speculative-algorithm --speculative-num-steps "
-     "--speculative-eagle-topk --speculative-num-draft-tokens --cuda-graph-bs "},
-    {REFUSED, "--is-embedding --skip-tokenizer-init --lora-paths --enable-double-sparsity "
-              "--json-model-override-args --return-hidden-states --enable-custom-logit-processor "
-              "--delete-ckpt-after-loading --stream-output "},
+     "--speculative-eagle-topk --speculative-num-draft-tokens --dist-timeout "
+     "--watchdog-timeout --max-running-requests --max-prefill-tokens --mem-fraction-static "
+     "--base-gpu-id --schedule-policy --log-level-http --cuda-graph-max-bs --kv-cache-dtype "
+     "--dp-size --dp --data-parallel-size --ep-size --ep --expert-parallel-size",
+     SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
+    {"--is-embedding --skip-tokenizer-init --lora-paths --enable-double-sparsity "
+     "--json-model-override-args --return-hidden-states --enable-custom-logit-processor "
+     "--delete-ckpt-after-loading --stream-output", SERVE, REFUSED, 0, 0, 0, NULL, NULL},
 };
+#undef AT
 
 typedef struct {
-    const char *name;  // "serve"
-    int bit;           // SERVE
+    const char *name, *synopsis;
+    int bit;  // SERVE
 } Command;
 
 // One line on stderr and exit code 2.
@@ -1264,15 +1257,14 @@ static _Noreturn void usage_die(const Command *c, const char *format, ...) {
     exit(2);
 }
 
-// True when `name` (len bytes) stands in a list of names separated by blanks.
-static bool listed(const char *list, const char *name, size_t len) {
-    for (const char *at = list; (at = strstr(at, "--")); at += strcspn(at, " "))
-        if (strcspn(at, " ") == len && !memcmp(at, name, len)) return true;
+// True when `word` (len bytes) is one of the words of a list, which ends at a colon or at its end.
+static bool listed(const char *list, const char *word, size_t len) {
+    for (size_t n; (n = strcspn(list, " :")) > 0; list += n, list += *list == ' ')
+        if (n == len && !memcmp(list, word, len)) return true;
     return false;
 }
 
-static int edit_distance(const char *a, size_t n, const char *b) {
-    size_t m = strlen(b);
+static int edit_distance(const char *a, size_t n, const char *b, size_t m) {
     int row[m + 1];
     for (size_t j = 0; j <= m; j++) row[j] = j;
     for (size_t i = 1; i <= n; i++) {
@@ -1287,109 +1279,92 @@ static int edit_distance(const char *a, size_t n, const char *b) {
     return row[m];
 }
 
-// The flag that `name` means: itself, another of its names, or the only one that begins so.
+// The flag that `name` means: one of its names, or the only one whose long name begins so.
 static const Flag *flag_find(const Command *c, const char *name, size_t len) {
-    static Flag foreign;
-    const Flag *found = NULL, *nearest = &flags[0];
+    const Flag *found = NULL;
+    const char *nearest = NULL;
     Buf candidates = {0};
-    int n = 0;
-    for (size_t i = 0; i < COUNT(flags); i++) {
-        const Flag *f = &flags[i];
+    int n = 0, distance, least = INT_MAX;
+    for (const Flag *f = flags; f < flags + COUNT(flags); f++) {
+        size_t long_len = strcspn(f->names, " ");
         if (!(f->commands & c->bit)) continue;
-        if (listed(f->name, name, len) || listed(f->others, name, len)) return f;
-        if (!strncmp(f->name, name, len) && len > 2) {
-            buf_printf(&candidates, "%s%s", n++ ? ", " : "", f->name);
+        if (listed(f->names, name, len)) return buf_free(&candidates), f;
+        if (f->kind >= IGNORED) continue;
+        if (len > 2 && !strncmp(f->names, name, len)) {
+            buf_printf(&candidates, "%s%.*s", n++ ? ", " : "", (int)long_len, f->names);
             found = f;
         }
-        if (edit_distance(name, len, f->name) < edit_distance(name, len, nearest->name))
-            nearest = f;
+        distance = edit_distance(name, len, f->names, long_len);
+        if (distance < least) least = distance, nearest = f->names;
     }
-    for (size_t i = 0; i < COUNT(foreign_flags) && c->bit == SERVE; i++)
-        if (listed(foreign_flags[i].names, name, len)) {
-            foreign = (Flag){format_string("%.*s", (int)len, name),
-                             "",
-                             SERVE,
-                             foreign_flags[i].kind,
-                             0,
-                             0,
-                             0,
-                             NULL,
-                             NULL};
-            return &foreign;
-        }
+    int shown = strcspn(nearest, " ");
     if (n > 1) usage_die(c, "%.*s could be any of %s", (int)len, name, candidates.data);
-    if (!n) usage_die(c, "unknown flag %.*s, did you mean %s?", (int)len, name, nearest->name);
+    if (!n) usage_die(c, "unknown flag %.*s, did you mean %.*s?", (int)len, name, shown, nearest);
     buf_free(&candidates);
     return found;
 }
 
-static void flag_set(const Command *c, Options *o, const Flag *f, const char *value) {
+// name: as the user wrote it, without its value.
+static void flag_set(const Command *c, Options *o, const Flag *f, const char *name,
+                     const char *value) {
     void *field = (char *)o + f->offset;
     char *end = NULL;
-    double number = f->kind == TEXT || f->kind == LIST ? 0 : strtod(value, &end);
-    bool whole = f->kind == INTEGER || f->kind == LONG;
-    if (f->kind == LIST) {
-        if (o->n_stop == MAX_STOPS) usage_die(c, "%s: want at most %d", f->name, MAX_STOPS);
-        ((const char **)field)[o->n_stop++] = value;
-    } else if (f->kind == TEXT) {
-        *(const char **)field = value;
-    } else if (!*value || *end || !(number >= f->low && number <= f->high) ||
-               (whole && number != floor(number))) {
-        usage_die(c, "%s: got \"%s\", want %s in %.10g..%.10g", f->name, value,
+    double number = f->kind < INTEGER || f->kind > NUMBER ? 0 : strtod(value, &end);
+    bool whole = f->kind != NUMBER,
+         known = f->kind == WORD && listed(f->help, value, strlen(value));
+    if (end && (!*value || *end || !(number >= f->low && number <= f->high) ||
+                (whole && number != floor(number))))
+        usage_die(c, "%s: got \"%s\", want %s in %.10g..%.10g", name, value,
                   whole ? "an integer" : "a number", f->low, f->high);
-    } else if (f->kind == LONG) {
-        *(int64_t *)field = strtoll(value, NULL, 10);
-    } else if (f->kind == INTEGER) {
-        *(int *)field = number;
-    } else {
-        *(double *)field = number;
-    }
-}
-
-static void flag_apply(const Command *c, Options *o, const Flag *f, const char *value) {
     switch (f->kind) {
-    case SWITCH: *(bool *)((char *)o + f->offset) = true; break;
-    case IGNORED:
-    case IGNORED_VALUE: log_line(-1, "%s: accepted for compatibility, no effect", f->name); break;
-    case REFUSED: usage_die(c, "%s: not supported, since it would change what is served", f->name);
-    case LATER:
-        if (!f->fallback || strcmp(value, f->fallback))
-            usage_die(c, "%s %s (%s): this version of r1 can't do that yet%s%s", f->name, value,
-                      f->help, f->fallback ? "; it takes only " : "",
-                      f->fallback ? f->fallback : "");
+    case WORD:
+        if (!known)
+            usage_die(c, "%s: got \"%s\", want one of %.*s", name, value,
+                      (int)strcspn(f->help, ":"), f->help);  // fall through
+    case TEXT: *(const char **)field = value; break;
+    case INTEGER: *(int *)field = number; break;
+    case LONG: *(int64_t *)field = strtoll(value, NULL, 10); break;
+    case NUMBER: *(double *)field = number; break;
+    case SWITCH: *(bool *)field = true; break;
+    case LIST:
+        if (o->n_stop == MAX_STOPS) usage_die(c, "%s: want at most %d", name, MAX_STOPS);
+        ((const char **)field)[o->n_stop++] = value;
         break;
-    default: flag_set(c, o, f, value);
+    case ONLY:
+        if (!f->fallback || !listed(f->fallback, value, strlen(value)))
+            usage_die(c, "%s %s (%s): this version of r1 can't do that%s%s", name, value, f->help,
+                      f->fallback ? "; it takes only " : "", f->fallback ? f->fallback : "");
+        break;
+    case IGNORED:
+    case IGNORED_VALUE: log_line(-1, "%s: accepted for compatibility, no effect", name); break;
+    case REFUSED: usage_die(c, "%s: not supported, since it would change what is served", name);
     }
 }
 
-static _Noreturn void flags_help(const Command *c, const char *synopsis) {
-    printf("usage: r1 %s\n\n", synopsis);
-    for (size_t i = 0; i < COUNT(flags); i++) {
-        const Flag *f = &flags[i];
-        if (!(f->commands & c->bit) || f->kind == IGNORED_VALUE) continue;
-        int n = printf("  %s%s%s%s", f->name, *f->others ? ", " : "", f->others,
-                       f->kind == SWITCH ? "" : " V");
-        printf("%*s%s%s%s%s\n", n < 40 ? 42 - n : 2, "", f->help, f->fallback ? " (default " : "",
+static _Noreturn void flags_help(const Command *c) {
+    printf("usage: r1 %s\n\n", c->synopsis);
+    for (const Flag *f = flags; f < flags + COUNT(flags); f++) {
+        if (!(f->commands & c->bit)) continue;
+        if (f->kind == IGNORED) printf("\naccepted without effect:\n  %s\n", f->names);
+        if (f->kind == IGNORED_VALUE) printf("\nthe same, with a value:\n  %s\n", f->names);
+        if (f->kind >= IGNORED) continue;
+        int n = printf("  %s%s", f->names, f->kind == SWITCH ? "" : " V");
+        printf("%*s%s%s%s%s\n", n < 42 ? 44 - n : 2, "", f->help, f->fallback ? " (" : "",
                f->fallback ? f->fallback : "", f->fallback ? ")" : "");
     }
-    if (c->bit == SERVE)
-        for (size_t i = 0; i < 2; i++)
-            printf("\naccepted without effect%s:\n  %s\n", i ? ", with a value" : "",
-                   foreign_flags[i].names);
     exit(0);
 }
 
-// Reads the flags of a command into o. What is no flag is the text, at most one; NULL: none.
-static const char *flags_parse(const Command *c, Options *o, const char *synopsis, char **argv) {
+// Reads a command's flags into o. What is no flag is the text, at most one; NULL: none.
+static const char *flags_parse(const Command *c, Options *o, char **argv) {
     const char *text = NULL;
     *o = (Options){.max_tokens = -1, .temperature = -1, .top_p = -1};
-    for (size_t i = 0; i < COUNT(flags); i++)
-        if (flags[i].fallback && flags[i].kind <= LIST)
-            flag_set(c, o, &flags[i], flags[i].fallback);
+    for (const Flag *f = flags; f < flags + COUNT(flags); f++)
+        if (f->fallback && f->kind < ONLY) flag_set(c, o, f, f->names, f->fallback);
     for (; *argv; argv++) {
-        if (!strcmp(*argv, "--help") || !strcmp(*argv, "-h")) flags_help(c, synopsis);
+        if (!strcmp(*argv, "--help") || !strcmp(*argv, "-h")) flags_help(c);
         if (strncmp(*argv, "--", 2) || !(*argv)[2]) {
-            bool separator = !strcmp(*argv, "--");
+            bool separator = !strcmp(*argv, "--");  // what follows is text, whatever it looks like
             if (separator && !*++argv) break;
             if (text || c->bit == SERVE) usage_die(c, "got \"%s\", want a flag", *argv);
             text = *argv;
@@ -1398,11 +1373,13 @@ static const char *flags_parse(const Command *c, Options *o, const char *synopsi
         size_t len = strcspn(*argv, "=");
         const Flag *f = flag_find(c, *argv, len);
         bool bare = f->kind == SWITCH || f->kind == IGNORED || f->kind == REFUSED;
+        char name[64];
+        snprintf(name, sizeof name, "%.*s", (int)len, *argv);
         const char *value = (*argv)[len] ? *argv + len + 1 : NULL;
         if (bare && value && f->kind != REFUSED)
-            usage_die(c, "%s: got \"%s\", takes no value", f->name, value);
-        if (!bare && !value && !(value = *++argv)) usage_die(c, "%s: want a value", f->name);
-        flag_apply(c, o, f, value);
+            usage_die(c, "%s: got \"%s\", takes no value", name, value);
+        if (!bare && !value && !(value = *++argv)) usage_die(c, "%s: want a value", name);
+        flag_set(c, o, f, name, value);
     }
     return text;
 }
@@ -1474,37 +1451,21 @@ static void server_size(const Options *o) {
     server.max_total_tokens = pool_size(&server.config, o, server.context_len);
 }
 
-// A TEXT flag that takes one of a few words.
-static void check_word(const Command *c, const char *flag, const char *value, const char *words) {
-    size_t len = strlen(value);
-    for (const char *at = words; *at; at += strcspn(at, " "), at += strspn(at, " "))
-        if (strcspn(at, " ") == len && len && !strncmp(at, value, len)) return;
-    usage_die(c, "%s: got \"%s\", want one of %s", flag, value, words);
-}
-
-static const char *options_read(const Command *c, const char *synopsis, char **argv, Options *o) {
-    const char *text = flags_parse(c, o, synopsis, argv);
-    check_word(c, "--chat-template", o->chat_template, "auto r1 r1-0528");
-    check_word(c, "--think", o->think, "auto force off");
-    if (o->load_format) check_word(c, "--load-format", o->load_format, "auto safetensors dummy");
-    if (o->log_level) check_word(c, "--log-level", o->log_level, "debug info warning error");
-    return text;
-}
-
 // What every flag came to, as SGLang logs it; the key stays secret.
 static void log_options(const Options *o) {
     Buf b = {0};
-    for (size_t i = 0; i < COUNT(flags); i++) {
-        const Flag *f = &flags[i];
+    for (const Flag *f = flags; f < flags + COUNT(flags); f++) {
         const void *field = (const char *)o + f->offset;
+        bool text = f->kind == TEXT || f->kind == WORD, secret = field == &o->api_key;
         if (!(f->commands & SERVE) || f->kind > SWITCH) continue;
         buf_str(&b, b.len ? ", " : "");
-        for (const char *p = f->name + 2; *p; p++) buf_add(&b, *p == '-' ? "_" : p, 1);
-        const char *text = f->kind == TEXT ? *(const char *const *)field : NULL;
+        for (const char *p = f->names + 2; *p && *p != ' '; p++)
+            buf_add(&b, *p == '-' ? "_" : p, 1);
+        const char *value = text ? *(const char *const *)field : NULL;
         if (f->kind == SWITCH) buf_str(&b, *(const bool *)field ? "=True" : "=False");
         else if (f->kind == INTEGER) buf_printf(&b, "=%d", *(const int *)field);
-        else if (!text) buf_str(&b, "=None");
-        else buf_printf(&b, "='%s'", f->offset == offsetof(Options, api_key) ? "***" : text);
+        else if (value) buf_printf(&b, "='%s'", secret ? "***" : value);
+        else buf_str(&b, "=None");
     }
     log_line(-1, "server_args=ServerArgs(%s)", b.data);
     buf_free(&b);
@@ -1516,9 +1477,9 @@ static void on_stop_signal(int unused) {
 }
 
 static int serve_main(char **argv) {
-    const Command command = {"serve", SERVE};
+    const Command command = {"serve", "serve [flags]: serves the OpenAI API", SERVE};
     Options o;
-    options_read(&command, "serve [flags]: serves the OpenAI API", argv, &o);
+    flags_parse(&command, &o, argv);
     server.boot = now_seconds();
     server.created = time(NULL);
     server.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
@@ -1577,10 +1538,9 @@ static void encode_prompt(Ids *ids, const char *system, Str text, bool template,
 }
 
 static int run_main(char **argv) {
-    const Command command = {"run", RUN};
+    const Command command = {"run", "run [flags] [PROMPT|-]: answers one prompt", RUN};
     Options o;
-    const char *argument =
-        options_read(&command, "run [flags] [PROMPT|-]: answers one prompt", argv, &o);
+    const char *argument = flags_parse(&command, &o, argv);
     server_setup(&o);
     server_size(&o);
     device_init();
@@ -1678,10 +1638,10 @@ static void print_decoded(const Command *c, const char *text) {
 }
 
 static int tokenize_main(char **argv) {
-    const Command command = {"tokenize", TOKENIZE};
+    const Command command = {"tokenize", "tokenize [flags] [TEXT|-]: shows a text's tokens",
+                             TOKENIZE};
     Options o;
-    const char *argument =
-        options_read(&command, "tokenize [flags] [TEXT|-]: shows a text's tokens", argv, &o);
+    const char *argument = flags_parse(&command, &o, argv);
     server_setup(&o);
     Buf text = text_or_stdin(argument);
     Ids ids = {0};

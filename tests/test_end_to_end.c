@@ -112,7 +112,7 @@ static void check_usage(void) {
         {"--tensor-paralel-size", "2",
          "unknown flag --tensor-paralel-size, did you mean --tensor-parallel-size?", 2},
         {"--tp", "16",
-         "--tensor-parallel-size 16 (ranks): this version of r1 can't do that yet; it takes only 1",
+         "--tp 16 (ranks): this version of r1 can't do that; it takes only 1",
          2},
         {"--port", "x", "--port: got \"x\", want an integer in 0..65535", 2},
         {"--port", "70000", "--port: got \"70000\", want an integer in 0..65535", 2},
