@@ -414,6 +414,8 @@ static void product(float out[ROWS][TILE], const Linear *w, int row, const View 
 static int units(int n, int per_unit) { return (n + per_unit - 1) / per_unit; }
 
 // ---- The stages ---------------------------------------------------------------------------------
+// Each is declared in r1.h, with its equation and shapes. Most are a struct of arguments, a
+// function that computes one independent unit, and a call of parallel().
 
 void rope_angles(float *rope, const float *inv_freq, const int *position, int n) {
     for (int row = 0; row < n; row++)
@@ -453,6 +455,8 @@ static void act_norm(Act *a, int row, const bf16 *x, const Vector *gain, float e
     for (int group = 0; group < a->cols / BLOCK; group++) quantise(a, row, group);
 }
 
+// The sum that a layer's half left in y is added here and not where it was made: the norm reads and
+// writes x anyway, and on a GPU a pass over memory is what costs.
 struct AddNorm { bf16 *x; Act *a; const bf16 *y; const Vector *gain; float eps; };
 
 static void add_norm_row(void *arg, int row) {
@@ -469,6 +473,8 @@ void add_norm(bf16 *x, Act *a, const bf16 *y, const Vector *gain, float eps, int
     parallel(add_norm_row, &(struct AddNorm){x, a, y, gain, eps}, n);
 }
 
+// A unit makes 32 outputs for all rows. Its weights are read from memory once: for the next 16 rows
+// they are still in the cache.
 struct LinearTask { bf16 *y; float *logits; View a; const Linear *w; int n; };
 
 static void linear_unit(void *arg, int unit) {
@@ -493,6 +499,8 @@ void linear(bf16 *y, const Act *a, const Linear *w, int n) {
     parallel(linear_unit, &task, units(w->out, COLUMNS));
 }
 
+// All that attention will ever know of a token: its normed latent, and one key part that all heads
+// share, turned by the token's position. R1's 128 heads of 192 + 128 numbers became 576.
 struct Latent {
     Act *qa;
     bf16 *cache;
@@ -530,8 +538,10 @@ struct HeadTask {
     int heads, n;
 };
 
-// One head's W_UK is rows head * 256 .. + 127 of kv_b_proj, [128][512]; its four scale blocks stand
-// side by side, so that each quarter of the 512 sums is scaled once, at the end.
+// A head's key is W_UK c, so its score is q . (W_UK c) = (q W_UK) . c: with W_UK on the query's
+// side no key is ever made, and attention reads latents. One head's W_UK is rows head * 256 .. +
+// 127 of kv_b_proj, [128][512]; its four scale blocks stand side by side, so that each quarter of
+// the 512 sums is scaled once, at the end.
 static void query_head(void *arg, int head) {
     struct HeadTask *s = arg;
     size_t bytes = row_bytes(s->kv_b), block_bytes = bytes / (LATENT_DIM / BLOCK);
@@ -619,7 +629,9 @@ void mla_attend(bf16 *u, const bf16 *query, const bf16 *cache, float scale, int 
     parallel(attend_unit, &task, b->n * units(heads, PAIR_HEADS));
 }
 
-// One head's W_UV is rows head * 256 + 128 .. + 255 of kv_b_proj, [128][512].
+// Values are linear in the latents, too: sum_t p_t (W_UV c_t) = W_UV (sum_t p_t c_t), one product
+// for each row in place of one for each token. One head's W_UV is rows head * 256 + 128 .. + 255 of
+// kv_b_proj, [128][512].
 static void value_head(void *arg, int head) {
     struct HeadTask *s = arg;
     for (int first = 0; first < s->n; first += ROWS) {
@@ -700,6 +712,7 @@ static void choose_experts(int *expert, float *weight, const float *score, const
         weight[k] = weight[k] / (total + 1e-20f) * (float)c->routed_scaling_factor;
 }
 
+// The router sees the unquantised rows: a small error would send a token to other experts.
 struct Route {
     Routing *r;
     View a;
@@ -834,6 +847,7 @@ void moe_experts(bf16 *y, Act *h, const Act *a, const Routing *r, const Mlp *exp
     parallel(experts_down, &task, units(c->hidden_size, COLUMNS));
 }
 
+// The dense layers' MLP is one expert that every row takes.
 struct MlpTask { Act *h; const Act *a; const Mlp *m; int n; };
 
 static void mlp_up(void *arg, int block) {

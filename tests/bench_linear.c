@@ -1,6 +1,6 @@
-// tests/bench_linear.c: how near `linear` comes to the speed at which this machine can read its weights.
-// Prints GB/s of one [24576, 7168] e4m3 product for 1 and 8 rows beside a plain read of the same bytes,
-// measured in turns in one run. Run by `make bench`; never part of `make test`.
+// tests/bench_linear.c: how near `linear` comes to the speed at which this machine can read its
+// weights. Prints GB/s of one [24576, 7168] e4m3 product for 1 and 8 rows beside a plain read of
+// the same bytes, measured in turns in one run. Run by `make bench`; never part of `make test`.
 #include "../r1.h"
 #include "test.h"
 
@@ -52,7 +52,8 @@ int main(void) {
     if (n_threads > MAX_THREADS) n_threads = MAX_THREADS;
     uint8_t *data = device_alloc((size_t)OUT * IN);
     for (size_t i = 0; i < (size_t)OUT * IN; i++)
-        data[i] = 0x28 + (i * 2654435761u >> 13) % 0x50;  // normal numbers, as nearly all weights are
+        data[i] =
+            0x28 + (i * 2654435761u >> 13) % 0x50;  // normal numbers, as nearly all weights are
     weights = data;
     float *scale = device_alloc(OUT / BLOCK * (IN / BLOCK) * sizeof *scale);
     for (int i = 0; i < OUT / BLOCK * (IN / BLOCK); i++) scale[i] = 1e-4f;
@@ -73,6 +74,7 @@ int main(void) {
     for (int v = 0; v < 3; v++) qsort(time[v], ROUNDS, sizeof(double), ascending);
     for (int v = 0; v < 3; v++)
         printf("%-16s %6.1f GB/s, %3.0f %% of the read\n", name[v],
-               (double)OUT * IN / time[v][ROUNDS / 2] / 1e9, 100 * time[0][ROUNDS / 2] / time[v][ROUNDS / 2]);
+               (double)OUT * IN / time[v][ROUNDS / 2] / 1e9,
+               100 * time[0][ROUNDS / 2] / time[v][ROUNDS / 2]);
     return sums[0] == 42;  // keeps the sums alive
 }

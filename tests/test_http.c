@@ -1,8 +1,9 @@
-// tests/test_http.c: http.c over real sockets on 127.0.0.1, with the real json.c and tokenizer.c and a
-// fake engine: a thread that repeats the last user message, one byte and one token a step, then EOS. A
-// message may also be an order: "many N" gives N times 'x', "hang" gives nothing until it is cancelled,
-// "nan" gives two tokens and then a value that is not a number.
-//   gcc -std=gnu11 -O2 -o test_http tests/test_http.c http.c tokenizer.c json.c -lpthread -lm && ./test_http
+// tests/test_http.c: http.c over real sockets on 127.0.0.1, with the real json.c and tokenizer.c
+// and a fake engine: a thread that repeats the last user message, one byte and one token a step,
+// then EOS. A message may also be an order: "many N" gives N times 'x', "hang" gives nothing until
+// it is cancelled, "nan" gives two tokens and then a value that is not a number.
+//   gcc -std=gnu11 -O2 -o test_http tests/test_http.c http.c tokenizer.c json.c -lpthread -lm &&
+// ./test_http
 #define _GNU_SOURCE
 #include "../r1.h"
 
@@ -25,7 +26,7 @@ enum { BOS, EOS, USER, ASSISTANT, THINK, THINK_END, BYTES, VOCAB = BYTES + 256 }
 static const char *const added[] = {"<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>",
                                     "<｜Assistant｜>", "<think>", "</think>"};
 
-// ---- The fake engine -----------------------------------------------------------------------------
+// ---- The fake engine ----------------------------------------------------------------------------
 
 Server server;
 
@@ -174,7 +175,7 @@ static void *engine_run(void *unused) {
     return unused;
 }
 
-// ---- The server under test -----------------------------------------------------------------------
+// ---- The server under test ----------------------------------------------------------------------
 
 static pthread_t serve_thread;
 static int port, listen_fd;
@@ -223,21 +224,30 @@ static void tokenizer_make(void) {
     Buf b = {0};
     buf_str(&b, "{\"added_tokens\":[");
     for (int i = 0; i < BYTES; i++)
-        buf_printf(&b, "%s{\"id\":%d,\"content\":\"%s\",\"single_word\":false,\"lstrip\":false,\"rstrip\":"
-                   "false,\"normalized\":false,\"special\":%s}", i ? "," : "", i, added[i], i < 2 ? "true" : "false");
-    buf_str(&b, "],\"normalizer\":{\"type\":\"Sequence\",\"normalizers\":[]},\"pre_tokenizer\":{\"type\":"
-            "\"Sequence\",\"pretokenizers\":[");
+        buf_printf(
+            &b,
+            "%s{\"id\":%d,\"content\":\"%s\",\"single_word\":false,\"lstrip\":false,\"rstrip\":"
+            "false,\"normalized\":false,\"special\":%s}",
+            i ? "," : "", i, added[i], i < 2 ? "true" : "false");
+    buf_str(
+        &b,
+        "],\"normalizer\":{\"type\":\"Sequence\",\"normalizers\":[]},\"pre_tokenizer\":{\"type\":"
+        "\"Sequence\",\"pretokenizers\":[");
     static const char *const patterns[] = {
         "\\\\p{N}{1,3}", "[一-龥\u3040-ゟ゠-ヿ]+",
         "[!\\\"#$%&'()*+,\\\\-./:;<=>?@\\\\[\\\\\\\\\\\\]^_`{|}~][A-Za-z]+|"
         "[^\\r\\n\\\\p{L}\\\\p{P}\\\\p{S}]?[\\\\p{L}\\\\p{M}]+| ?[\\\\p{P}\\\\p{S}]+[\\r\\n]*|"
         "\\\\s*[\\r\\n]+|\\\\s+(?!\\\\S)|\\\\s+"};
     for (int i = 0; i < 3; i++)
-        buf_printf(&b, "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"%s\"},\"behavior\":\"Isolated\",\"invert\":false},",
-                   patterns[i]);
-    buf_str(&b, "{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":false}]},"
-            "\"post_processor\":{\"type\":\"ByteLevel\"},\"decoder\":{\"type\":\"ByteLevel\"},"
-            "\"model\":{\"type\":\"BPE\",\"vocab\":{");
+        buf_printf(
+            &b,
+            "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"%s\"},\"behavior\":\"Isolated\",\"invert\":false},",
+            patterns[i]);
+    buf_str(
+        &b,
+        "{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":false}]},"
+        "\"post_processor\":{\"type\":\"ByteLevel\"},\"decoder\":{\"type\":\"ByteLevel\"},"
+        "\"model\":{\"type\":\"BPE\",\"vocab\":{");
     for (int i = 0; i < 256; i++) {
         buf_str(&b, i ? ",\"" : "\"");
         symbol_add(&b, i);
@@ -245,7 +255,8 @@ static void tokenizer_make(void) {
     }
     buf_str(&b, "},\"merges\":[]}}");
     write_file(dir, "tokenizer.json", b.data);
-    write_file(dir, "tokenizer_config.json", "{\"add_bos_token\":true,\"bos_token\":\"<｜begin▁of▁sentence｜>\"}");
+    write_file(dir, "tokenizer_config.json",
+               "{\"add_bos_token\":true,\"bos_token\":\"<｜begin▁of▁sentence｜>\"}");
     server.tokenizer = tokenizer_load(dir);
     buf_free(&b);
     snprintf(path, sizeof path, "%s/tokenizer.json", dir), unlink(path);
@@ -253,7 +264,7 @@ static void tokenizer_make(void) {
     rmdir(dir);
 }
 
-// ---- The client ----------------------------------------------------------------------------------
+// ---- The client ---------------------------------------------------------------------------------
 
 typedef struct {
     int status;
@@ -268,7 +279,8 @@ static int dial(void) {
     a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     if (connect(fd, (struct sockaddr *)&a, sizeof a)) die("connect: %s", strerror(errno));
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
-    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &(struct timeval){.tv_sec = 10}, sizeof(struct timeval));
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &(struct timeval){.tv_sec = 10},
+               sizeof(struct timeval));
     return fd;
 }
 
@@ -315,7 +327,8 @@ static Reply reply_read(int fd, bool head) {
     while (r.status && chunked && !head && read_line(fd, &line)) {
         long n = strtol(line.data, NULL, 16);
         buf_str(&r.raw, line.data);
-        for (long i = 0; i < n && read_byte(fd, &c); i++) buf_add(&r.body, &c, 1), buf_add(&r.raw, &c, 1);
+        for (long i = 0; i < n && read_byte(fd, &c); i++)
+            buf_add(&r.body, &c, 1), buf_add(&r.raw, &c, 1);
         read_line(fd, &line);
         buf_str(&r.raw, line.data);
         if (!n) break;
@@ -344,7 +357,8 @@ static bool reaches(atomic_int *counter, int value) {
 static const char *post_text(const char *path, const char *body) {
     static Buf b;
     b.len = 0;
-    buf_printf(&b, "POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %zu\r\n\r\n%s", path, strlen(body), body);
+    buf_printf(&b, "POST %s HTTP/1.1\r\nHost: x\r\nContent-Length: %zu\r\n\r\n%s", path,
+               strlen(body), body);
     return b.data;
 }
 
@@ -368,7 +382,8 @@ static char *normal(Buf *b) {
 
 static void check_reply(const char *what, Reply *r, int status, const char *body) {
     CHECK(r->status == status, "%s: got %d, want %d: %s", what, r->status, status, r->body.data);
-    if (body) CHECK(!strcmp(normal(&r->body), body), "%s:\n got %s\nwant %s", what, r->body.data, body);
+    if (body)
+        CHECK(!strcmp(normal(&r->body), body), "%s:\n got %s\nwant %s", what, r->body.data, body);
 }
 
 static void check_ask(const char *request, int status, const char *body) {
@@ -377,10 +392,11 @@ static void check_ask(const char *request, int status, const char *body) {
     reply_free(&r);
 }
 
-// ---- Tests: transport ----------------------------------------------------------------------------
+// ---- Tests: transport ---------------------------------------------------------------------------
 
-#define MODELS "{\"object\":\"list\",\"data\":[{\"id\":\"test/model\",\"object\":\"model\",\"created\":0000000000," \
-               "\"owned_by\":\"sglang\",\"root\":\"test/model\",\"parent\":null,\"max_model_len\":1000}]}"
+#define MODELS                                                                                           \
+    "{\"object\":\"list\",\"data\":[{\"id\":\"test/model\",\"object\":\"model\",\"created\":0000000000," \
+    "\"owned_by\":\"sglang\",\"root\":\"test/model\",\"parent\":null,\"max_model_len\":1000}]}"
 #define ERROR_F(code, type, message) "{\"object\":\"error\",\"message\":\"" message "\",\"type\":\"" type \
                                      "\",\"param\":null,\"code\":" #code "}"
 
@@ -434,13 +450,17 @@ static void test_versions(void) {
     check_reply("1.0", &r, 200, MODELS);
     CHECK(r.ended && !strstr(r.head, "chunked"));
     reply_free(&r);
-    r = ask("POST /v1/chat/completions HTTP/1.0\r\nContent-Length: 80\r\n\r\n"
-            "{\"stream\":true,\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"}],\"max_tokens\":1      }");
-    CHECK(r.status == 200 && strstr(r.head, "Connection: close") && !strstr(r.head, "chunked"), "%s", r.head);
-    CHECK(strstr(r.body.data, "data: [DONE]\n\n") && !strncmp(r.body.data, "data: {", 7), "%s", r.body.data);
+    r = ask(
+        "POST /v1/chat/completions HTTP/1.0\r\nContent-Length: 80\r\n\r\n"
+        "{\"stream\":true,\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"}],\"max_tokens\":1      }");
+    CHECK(r.status == 200 && strstr(r.head, "Connection: close") && !strstr(r.head, "chunked"),
+          "%s", r.head);
+    CHECK(strstr(r.body.data, "data: [DONE]\n\n") && !strncmp(r.body.data, "data: {", 7), "%s",
+          r.body.data);
     reply_free(&r);
     r = ask("HEAD /v1/models HTTP/1.1\r\n\r\n");
-    CHECK(r.status == 200 && strstr(r.head, "Content-Length: 159\r\n") && !strstr(r.head, "close"), "%s", r.head);
+    CHECK(r.status == 200 && strstr(r.head, "Content-Length: 159\r\n") && !strstr(r.head, "close"),
+          "%s", r.head);
     reply_free(&r);
     r = ask("GET /v1/models HTTP/1.1\r\nConnection: Keep-Alive, Close\r\n\r\n");
     CHECK(r.ended && r.status == 200);
@@ -464,7 +484,12 @@ static void test_expect(void) {
 }
 
 static void test_transport_errors(void) {
-    static const struct { const char *request; int status; const char *body; bool close; } rows[] = {
+    static const struct {
+        const char *request;
+        int status;
+        const char *body;
+        bool close;
+    } rows[] = {
 #define BAD(what) 400, ERROR_F(400, "BadRequestError", "malformed HTTP request: " what), true
         {"GET\r\n\r\n", BAD("request line")},
         {"GET /health\r\n\r\n", BAD("request line")},
@@ -482,16 +507,21 @@ static void test_transport_errors(void) {
         {"GET /health HTTP/1.1\r\nA: b\nc: d\r\n\r\n", BAD("control character")},
         {"GET /health HTTP/1.1\nA: b\r\n\r\n", BAD("control character")},
         {"GET /health HTTP/1.1\r\nA: \x01\r\n\r\n", BAD("control character")},
-        {"POST /tokenize HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n", BAD("two lengths")},
-        {"POST /tokenize HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n", BAD("two lengths")},
-        {"POST /tokenize HTTP/1.1\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\n", BAD("two lengths")},
-        {"POST /tokenize HTTP/1.1\r\nContent-Length: 0\r\nContent-Length: 4\r\n\r\n", BAD("two lengths")},
+        {"POST /tokenize HTTP/1.1\r\nContent-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
+         BAD("two lengths")},
+        {"POST /tokenize HTTP/1.1\r\nTransfer-Encoding: chunked\r\nContent-Length: 3\r\n\r\n",
+         BAD("two lengths")},
+        {"POST /tokenize HTTP/1.1\r\nContent-Length: 3\r\nContent-Length: 4\r\n\r\n",
+         BAD("two lengths")},
+        {"POST /tokenize HTTP/1.1\r\nContent-Length: 0\r\nContent-Length: 4\r\n\r\n",
+         BAD("two lengths")},
         {"POST /tokenize HTTP/1.1\r\nContent-Length: +3\r\n\r\n", BAD("Content-Length")},
         {"POST /tokenize HTTP/1.1\r\nContent-Length: 0x3\r\n\r\n", BAD("Content-Length")},
         {"POST /tokenize HTTP/1.1\r\nContent-Length: 3, 3\r\n\r\n", BAD("Content-Length")},
         {"POST /tokenize HTTP/1.1\r\nContent-Length:\r\n\r\n", BAD("Content-Length")},
         {"POST /tokenize HTTP/1.1\r\nContent-Length: -1\r\n\r\n", BAD("Content-Length")},
-        {"POST /tokenize HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n", BAD("Content-Length")},
+        {"POST /tokenize HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n",
+         BAD("Content-Length")},
         {"POST /tokenize HTTP/1.1\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n",
          BAD("Transfer-Encoding")},
         {"POST /tokenize HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", BAD("Transfer-Encoding")},
@@ -500,38 +530,57 @@ static void test_transport_errors(void) {
         {"POST /tokenize HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n\r\n", BAD("chunk")},
         {"POST /tokenize HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\nx", BAD("chunk")},
         {"POST /tokenize HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nxy\r\n", BAD("chunk")},
-        {"POST /tokenize HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n11111111111111111\r\n", BAD("chunk")},
+        {"POST /tokenize HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n11111111111111111\r\n",
+         BAD("chunk")},
         {"POST /tokenize HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\nfffffffffffffff\r\n", 413,
-         ERROR_F(413, "PayloadTooLargeError", "body: got more than 33554432 bytes, want at most 33554432"), true},
+         ERROR_F(413, "PayloadTooLargeError",
+                 "body: got more than 33554432 bytes, want at most 33554432"),
+         true},
         {"POST /tokenize HTTP/1.1\r\nTransfer-Encoding: gzip\r\n\r\n", 501,
          ERROR_F(501, "NotImplementedError", "Transfer-Encoding: got gzip, want chunked"), true},
         {"POST /tokenize HTTP/1.1\r\nTransfer-Encoding: gzip, chunked\r\n\r\n", 501,
-         ERROR_F(501, "NotImplementedError", "Transfer-Encoding: got gzip, chunked, want chunked"), true},
+         ERROR_F(501, "NotImplementedError", "Transfer-Encoding: got gzip, chunked, want chunked"),
+         true},
         {"POST /tokenize HTTP/1.1\r\nContent-Encoding: gzip\r\nContent-Length: 3\r\n\r\n", 415,
-         ERROR_F(415, "UnsupportedMediaTypeError", "Content-Encoding: got gzip, want identity"), true},
-        {"GET /health HTTP/2.0\r\n\r\n", 505, ERROR_F(505, "HTTPVersionError", "HTTP/2.0: want HTTP/1.1"), true},
+         ERROR_F(415, "UnsupportedMediaTypeError", "Content-Encoding: got gzip, want identity"),
+         true},
+        {"GET /health HTTP/2.0\r\n\r\n", 505,
+         ERROR_F(505, "HTTPVersionError", "HTTP/2.0: want HTTP/1.1"), true},
         {"POST /tokenize HTTP/1.1\r\nContent-Length: 41943040\r\n\r\n", 413,
-         ERROR_F(413, "PayloadTooLargeError", "body: got 41943040 bytes, want at most 33554432"), true},
-        {"GET /v1/foo?a=b HTTP/1.1\r\n\r\n", 404, ERROR_F(404, "NotFoundError", "GET /v1/foo: no such route"), false},
-        {"GET /v1/ HTTP/1.1\r\n\r\n", 404, ERROR_F(404, "NotFoundError", "GET /v1: no such route"), false},
+         ERROR_F(413, "PayloadTooLargeError", "body: got 41943040 bytes, want at most 33554432"),
+         true},
+        {"GET /v1/foo?a=b HTTP/1.1\r\n\r\n", 404,
+         ERROR_F(404, "NotFoundError", "GET /v1/foo: no such route"), false},
+        {"GET /v1/ HTTP/1.1\r\n\r\n", 404, ERROR_F(404, "NotFoundError", "GET /v1: no such route"),
+         false},
         {"POST /v1/foo HTTP/1.1\r\nContent-Length: 2\r\n\r\nxx", 404,
          ERROR_F(404, "NotFoundError", "POST /v1/foo: no such route"), false},
         {"GET /tokenize HTTP/1.1\r\n\r\n", 405,
-         ERROR_F(405, "MethodNotAllowedError", "GET /tokenize: method not allowed, want POST"), false},
+         ERROR_F(405, "MethodNotAllowedError", "GET /tokenize: method not allowed, want POST"),
+         false},
         {"get /v1/models HTTP/1.1\r\n\r\n", 405,
-         ERROR_F(405, "MethodNotAllowedError", "get /v1/models: method not allowed, want GET or HEAD"), false},
+         ERROR_F(405, "MethodNotAllowedError",
+                 "get /v1/models: method not allowed, want GET or HEAD"),
+         false},
         {"or /v1/models HTTP/1.1\r\n\r\n", 405,
-         ERROR_F(405, "MethodNotAllowedError", "or /v1/models: method not allowed, want GET or HEAD"), false},
+         ERROR_F(405, "MethodNotAllowedError",
+                 "or /v1/models: method not allowed, want GET or HEAD"),
+         false},
         {"GE /v1/models HTTP/1.1\r\n\r\n", 405,
-         ERROR_F(405, "MethodNotAllowedError", "GE /v1/models: method not allowed, want GET or HEAD"), false},
+         ERROR_F(405, "MethodNotAllowedError",
+                 "GE /v1/models: method not allowed, want GET or HEAD"),
+         false},
         {"DELETE /get_model_info HTTP/1.1\r\n\r\n", 405,
-         "{\"error\":{\"message\":\"DELETE /get_model_info: method not allowed, want GET or HEAD\"}}", false},
+         "{\"error\":{\"message\":\"DELETE /get_model_info: method not allowed, want GET or HEAD\"}}",
+         false},
         {"GET /v1/models/nope HTTP/1.1\r\n\r\n", 404,
          "{\"error\":{\"message\":\"The model 'nope' does not exist\",\"type\":\"invalid_request_error\","
-         "\"param\":\"model\",\"code\":\"model_not_found\"}}", false},
+         "\"param\":\"model\",\"code\":\"model_not_found\"}}",
+         false},
         {"GET /v1/models/a%22%2fb%zz%C3 HTTP/1.1\r\n\r\n", 404,
          "{\"error\":{\"message\":\"The model 'a\\\"/b%zz\xEF\xBF\xBD' does not exist\",\"type\":"
-         "\"invalid_request_error\",\"param\":\"model\",\"code\":\"model_not_found\"}}", false},
+         "\"invalid_request_error\",\"param\":\"model\",\"code\":\"model_not_found\"}}",
+         false},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         Reply r = ask(rows[i].request);
@@ -546,13 +595,16 @@ static void test_transport_errors(void) {
     CHECK(r.status == 405 && strstr(r.head, "Allow: GET, HEAD\r\n"), "%s", r.head);
     reply_free(&r);
     // Equal lengths are one length.
-    check_ask("POST /detokenize HTTP/1.1\r\nContent-Length: 13\r\ncontent-length: 13\r\n\r\n{\"tokens\":[]}", 200,
-              "{\"text\":\"\"}");
-    check_ask("GET /model_info/ HTTP/1.1\r\n\r\n", 200,
-              "{\"model_path\":\"/models/r1\",\"tokenizer_path\":\"/models/r1\",\"is_generation\":true}");
-    check_ask("GET /v1/models/test%2Fmodel HTTP/1.1\r\n\r\n", 200,
-              "{\"id\":\"test/model\",\"object\":\"model\",\"created\":0000000000,\"owned_by\":\"sglang\",\"root\":"
-              "\"test/model\",\"parent\":null,\"max_model_len\":1000}");
+    check_ask(
+        "POST /detokenize HTTP/1.1\r\nContent-Length: 13\r\ncontent-length: 13\r\n\r\n{\"tokens\":[]}",
+        200, "{\"text\":\"\"}");
+    check_ask(
+        "GET /model_info/ HTTP/1.1\r\n\r\n", 200,
+        "{\"model_path\":\"/models/r1\",\"tokenizer_path\":\"/models/r1\",\"is_generation\":true}");
+    check_ask(
+        "GET /v1/models/test%2Fmodel HTTP/1.1\r\n\r\n", 200,
+        "{\"id\":\"test/model\",\"object\":\"model\",\"created\":0000000000,\"owned_by\":\"sglang\",\"root\":"
+        "\"test/model\",\"parent\":null,\"max_model_len\":1000}");
     check_ask("GET /v1/models/test/model HTTP/1.1\r\n\r\n", 200, NULL);
     check_ask("GET /v1/models/test/mode HTTP/1.1\r\n\r\n", 404, NULL);
 }
@@ -570,18 +622,22 @@ static void test_limits(void) {
     check_ask(b.data, 200, MODELS);
     b.len = 32768 - 3;
     buf_str(&b, "\r\n\r\n");
-    check_ask(b.data, 431, ERROR_F(431, "HeaderTooLargeError", "header: got more than 32768 bytes"));
+    check_ask(b.data, 431,
+              ERROR_F(431, "HeaderTooLargeError", "header: got more than 32768 bytes"));
     for (int fields = 100; fields <= 101; fields++) {
         b.len = 0;
         buf_str(&b, "GET /v1/models HTTP/1.1\r\n");
         for (int i = 0; i < fields; i++) buf_str(&b, "A: b\r\n");
         buf_str(&b, "\r\n");
         check_ask(b.data, fields == 100 ? 200 : 431,
-                  fields == 100 ? MODELS : ERROR_F(431, "HeaderTooLargeError", "header: got more than 100 fields"));
+                  fields == 100
+                      ? MODELS
+                      : ERROR_F(431, "HeaderTooLargeError", "header: got more than 100 fields"));
     }
     http_limits.body_bytes = 1000, http_limits.all_bodies_bytes = 1500;
-    check_ask("POST /tokenize HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n \r\n3e8\r\n", 413,
-              ERROR_F(413, "PayloadTooLargeError", "body: got more than 1000 bytes, want at most 1000"));
+    check_ask(
+        "POST /tokenize HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n1\r\n \r\n3e8\r\n", 413,
+        ERROR_F(413, "PayloadTooLargeError", "body: got more than 1000 bytes, want at most 1000"));
     int first = dial();
     b.len = 0;
     buf_str(&b, "POST /tokenize HTTP/1.1\r\nContent-Length: 1000\r\n\r\n");
@@ -610,7 +666,8 @@ static void test_limits(void) {
     usleep(100000);
     for (int i = 0; i < 3; i++) fds[i] = dial(), send_text(fds[i], "GET");
     usleep(200000);
-    check_ask("GET /v1/models HTTP/1.1\r\n\r\n", 503, ERROR_F(503, "ServiceUnavailableError", "too many connections"));
+    check_ask("GET /v1/models HTTP/1.1\r\n\r\n", 503,
+              ERROR_F(503, "ServiceUnavailableError", "too many connections"));
     for (int i = 0; i < 3; i++) close(fds[i]);
     http_limits = default_limits;
     buf_free(&b);
@@ -645,22 +702,33 @@ static void test_timeouts(void) {
 
 static void test_cors_and_key(void) {
     Reply r = ask("GET /v1/models HTTP/1.1\r\nOrigin: http://a.b\r\n\r\n");
-    CHECK(strstr(r.head, "Access-Control-Allow-Origin: http://a.b\r\nAccess-Control-Allow-Credentials: true\r\n"
-                         "Vary: Origin\r\n"), "%s", r.head);
+    CHECK(
+        strstr(
+            r.head,
+            "Access-Control-Allow-Origin: http://a.b\r\nAccess-Control-Allow-Credentials: true\r\n"
+            "Vary: Origin\r\n"),
+        "%s", r.head);
     reply_free(&r);
     server.options.api_key = "s3cret";
-    r = ask("OPTIONS /any HTTP/1.1\r\nOrigin: http://a.b\r\nAccess-Control-Request-Headers: X-Y\r\n\r\n");
-    CHECK(!strcmp(r.head, "HTTP/1.1 204 No Content\r\nAccess-Control-Allow-Origin: http://a.b\r\n"
-                          "Access-Control-Allow-Credentials: true\r\nVary: Origin\r\n"
-                          "Access-Control-Allow-Methods: GET, HEAD, POST, PUT, OPTIONS\r\n"
-                          "Access-Control-Allow-Headers: X-Y\r\nAccess-Control-Max-Age: 600\r\n\r\n"), "%s", r.head);
+    r = ask(
+        "OPTIONS /any HTTP/1.1\r\nOrigin: http://a.b\r\nAccess-Control-Request-Headers: X-Y\r\n\r\n");
+    CHECK(!strcmp(r.head,
+                  "HTTP/1.1 204 No Content\r\nAccess-Control-Allow-Origin: http://a.b\r\n"
+                  "Access-Control-Allow-Credentials: true\r\nVary: Origin\r\n"
+                  "Access-Control-Allow-Methods: GET, HEAD, POST, PUT, OPTIONS\r\n"
+                  "Access-Control-Allow-Headers: X-Y\r\nAccess-Control-Max-Age: 600\r\n\r\n"),
+          "%s", r.head);
     reply_free(&r);
     r = ask("OPTIONS * HTTP/1.1\r\n\r\n");
     CHECK(r.status == 204 && strstr(r.head, "Allow-Headers: *\r\n"));
     reply_free(&r);
-    static const char *const bad[] = {"", "Authorization: Bearer s3creT\r\n", "Authorization: Bearer s3cre\r\n",
-                                      "Authorization: Bearer s3cret1\r\n", "Authorization: bearer s3cret\r\n",
-                                      "Authorization:\r\n", "Authorization: s3cret\r\n"};
+    static const char *const bad[] = {"",
+                                      "Authorization: Bearer s3creT\r\n",
+                                      "Authorization: Bearer s3cre\r\n",
+                                      "Authorization: Bearer s3cret1\r\n",
+                                      "Authorization: bearer s3cret\r\n",
+                                      "Authorization:\r\n",
+                                      "Authorization: s3cret\r\n"};
     char request[200];
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++) {
         snprintf(request, sizeof request, "GET /v1/models HTTP/1.1\r\n%s\r\n", bad[i]);
@@ -693,33 +761,45 @@ static void test_states(void) {
         snprintf(want, sizeof want, "{\"error\":{\"message\":\"%s\"}}", rows[i].message);
         check_ask("GET /get_model_info HTTP/1.1\r\n\r\n", 503, want);
         r = ask("GET /health_generate HTTP/1.1\r\n\r\n");
-        snprintf(want, sizeof want, "{\"status\":\"%s\",\"ready\":false,\"version\":\"" R1_VERSION "\",\"uptime_s\":",
+        snprintf(want, sizeof want,
+                 "{\"status\":\"%s\",\"ready\":false,\"version\":\"" R1_VERSION "\",\"uptime_s\":",
                  rows[i].status);
         CHECK(r.status == 503 && !strncmp(r.body.data, want, strlen(want)), "%s", r.body.data);
-        CHECK(strstr(r.body.data, ",\"loaded_bytes\":1000000000,\"total_bytes\":4000000000,\"gb_per_s\":") &&
-              strstr(r.body.data, ",\"eta_s\":") && strstr(r.body.data, ",\"ranks\":[{\"rank\":0,\"node\":0,\"state\":\""));
+        CHECK(strstr(r.body.data,
+                     ",\"loaded_bytes\":1000000000,\"total_bytes\":4000000000,\"gb_per_s\":") &&
+              strstr(r.body.data, ",\"eta_s\":") &&
+              strstr(r.body.data, ",\"ranks\":[{\"rank\":0,\"node\":0,\"state\":\""));
         reply_free(&r);
     }
     server.state = STATE_READY;
     server.steps = 7;
     Reply r = ask("GET /health HTTP/1.1\r\n\r\n");
-    CHECK(r.status == 200 && strstr(r.body.data, ",\"steps\":7,\"running\":0,\"queued\":0,\"ranks\":[{\"rank\":0,"
-          "\"node\":0,\"state\":\"ready\",\"loaded_bytes\":1000000000,\"total_bytes\":4000000000}]}"), "%s", r.body.data);
+    CHECK(
+        r.status == 200 &&
+            strstr(
+                r.body.data,
+                ",\"steps\":7,\"running\":0,\"queued\":0,\"ranks\":[{\"rank\":0,"
+                "\"node\":0,\"state\":\"ready\",\"loaded_bytes\":1000000000,\"total_bytes\":4000000000}]}"),
+        "%s", r.body.data);
     reply_free(&r);
     r = ask("POST /health HTTP/1.1\r\n\r\n");
-    CHECK(r.status == 405 && !strncmp(r.body.data, "{\"status\":\"ready\"", 17) && strstr(r.head, "Allow: GET, HEAD"));
+    CHECK(r.status == 405 && !strncmp(r.body.data, "{\"status\":\"ready\"", 17) &&
+          strstr(r.head, "Allow: GET, HEAD"));
     reply_free(&r);
     check_ask("GET /health_generate HTTP/1.1\r\n\r\n", 200, "");
     CHECK(last_temperature == 0);
     server.options.max_queued_requests = 5, server.queued = 6;
     r = chat("{" HELLO "}");
-    check_reply("queue", &r, 503, ERROR_F(503, "ServiceUnavailableError", "the request queue is full: 6 waiting, limit 5"));
+    check_reply(
+        "queue", &r, 503,
+        ERROR_F(503, "ServiceUnavailableError", "the request queue is full: 6 waiting, limit 5"));
     CHECK(strstr(r.head, "Retry-After: 1\r\n"));
     reply_free(&r);
     server.options.max_queued_requests = 0, server.queued = 0;
 }
 
-// A probe that the engine does not answer in time. The fake one hangs on any prompt while it sleeps.
+// A probe that the engine does not answer in time. The fake one hangs on any prompt while it
+// sleeps.
 static void test_probe_timeout(void) {
     http_limits.probe_s = 0.2;
     step_us = 700000;
@@ -727,7 +807,8 @@ static void test_probe_timeout(void) {
     send_text(fd, post_text("/v1/chat/completions", "{" SAY("hang") "}"));
     usleep(100000);
     Reply r = ask("GET /health_generate HTTP/1.1\r\n\r\n");
-    CHECK(r.status == 503 && !strncmp(r.body.data, "{\"status\":\"ready\"", 17), "%d %s", r.status, r.body.data);
+    CHECK(r.status == 503 && !strncmp(r.body.data, "{\"status\":\"ready\"", 17), "%d %s", r.status,
+          r.body.data);
     reply_free(&r);
     close(fd);
     step_us = 0;
@@ -735,18 +816,21 @@ static void test_probe_timeout(void) {
     usleep(800000);
 }
 
-// ---- Tests: the endpoints ------------------------------------------------------------------------
+// ---- Tests: the endpoints -----------------------------------------------------------------------
 
 #define REFUSED(param, message) "{\"object\":\"error\",\"message\":\"" param ": " message \
     "\",\"type\":\"BadRequestError\",\"param\":\"" param "\",\"code\":400}"
 
 static void test_field_errors(void) {
-    static const struct { const char *body, *answer; } rows[] = {
+    static const struct { const char *body, *answer;
+    } rows[] = {
         {"", ERROR_F(400, "BadRequestError", "invalid JSON at byte 0: got the end, want a value")},
-        {"{\"messages\":[}", ERROR_F(400, "BadRequestError", "invalid JSON at byte 13: got '}', want a value or ']'")},
+        {"{\"messages\":[}",
+         ERROR_F(400, "BadRequestError", "invalid JSON at byte 13: got '}', want a value or ']'")},
         {"[1]", ERROR_F(400, "BadRequestError", "body: got array, want object")},
         {"{\"max_tokens\":-1}", REFUSED("max_tokens", "got -1, want an integer in 0..2147483647")},
-        {"{\"max_tokens\":1.5}", REFUSED("max_tokens", "got 1.5, want an integer in 0..2147483647")},
+        {"{\"max_tokens\":1.5}",
+         REFUSED("max_tokens", "got 1.5, want an integer in 0..2147483647")},
         {"{\"max_tokens\":\"5\"}", REFUSED("max_tokens", "got string, want number")},
         {"{\"temperature\":\"hot\"}", REFUSED("temperature", "got string, want number")},
         {"{\"temperature\":-0.5}", REFUSED("temperature", "got -0.5, want a number >= 0")},
@@ -755,32 +839,44 @@ static void test_field_errors(void) {
         {"{\"top_k\":0}", REFUSED("top_k", "got 0, want -1 or an integer >= 1")},
         {"{\"top_k\":-2}", REFUSED("top_k", "got -2, want -1 or an integer >= 1")},
         {"{\"min_p\":1.01}", REFUSED("min_p", "got 1.01, want a number in [0, 1]")},
-        {"{\"frequency_penalty\":2.1}", REFUSED("frequency_penalty", "got 2.1, want a number in [-2, 2]")},
-        {"{\"presence_penalty\":-3}", REFUSED("presence_penalty", "got -3, want a number in [-2, 2]")},
-        {"{\"repetition_penalty\":0}", REFUSED("repetition_penalty", "got 0, want a number in (0, 2]")},
+        {"{\"frequency_penalty\":2.1}",
+         REFUSED("frequency_penalty", "got 2.1, want a number in [-2, 2]")},
+        {"{\"presence_penalty\":-3}",
+         REFUSED("presence_penalty", "got -3, want a number in [-2, 2]")},
+        {"{\"repetition_penalty\":0}",
+         REFUSED("repetition_penalty", "got 0, want a number in (0, 2]")},
         {"{\"logit_bias\":[]}", REFUSED("logit_bias", "got array, want object")},
-        {"{\"logit_bias\":{\"x\":1}}", REFUSED("logit_bias", "got \\\"x\\\", want token ids in 0..261")},
-        {"{\"logit_bias\":{\"262\":1}}", REFUSED("logit_bias", "got \\\"262\\\", want token ids in 0..261")},
-        {"{\"logit_bias\":{\" 2\":1}}", REFUSED("logit_bias", "got \\\" 2\\\", want token ids in 0..261")},
-        {"{\"logit_bias\":{\"2\":101}}", REFUSED("logit_bias.2", "got 101, want a number in [-100, 100]")},
+        {"{\"logit_bias\":{\"x\":1}}",
+         REFUSED("logit_bias", "got \\\"x\\\", want token ids in 0..261")},
+        {"{\"logit_bias\":{\"262\":1}}",
+         REFUSED("logit_bias", "got \\\"262\\\", want token ids in 0..261")},
+        {"{\"logit_bias\":{\" 2\":1}}",
+         REFUSED("logit_bias", "got \\\" 2\\\", want token ids in 0..261")},
+        {"{\"logit_bias\":{\"2\":101}}",
+         REFUSED("logit_bias.2", "got 101, want a number in [-100, 100]")},
         {"{\"logit_bias\":{\"2\":\"a\"}}", REFUSED("logit_bias.2", "got string, want number")},
-        {"{\"seed\":0.5}", REFUSED("seed", "got 0.5, want an integer in -9223372036854775808..18446744073709551615")},
+        {"{\"seed\":0.5}",
+         REFUSED("seed", "got 0.5, want an integer in -9223372036854775808..18446744073709551615")},
         {"{\"stop\":3}", REFUSED("stop", "got number, want string or array")},
         {"{\"stop\":\"\"}", REFUSED("stop", "got 0 bytes, want 1..1024")},
         {"{\"stop\":[\"a\",\"\"]}", REFUSED("stop[1]", "got 0 bytes, want 1..1024")},
         {"{\"stop\":[\"a\",7]}", REFUSED("stop[1]", "got number, want string")},
         {"{\"stop_token_ids\":3}", REFUSED("stop_token_ids", "got number, want array")},
-        {"{\"stop_token_ids\":[1,262]}", REFUSED("stop_token_ids[1]", "got 262, want a token id in 0..261")},
+        {"{\"stop_token_ids\":[1,262]}",
+         REFUSED("stop_token_ids[1]", "got 262, want a token id in 0..261")},
         {"{\"stop_token_ids\":[1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,"
-         "1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1]}", REFUSED("stop_token_ids", "got 65 entries, want at most 64")},
+         "1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1]}",
+         REFUSED("stop_token_ids", "got 65 entries, want at most 64")},
         {"{\"ignore_eos\":1}", REFUSED("ignore_eos", "got number, want bool")},
         {"{\"n\":0}", REFUSED("n", "got 0, want an integer in 1..128")},
         {"{\"n\":129}", REFUSED("n", "got 129, want an integer in 1..128")},
         {"{\"stream\":\"yes\"}", REFUSED("stream", "got string, want bool")},
         {"{\"rid\":\"\"}", REFUSED("rid", "got \\\"\\\", want 1..128 printable ASCII characters")},
-        {"{\"rid\":\"\xC3\xA9\"}", REFUSED("rid", "got \\\"\xC3\xA9\\\", want 1..128 printable ASCII characters")},
+        {"{\"rid\":\"\xC3\xA9\"}",
+         REFUSED("rid", "got \\\"\xC3\xA9\\\", want 1..128 printable ASCII characters")},
         {"{\"tools\":[{}]}", REFUSED("tools", "not supported by this version of r1")},
-        {"{\"response_format\":{\"type\":\"json_object\"}}", REFUSED("response_format", "not supported by this version of r1")},
+        {"{\"response_format\":{\"type\":\"json_object\"}}",
+         REFUSED("response_format", "not supported by this version of r1")},
         {"{\"regex\":\"a\"}", REFUSED("regex", "not supported by this version of r1")},
         {"{\"suffix\":\"a\"}", REFUSED("suffix", "not supported by this version of r1")},
         {"{\"lora_path\":\"a\"}", REFUSED("lora_path", "not supported by this version of r1")},
@@ -788,28 +884,40 @@ static void test_field_errors(void) {
         {"{\"messages\":\"Hi\"}", REFUSED("messages", "got string, want array")},
         {"{\"messages\":[]}", REFUSED("messages", "got an empty array, want a non-empty array")},
         {"{\"messages\":[1]}", REFUSED("messages[0]", "got number, want object")},
-        {"{\"messages\":[{}]}", REFUSED("messages[0].role", "missing, want system, developer, user, assistant or tool")},
+        {"{\"messages\":[{}]}",
+         REFUSED("messages[0].role", "missing, want system, developer, user, assistant or tool")},
         {"{\"messages\":[{\"role\":3}]}", REFUSED("messages[0].role", "got number, want string")},
         {"{\"messages\":[{\"role\":\"user\"},{\"role\":\"robot\"}]}",
-         REFUSED("messages[1].role", "got \\\"robot\\\", want system, developer, user, assistant or tool")},
-        {"{\"messages\":[{\"role\":\"user\",\"content\":3}]}", REFUSED("messages[0].content", "got number, want string or array")},
-        {"{\"messages\":[{\"role\":\"user\",\"content\":[3]}]}", REFUSED("messages[0].content[0]", "got number, want object")},
+         REFUSED("messages[1].role",
+                 "got \\\"robot\\\", want system, developer, user, assistant or tool")},
+        {"{\"messages\":[{\"role\":\"user\",\"content\":3}]}",
+         REFUSED("messages[0].content", "got number, want string or array")},
+        {"{\"messages\":[{\"role\":\"user\",\"content\":[3]}]}",
+         REFUSED("messages[0].content[0]", "got number, want object")},
         {"{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"image_url\"}]}]}",
          REFUSED("messages[0].content[0].type", "got \\\"image_url\\\", want \\\"text\\\"")},
         {"{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"text\"}]}]}",
          REFUSED("messages[0].content[0].text", "missing, want a string")},
         {"{\"messages\":[{\"role\":\"user\",\"content\":[{\"type\":\"text\",\"text\":1}]}]}",
          REFUSED("messages[0].content[0].text", "got number, want string")},
-        {"{\"messages\":[{\"role\":\"assistant\",\"tool_calls\":3}]}", REFUSED("messages[0].tool_calls", "got number, want array")},
+        {"{\"messages\":[{\"role\":\"assistant\",\"tool_calls\":3}]}",
+         REFUSED("messages[0].tool_calls", "got number, want array")},
         {"{" HELLO ",\"model\":3}", REFUSED("model", "got number, want string")},
         {"{" HELLO ",\"logprobs\":3}", REFUSED("logprobs", "got number, want bool")},
-        {"{" HELLO ",\"logprobs\":true,\"top_logprobs\":65}", REFUSED("top_logprobs", "got 65, want an integer in 0..64")},
-        {"{" HELLO ",\"top_logprobs\":2}", REFUSED("top_logprobs", "got 2, want 0 unless logprobs is true")},
+        {"{" HELLO ",\"logprobs\":true,\"top_logprobs\":65}",
+         REFUSED("top_logprobs", "got 65, want an integer in 0..64")},
+        {"{" HELLO ",\"top_logprobs\":2}",
+         REFUSED("top_logprobs", "got 2, want 0 unless logprobs is true")},
         {"{" HELLO ",\"stream_options\":true}", REFUSED("stream_options", "got bool, want object")},
-        {"{" HELLO ",\"stream_options\":{\"include_usage\":1}}", REFUSED("stream_options.include_usage", "got number, want bool")},
-        {"{" HELLO ",\"max_tokens\":2,\"min_tokens\":3}", REFUSED("min_tokens", "got 3, want an integer in 0..2")},
-        {"{" HELLO ",\"max_tokens\":990}", ERROR_F(400, "BadRequestError", "Requested token count exceeds the model's maximum "
-         "context length of 1000 tokens. You requested a total of 1000 tokens: 10 in the prompt and 990 for the completion.")},
+        {"{" HELLO ",\"stream_options\":{\"include_usage\":1}}",
+         REFUSED("stream_options.include_usage", "got number, want bool")},
+        {"{" HELLO ",\"max_tokens\":2,\"min_tokens\":3}",
+         REFUSED("min_tokens", "got 3, want an integer in 0..2")},
+        {"{" HELLO ",\"max_tokens\":990}",
+         ERROR_F(
+             400, "BadRequestError",
+             "Requested token count exceeds the model's maximum "
+             "context length of 1000 tokens. You requested a total of 1000 tokens: 10 in the prompt and 990 for the completion.")},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         if (strstr(rows[i].body, "990")) continue;  // fits exactly
@@ -819,9 +927,13 @@ static void test_field_errors(void) {
         reply_free(&r);
     }
     Reply r = chat("{\"stream\":true," HELLO ",\"max_tokens\":991}");
-    check_reply("too long", &r, 400, ERROR_F(400, "BadRequestError", "Requested token count exceeds the model's maximum "
-                "context length of 1000 tokens. You requested a total of 1001 tokens: 10 in the prompt and 991 for the "
-                "completion."));
+    check_reply(
+        "too long", &r, 400,
+        ERROR_F(
+            400, "BadRequestError",
+            "Requested token count exceeds the model's maximum "
+            "context length of 1000 tokens. You requested a total of 1001 tokens: 10 in the prompt and 991 for the "
+            "completion."));
     reply_free(&r);
     server.max_total_tokens = 200;
     Buf b = {0};
@@ -829,22 +941,33 @@ static void test_field_errors(void) {
     for (int i = 0; i < 195; i++) buf_str(&b, "y");
     buf_str(&b, "\"}],\"max_tokens\":7}");
     r = chat(b.data);
-    check_reply("pool", &r, 400, ERROR_F(400, "BadRequestError", "The input (200 tokens) is longer than the model's context "
-                "length (200 tokens). The KV cache of this server holds 200 tokens; the model allows 1000."));
+    check_reply(
+        "pool", &r, 400,
+        ERROR_F(
+            400, "BadRequestError",
+            "The input (200 tokens) is longer than the model's context "
+            "length (200 tokens). The KV cache of this server holds 200 tokens; the model allows 1000."));
     reply_free(&r);
     server.options.allow_auto_truncate = true;
     r = chat(b.data);
-    CHECK(r.status == 200 && strstr(r.body.data, "\"prompt_tokens\":199,\"total_tokens\":200,\"completion_tokens\":1,"),
+    CHECK(r.status == 200 &&
+              strstr(r.body.data,
+                     "\"prompt_tokens\":199,\"total_tokens\":200,\"completion_tokens\":1,"),
           "%s", r.body.data);
     reply_free(&r);
     server.options.allow_auto_truncate = false;
     server.max_total_tokens = 2000;
     // Neutral and unknown fields pass; null means absent.
-    r = chat("{" HELLO ",\"tools\":[],\"response_format\":{\"type\":\"text\"},\"suffix\":\"\",\"regex\":null,\"zzz\":[{}],"
-             "\"max_tokens\":null,\"stop\":null,\"user\":\"u\",\"n\":1.0,\"max_tokens\":3,\"max_tokens\":2.0}");
-    CHECK(r.status == 200 && strstr(r.body.data, "\"content\":\"<think>\\nHe\""), "%s", r.body.data);
+    r = chat(
+        "{" HELLO
+        ",\"tools\":[],\"response_format\":{\"type\":\"text\"},\"suffix\":\"\",\"regex\":null,\"zzz\":[{}],"
+        "\"max_tokens\":null,\"stop\":null,\"user\":\"u\",\"n\":1.0,\"max_tokens\":3,\"max_tokens\":2.0}");
+    CHECK(r.status == 200 && strstr(r.body.data, "\"content\":\"<think>\\nHe\""), "%s",
+          r.body.data);
     reply_free(&r);
-    r = chat("{" HELLO ",\"tools\":[{}],\"tool_choice\":\"none\",\"max_completion_tokens\":1,\"max_tokens\":4}");
+    r = chat(
+        "{" HELLO
+        ",\"tools\":[{}],\"tool_choice\":\"none\",\"max_completion_tokens\":1,\"max_tokens\":4}");
     CHECK(r.status == 200 && strstr(r.body.data, "\"completion_tokens\":1,"), "%s", r.body.data);
     reply_free(&r);
     buf_free(&b);
@@ -858,31 +981,41 @@ static void test_field_errors(void) {
 #define USAGE(p, t, c) "\"prompt_tokens\":" #p ",\"total_tokens\":" #t ",\"completion_tokens\":" #c
 
 static void test_chat(void) {
-    static const struct { const char *body, *answer; } rows[] = {
+    static const struct { const char *body, *answer;
+    } rows[] = {
         {"{\"model\":\"default\"," HELLO "}",
          ANSWER("default", CHOICE(0, "<think>\\nHello", "null", "stop", "1"), USAGE(10, 16, 6))},
         {"{" HELLO ",\"max_tokens\":2}",
-         ANSWER("test/model", CHOICE(0, "<think>\\nHe", "null", "length", "null"), USAGE(10, 12, 2))},
+         ANSWER("test/model", CHOICE(0, "<think>\\nHe", "null", "length", "null"),
+                USAGE(10, 12, 2))},
         {"{" HELLO ",\"max_tokens\":0}",
          ANSWER("test/model", CHOICE(0, "<think>\\n", "null", "length", "null"), USAGE(10, 10, 0))},
         {"{" HELLO ",\"max_tokens\":990}",
          ANSWER("test/model", CHOICE(0, "<think>\\nHello", "null", "stop", "1"), USAGE(10, 16, 6))},
         {"{" HELLO ",\"stop\":\"llo\"}",
-         ANSWER("test/model", CHOICE(0, "<think>\\nHe", "null", "stop", "\"llo\""), USAGE(10, 15, 5))},
+         ANSWER("test/model", CHOICE(0, "<think>\\nHe", "null", "stop", "\"llo\""),
+                USAGE(10, 15, 5))},
         {"{" HELLO ",\"stop\":[\"zz\",\"l\"],\"no_stop_trim\":true}",
-         ANSWER("test/model", CHOICE(0, "<think>\\nHel", "null", "stop", "\"l\""), USAGE(10, 13, 3))},
+         ANSWER("test/model", CHOICE(0, "<think>\\nHel", "null", "stop", "\"l\""),
+                USAGE(10, 13, 3))},
         {"{" HELLO ",\"stop\":[\"l\"],\"min_tokens\":3}",
-         ANSWER("test/model", CHOICE(0, "<think>\\nHel", "null", "stop", "\"l\""), USAGE(10, 14, 4))},
+         ANSWER("test/model", CHOICE(0, "<think>\\nHel", "null", "stop", "\"l\""),
+                USAGE(10, 14, 4))},
         {"{" HELLO ",\"stop_token_ids\":[107]}",
          ANSWER("test/model", CHOICE(0, "<think>\\nH", "null", "stop", "107"), USAGE(10, 12, 2))},
         {"{" HELLO ",\"max_tokens\":7,\"ignore_eos\":true}",
-         ANSWER("test/model", CHOICE(0, "<think>\\nHello", "null", "length", "null"), USAGE(10, 17, 7))},
+         ANSWER("test/model", CHOICE(0, "<think>\\nHello", "null", "length", "null"),
+                USAGE(10, 17, 7))},
         {"{" HELLO ",\"max_tokens\":6,\"ignore_eos\":true,\"skip_special_tokens\":false}",
-         ANSWER("test/model", CHOICE(0, "<think>\\nHello<｜end▁of▁sentence｜>", "null", "length", "null"), USAGE(10, 16, 6))},
+         ANSWER("test/model",
+                CHOICE(0, "<think>\\nHello<｜end▁of▁sentence｜>", "null", "length", "null"),
+                USAGE(10, 16, 6))},
         {"{" HELLO ",\"n\":3,\"max_tokens\":1}",
-         ANSWER("test/model", CHOICE(0, "<think>\\nH", "null", "length", "null") ","
-                CHOICE(1, "<think>\\nH", "null", "length", "null") ","
-                CHOICE(2, "<think>\\nH", "null", "length", "null"), USAGE(10, 13, 3))},
+         ANSWER("test/model",
+                CHOICE(0, "<think>\\nH", "null", "length", "null") "," CHOICE(
+                    1, "<think>\\nH", "null", "length", "null") "," CHOICE(2, "<think>\\nH", "null",
+                                                                           "length", "null"),
+                USAGE(10, 13, 3))},
         {"{\"messages\":[{\"role\":\"developer\",\"content\":\"D\"},{\"role\":\"user\",\"content\":[{\"type\":\"text\","
          "\"text\":\"a\"},{\"text\":\"b\",\"type\":\"text\"}],\"name\":\"x\"}]}",
          ANSWER("test/model", CHOICE(0, "<think>\\na\\nb", "null", "stop", "1"), USAGE(9, 13, 4))},
@@ -893,23 +1026,35 @@ static void test_chat(void) {
          ANSWER("test/model", CHOICE(0, "", "null", "length", "null"), USAGE(2, 2, 0))},
         // Half a character at the end is a U+FFFD.
         {"{" SAY("\xC3\xA9\\\"\\u0001") ",\"max_tokens\":1}",
-         ANSWER("test/model", CHOICE(0, "<think>\\n\xEF\xBF\xBD", "null", "length", "null"), USAGE(9, 10, 1))},
+         ANSWER("test/model", CHOICE(0, "<think>\\n\xEF\xBF\xBD", "null", "length", "null"),
+                USAGE(9, 10, 1))},
         {"{" SAY("\xC3\xA9\\\"\\u0001") "}",
-         ANSWER("test/model", CHOICE(0, "<think>\\n\xC3\xA9\\\"\\u0001", "null", "stop", "1"), USAGE(9, 14, 5))},
+         ANSWER("test/model", CHOICE(0, "<think>\\n\xC3\xA9\\\"\\u0001", "null", "stop", "1"),
+                USAGE(9, 14, 5))},
         {"{" SAY("\xC3\xA9") ",\"logprobs\":true,\"top_logprobs\":2}",
-         ANSWER("test/model", CHOICE(0, "<think>\\n\xC3\xA9", "{\"content\":["
-         "{\"token\":\"\xEF\xBF\xBD\",\"bytes\":[195],\"logprob\":-0.5,\"top_logprobs\":[{\"token\":\"\xEF\xBF\xBD\",\"bytes\":"
-         "[195],\"logprob\":-0.5},{\"token\":\"\xEF\xBF\xBD\",\"bytes\":[196],\"logprob\":-1.5}]},"
-         "{\"token\":\"\xEF\xBF\xBD\",\"bytes\":[169],\"logprob\":-0.5,\"top_logprobs\":[{\"token\":\"\xEF\xBF\xBD\",\"bytes\":"
-         "[169],\"logprob\":-0.5},{\"token\":\"\xEF\xBF\xBD\",\"bytes\":[170],\"logprob\":-1.5}]},"
-         "{\"token\":\"<｜end▁of▁sentence｜>\",\"bytes\":[60,239,189,156,101,110,100,226,150,129,111,102,226,150,129,115,101,"
-         "110,116,101,110,99,101,239,189,156,62],\"logprob\":-0.5,\"top_logprobs\":[{\"token\":\"<｜end▁of▁sentence｜>\","
-         "\"bytes\":[60,239,189,156,101,110,100,226,150,129,111,102,226,150,129,115,101,110,116,101,110,99,101,239,189,156,62],"
-         "\"logprob\":-0.5},{\"token\":\"<｜User｜>\",\"bytes\":[60,239,189,156,85,115,101,114,239,189,156,62],\"logprob\":-1.5}]}"
-         "]}", "stop", "1"), USAGE(7, 10, 3))},
+         ANSWER(
+             "test/model",
+             CHOICE(
+                 0, "<think>\\n\xC3\xA9",
+                 "{\"content\":["
+                 "{\"token\":\"\xEF\xBF\xBD\",\"bytes\":[195],\"logprob\":-0.5,\"top_logprobs\":[{\"token\":\"\xEF\xBF\xBD\",\"bytes\":"
+                 "[195],\"logprob\":-0.5},{\"token\":\"\xEF\xBF\xBD\",\"bytes\":[196],\"logprob\":-1.5}]},"
+                 "{\"token\":\"\xEF\xBF\xBD\",\"bytes\":[169],\"logprob\":-0.5,\"top_logprobs\":[{\"token\":\"\xEF\xBF\xBD\",\"bytes\":"
+                 "[169],\"logprob\":-0.5},{\"token\":\"\xEF\xBF\xBD\",\"bytes\":[170],\"logprob\":-1.5}]},"
+                 "{\"token\":\"<｜end▁of▁sentence｜>\",\"bytes\":[60,239,189,156,101,110,100,226,150,129,111,102,226,150,129,115,101,"
+                 "110,116,101,110,99,101,239,189,156,62],\"logprob\":-0.5,\"top_logprobs\":[{\"token\":\"<｜end▁of▁sentence｜>\","
+                 "\"bytes\":[60,239,189,156,101,110,100,226,150,129,111,102,226,150,129,115,101,110,116,101,110,99,101,239,189,156,62],"
+                 "\"logprob\":-0.5},{\"token\":\"<｜User｜>\",\"bytes\":[60,239,189,156,85,115,101,114,239,189,156,62],\"logprob\":-1.5}]}"
+                 "]}",
+                 "stop", "1"),
+             USAGE(7, 10, 3))},
         {"{" HELLO ",\"logprobs\":true,\"max_tokens\":1}",
-         ANSWER("test/model", CHOICE(0, "<think>\\nH", "{\"content\":[{\"token\":\"H\",\"bytes\":[72],\"logprob\":-0.5,"
-                "\"top_logprobs\":[]}]}", "length", "null"), USAGE(10, 11, 1))},
+         ANSWER("test/model",
+                CHOICE(0, "<think>\\nH",
+                       "{\"content\":[{\"token\":\"H\",\"bytes\":[72],\"logprob\":-0.5,"
+                       "\"top_logprobs\":[]}]}",
+                       "length", "null"),
+                USAGE(10, 11, 1))},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         Reply r = chat(rows[i].body);
@@ -917,23 +1062,29 @@ static void test_chat(void) {
         reply_free(&r);
     }
     CHECK(last_temperature == 0.6f, "%g", last_temperature);
-    Reply r = chat("{" HELLO ",\"temperature\":0,\"seed\":-1,\"n\":2,\"rid\":\"mine\",\"max_tokens\":1,"
-                   "\"logit_bias\":{\"5\":1,\"7\":2,\"005\":-3.5}}");
-    CHECK(last_temperature == 0 && last_seed[0] == UINT64_MAX && last_seed[1] == 0 && last_bias == -3.5f);
+    Reply r =
+        chat("{" HELLO ",\"temperature\":0,\"seed\":-1,\"n\":2,\"rid\":\"mine\",\"max_tokens\":1,"
+             "\"logit_bias\":{\"5\":1,\"7\":2,\"005\":-3.5}}");
+    CHECK(last_temperature == 0 && last_seed[0] == UINT64_MAX && last_seed[1] == 0 &&
+          last_bias == -3.5f);
     CHECK(!strncmp(r.body.data, "{\"id\":\"mine_0\",", 15), "%s", r.body.data);
     reply_free(&r);
     server.options.enable_cache_report = true;
     r = chat("{" HELLO ",\"max_tokens\":1}");
-    CHECK(strstr(r.body.data, "\"prompt_tokens_details\":{\"cached_tokens\":0}}}"), "%s", r.body.data);
+    CHECK(strstr(r.body.data, "\"prompt_tokens_details\":{\"cached_tokens\":0}}}"), "%s",
+          r.body.data);
     reply_free(&r);
     server.options.enable_cache_report = false;
     r = chat("{" SAY("nan") "}");
-    check_reply("nan", &r, 500, ERROR_F(500, "InternalServerError", "the model gave a value that is not a number at position 10"));
+    check_reply("nan", &r, 500,
+                ERROR_F(500, "InternalServerError",
+                        "the model gave a value that is not a number at position 10"));
     CHECK(!r.ended);
     reply_free(&r);
     server.think = false;
     r = chat("{" SAY("Hi") "}");
-    check_reply("no think", &r, 200, ANSWER("test/model", CHOICE(0, "Hi", "null", "stop", "1"), USAGE(5, 8, 3)));
+    check_reply("no think", &r, 200,
+                ANSWER("test/model", CHOICE(0, "Hi", "null", "stop", "1"), USAGE(5, 8, 3)));
     reply_free(&r);
     server.think = true;
 }
@@ -944,44 +1095,59 @@ static void test_chat(void) {
     ",\"matched_stop\":" matched "}],\"usage\":" usage "}\n\n"
 #define PLAIN(content) CHUNK(0, "null", content, "null", "null", "null", "null")
 #define HEADS CHUNK(0, "\"assistant\"", "", "null", "null", "null", "null") PLAIN("<think>\\n")
-#define TOKEN(c, byte) "{\"content\":[{\"token\":\"" c "\",\"bytes\":[" #byte "],\"logprob\":-0.5,\"top_logprobs\":[]}]}"
+#define TOKEN(c, byte)                                                                             \
+    "{\"content\":[{\"token\":\"" c "\",\"bytes\":[" #byte                                         \
+    "],\"logprob\":-0.5,\"top_logprobs\":[]}]}"
 #define DONE "data: [DONE]\n\n"
 
 static void test_stream(void) {
-    static const struct { const char *body, *answer; } rows[] = {
+    static const struct { const char *body, *answer;
+    } rows[] = {
         {"{\"stream\":true," SAY("Hi!") "}",
-         HEADS PLAIN("H") PLAIN("i") PLAIN("!") CHUNK(0, "null", "", "null", "\"stop\"", "1", "null") DONE},
+         HEADS PLAIN("H") PLAIN("i") PLAIN("!")
+             CHUNK(0, "null", "", "null", "\"stop\"", "1", "null") DONE},
         {"{\"stream\":true," SAY("Hi!") ",\"max_tokens\":2}",
          HEADS PLAIN("H") CHUNK(0, "null", "i", "null", "\"length\"", "null", "null") DONE},
         {"{\"stream\":true," SAY("Hi!") ",\"max_tokens\":0}",
          HEADS CHUNK(0, "null", "", "null", "\"length\"", "null", "null") DONE},
         // Text that may be a stop string's head is held back, characters are whole.
         {"{\"stream\":true," SAY("a\xC3\xA9xyz") ",\"stop\":[\"xyq\",\"yz\"]}",
-         HEADS PLAIN("a") PLAIN("\xC3\xA9") CHUNK(0, "null", "x", "null", "\"stop\"", "\"yz\"", "null") DONE},
+         HEADS PLAIN("a") PLAIN("\xC3\xA9")
+             CHUNK(0, "null", "x", "null", "\"stop\"", "\"yz\"", "null") DONE},
         {"{\"stream\":true," SAY("\xC3\xA9") ",\"logprobs\":true,\"max_tokens\":2}",
-         HEADS CHUNK(0, "null", "", TOKEN("\xEF\xBF\xBD", 195), "null", "null", "null")
-         CHUNK(0, "null", "\xC3\xA9", TOKEN("\xEF\xBF\xBD", 169), "\"length\"", "null", "null") DONE},
-        {"{\"stream\":true," SAY("Hi") ",\"max_tokens\":2,\"stream_options\":{\"include_usage\":true}}",
-         HEADS PLAIN("H") CHUNK(0, "null", "i", "null", "\"length\"", "null", "null")
-         "data: {" ID ",\"object\":\"chat.completion.chunk\",\"created\":0000000000,\"model\":\"test/model\",\"choices\":[],"
-         "\"usage\":{" USAGE(7, 9, 2) "}}\n\n" DONE},
-        {"{\"stream\":true," SAY("Hi") ",\"max_tokens\":2,\"stream_options\":{\"continuous_usage_stats\":true}}",
+         HEADS CHUNK(0, "null", "", TOKEN("\xEF\xBF\xBD", 195), "null", "null", "null") CHUNK(
+             0, "null", "\xC3\xA9", TOKEN("\xEF\xBF\xBD", 169), "\"length\"", "null", "null") DONE},
+        {"{\"stream\":true," SAY(
+             "Hi") ",\"max_tokens\":2,\"stream_options\":{\"include_usage\":true}}",
+         HEADS PLAIN("H") CHUNK(
+             0, "null", "i", "null", "\"length\"", "null",
+             "null") "data: {" ID
+                     ",\"object\":\"chat.completion.chunk\",\"created\":0000000000,\"model\":\"test/model\",\"choices\":[],"
+                     "\"usage\":{" USAGE(7, 9, 2) "}}\n\n" DONE},
+        {"{\"stream\":true," SAY(
+             "Hi") ",\"max_tokens\":2,\"stream_options\":{\"continuous_usage_stats\":true}}",
          CHUNK(0, "\"assistant\"", "", "null", "null", "null", "{" USAGE(7, 8, 1) "}")
-         CHUNK(0, "null", "<think>\\n", "null", "null", "null", "{" USAGE(7, 8, 1) "}")
-         CHUNK(0, "null", "H", "null", "null", "null", "{" USAGE(7, 8, 1) "}")
-         CHUNK(0, "null", "i", "null", "\"length\"", "null", "{" USAGE(7, 9, 2) "}") DONE},
+             CHUNK(0, "null", "<think>\\n", "null", "null", "null", "{" USAGE(7, 8, 1) "}")
+                 CHUNK(0, "null", "H", "null", "null", "null", "{" USAGE(7, 8, 1) "}") CHUNK(
+                     0, "null", "i", "null", "\"length\"", "null", "{" USAGE(7, 9, 2) "}") DONE},
         {"{\"stream\":true," SAY("nan") "}",
-         HEADS PLAIN("n") PLAIN("a") "data: {\"error\":" ERROR_F(500, "InternalServerError",
-         "the model gave a value that is not a number at position 10") "}\n\n" DONE},
+         HEADS PLAIN("n") PLAIN("a") "data: {\"error\":" ERROR_F(
+             500, "InternalServerError",
+             "the model gave a value that is not a number at position 10") "}\n\n" DONE},
         {"{\"stream\":true,\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"},{\"role\":\"assistant\",\"content\":\"a\"}],"
-         "\"max_tokens\":1}", CHUNK(0, "\"assistant\"", "", "null", "null", "null", "null")
-         CHUNK(0, "null", "H", "null", "\"length\"", "null", "null") DONE},
+         "\"max_tokens\":1}",
+         CHUNK(0, "\"assistant\"", "", "null", "null", "null", "null")
+             CHUNK(0, "null", "H", "null", "\"length\"", "null", "null") DONE},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         Reply r = chat(rows[i].body);
         check_reply(rows[i].body, &r, 200, rows[i].answer);
-        CHECK(strstr(r.head, "Content-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n") &&
-              strstr(r.head, "Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"), "%s", r.head);
+        CHECK(
+            strstr(
+                r.head,
+                "Content-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n") &&
+                strstr(r.head, "Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"),
+            "%s", r.head);
         reply_free(&r);
     }
     int fd = dial();  // an error in a stream closes the connection
@@ -996,7 +1162,8 @@ static void test_stream(void) {
     for (char *s = r.body.data; (s = strstr(s, "\"role\":\"assistant\"")); s++) roles++;
     for (char *s = r.body.data; (s = strstr(s, "<think>")); s++) tags++;
     for (char *s = r.body.data; (s = strstr(s, "\"finish_reason\":\"stop\"")); s++) ends++;
-    CHECK(roles == 3 && tags == 3 && ends == 3 && strstr(r.body.data, "\"index\":2"), "%s", r.body.data);
+    CHECK(roles == 3 && tags == 3 && ends == 3 && strstr(r.body.data, "\"index\":2"), "%s",
+          r.body.data);
     reply_free(&r);
     server.options.stream_interval = 3;
     r = chat("{\"stream\":true," SAY("abcdefg") "}");
@@ -1007,30 +1174,44 @@ static void test_stream(void) {
 }
 
 static void test_tokenizer(void) {
-    static const struct { const char *path, *body; int status; const char *answer; } rows[] = {
-        {"/tokenize", "{\"prompt\":\"Hi\"}", 200, "{\"tokens\":[0,78,111],\"count\":3,\"max_model_len\":1000}"},
+    static const struct { const char *path, *body; int status; const char *answer;
+    } rows[] = {
+        {"/tokenize", "{\"prompt\":\"Hi\"}", 200,
+         "{\"tokens\":[0,78,111],\"count\":3,\"max_model_len\":1000}"},
         {"/v1/tokenize", "{\"prompt\":\"Hi\",\"add_special_tokens\":false}", 200,
          "{\"tokens\":[78,111],\"count\":2,\"max_model_len\":1000}"},
-        {"/tokenize", "{\"prompt\":\"<｜begin▁of▁sentence｜>Hi\"}", 200, "{\"tokens\":[0,78,111],\"count\":3,\"max_model_len\":1000}"},
-        {"/tokenize", "{\"prompt\":[\"H\",\"\"]}", 200, "{\"tokens\":[[0,78],[0]],\"count\":[2,1],\"max_model_len\":1000}"},
-        {"/tokenize", "{\"prompt\":[]}", 200, "{\"tokens\":[],\"count\":[],\"max_model_len\":1000}"},
-        {"/tokenize", "{" SAY("H") "}", 200, "{\"tokens\":[0,2,78,3,4,16],\"count\":6,\"max_model_len\":1000}"},
-        {"/tokenize", "{}", 400, ERROR_F(400, "BadRequestError", "prompt, messages: got neither, want exactly one")},
+        {"/tokenize", "{\"prompt\":\"<｜begin▁of▁sentence｜>Hi\"}", 200,
+         "{\"tokens\":[0,78,111],\"count\":3,\"max_model_len\":1000}"},
+        {"/tokenize", "{\"prompt\":[\"H\",\"\"]}", 200,
+         "{\"tokens\":[[0,78],[0]],\"count\":[2,1],\"max_model_len\":1000}"},
+        {"/tokenize", "{\"prompt\":[]}", 200,
+         "{\"tokens\":[],\"count\":[],\"max_model_len\":1000}"},
+        {"/tokenize", "{" SAY("H") "}", 200,
+         "{\"tokens\":[0,2,78,3,4,16],\"count\":6,\"max_model_len\":1000}"},
+        {"/tokenize", "{}", 400,
+         ERROR_F(400, "BadRequestError", "prompt, messages: got neither, want exactly one")},
         {"/tokenize", "{" HELLO ",\"prompt\":\"\"}", 400,
          ERROR_F(400, "BadRequestError", "prompt, messages: got both, want exactly one")},
         {"/tokenize", "{\"prompt\":3}", 400, REFUSED("prompt", "got number, want string")},
-        {"/tokenize", "{\"prompt\":[\"a\",3]}", 400, REFUSED("prompt[1]", "got number, want string")},
+        {"/tokenize", "{\"prompt\":[\"a\",3]}", 400,
+         REFUSED("prompt[1]", "got number, want string")},
         {"/detokenize", "{\"tokens\":[0,78,111,1]}", 200, "{\"text\":\"Hi\"}"},
-        {"/detokenize", "{\"tokens\":[78,1],\"skip_special_tokens\":false}", 200, "{\"text\":\"H<｜end▁of▁sentence｜>\"}"},
-        {"/detokenize", "{\"tokens\":[[78],[],[201]]}", 200, "{\"text\":[\"H\",\"\",\"\xEF\xBF\xBD\"]}"},
+        {"/detokenize", "{\"tokens\":[78,1],\"skip_special_tokens\":false}", 200,
+         "{\"text\":\"H<｜end▁of▁sentence｜>\"}"},
+        {"/detokenize", "{\"tokens\":[[78],[],[201]]}", 200,
+         "{\"text\":[\"H\",\"\",\"\xEF\xBF\xBD\"]}"},
         {"/detokenize", "{}", 400, REFUSED("tokens", "missing, want an array")},
-        {"/detokenize", "{\"tokens\":[1,262]}", 400, REFUSED("tokens[1]", "got 262, want a token id in 0..261")},
-        {"/detokenize", "{\"tokens\":[[1],[-1]]}", 400, REFUSED("tokens[1][0]", "got -1, want a token id in 0..261")},
-        {"/detokenize", "{\"tokens\":[[1],2]}", 400, REFUSED("tokens[1]", "got number, want array")},
+        {"/detokenize", "{\"tokens\":[1,262]}", 400,
+         REFUSED("tokens[1]", "got 262, want a token id in 0..261")},
+        {"/detokenize", "{\"tokens\":[[1],[-1]]}", 400,
+         REFUSED("tokens[1][0]", "got -1, want a token id in 0..261")},
+        {"/detokenize", "{\"tokens\":[[1],2]}", 400,
+         REFUSED("tokens[1]", "got number, want array")},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
         check_ask(post_text(rows[i].path, rows[i].body), rows[i].status, rows[i].answer);
-    // Long arrays: 40 texts, 40 ids of which the last is wrong, 40 parts of which the last is wrong.
+    // Long arrays: 40 texts, 40 ids of which the last is wrong, 40 parts of which the last is
+    // wrong.
     Buf body = {0}, want = {0};
     buf_str(&body, "{\"prompt\":[\"\"");
     for (int i = 1; i < 40; i++) buf_str(&body, ",\"\"");
@@ -1045,7 +1226,8 @@ static void test_tokenizer(void) {
     buf_str(&body, "{\"tokens\":[[],[");
     for (int i = 0; i < 39; i++) buf_str(&body, "78,");
     buf_str(&body, "-1]]}");
-    check_ask(post_text("/detokenize", body.data), 400, REFUSED("tokens[1][39]", "got -1, want a token id in 0..261"));
+    check_ask(post_text("/detokenize", body.data), 400,
+              REFUSED("tokens[1][39]", "got -1, want a token id in 0..261"));
     body.len = 0;
     buf_str(&body, "{\"messages\":[{\"role\":\"user\",\"content\":[");
     for (int i = 0; i < 39; i++) buf_str(&body, "{\"type\":\"text\",\"text\":\"x\"},");
@@ -1060,10 +1242,11 @@ static void test_tokenizer(void) {
     reply_free(&r);
 }
 
-// ---- Tests: many clients, and bad ones -----------------------------------------------------------
+// ---- Tests: many clients, and bad ones ----------------------------------------------------------
 
 static void test_disconnect(void) {
-    static const char *const bodies[] = {"{" SAY("hang") "}", "{\"stream\":true," SAY("many 900") ",\"n\":4}"};
+    static const char *const bodies[] = {"{" SAY("hang") "}",
+                                         "{\"stream\":true," SAY("many 900") ",\"n\":4}"};
     for (int kind = 0; kind < 2; kind++) {
         for (int reset = 0; reset < 2; reset++) {
             int before = cancelled_seen, sent = submitted, fd = dial(), n = kind ? 4 : 1;
@@ -1072,7 +1255,9 @@ static void test_disconnect(void) {
             CHECK(reaches(&submitted, sent + n));
             usleep(30000);
             int steps = steps_done;
-            if (reset) setsockopt(fd, SOL_SOCKET, SO_LINGER, &(struct linger){1, 0}, sizeof(struct linger));
+            if (reset)
+                setsockopt(fd, SOL_SOCKET, SO_LINGER, &(struct linger){1, 0},
+                           sizeof(struct linger));
             close(fd);
             CHECK(reaches(&cancelled_seen, before + n), "kind %d, reset %d", kind, reset);
             CHECK(steps_done - steps < 50, "%d steps", steps_done - steps);
@@ -1120,7 +1305,9 @@ static void test_slow_reader(void) {
     a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     if (connect(fd, (struct sockaddr *)&a, sizeof a)) die("connect");
     step_us = 1;
-    send_text(fd, post_text("/v1/chat/completions", "{\"stream\":true,\"logprobs\":true,\"top_logprobs\":64," SAY("many 3000") "}"));
+    send_text(fd, post_text("/v1/chat/completions",
+                            "{\"stream\":true,\"logprobs\":true,\"top_logprobs\":64," SAY(
+                                "many 3000") "}"));
     usleep(100000);
     double start = now_seconds();
     for (int i = 0; i < 20; i++) {
@@ -1133,13 +1320,16 @@ static void test_slow_reader(void) {
     char buffer[1 << 16];
     Buf all = {0};
     setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &(struct timeval){.tv_sec = 5}, sizeof(struct timeval));
-    for (ssize_t n; !all.data || !memmem(all.data + (all.len > 64 ? all.len - 64 : 0), all.len > 64 ? 64 : all.len, "[DONE]", 6);) {
+    for (ssize_t n; !all.data || !memmem(all.data + (all.len > 64 ? all.len - 64 : 0),
+                                         all.len > 64 ? 64 : all.len, "[DONE]", 6);) {
         if ((n = recv(fd, buffer, sizeof buffer, 0)) <= 0) break;
         buf_add(&all, buffer, (size_t)n);
     }
     size_t total = 0, events = 0, longest = 0;
-    // memmem and not strstr: under the address sanitizer that one takes the length of the rest each time.
-    for (char *s = all.data, *last = s + all.len; s && (s = memmem(s, (size_t)(last - s), "data: ", 6)); events++) {
+    // memmem and not strstr: under the address sanitizer that one takes the length of the rest each
+    // time.
+    for (char *s = all.data, *last = s + all.len;
+         s && (s = memmem(s, (size_t)(last - s), "data: ", 6)); events++) {
         char *end = memmem(s, (size_t)(last - s), "\n\n", 2);
         if (!end) break;
         char *content = memmem(s, (size_t)(end - s), "\"content\":\"", 11);
@@ -1148,7 +1338,8 @@ static void test_slow_reader(void) {
         s = end;
     }
     CHECK(total == 3000, "%zu", total);
-    CHECK(events > 100 && events < 2900 && longest > 20000 && longest < 64 << 10, "%zu events, longest %zu", events, longest);
+    CHECK(events > 100 && events < 2900 && longest > 20000 && longest < 64 << 10,
+          "%zu events, longest %zu", events, longest);
     buf_free(&all);
     close(fd);
     step_us = 0;
@@ -1161,7 +1352,8 @@ static void test_stall(void) {
     http_limits.stall_s = 0.3;
     int before = cancelled_seen, fd = dial();
     setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &(int){2048}, sizeof(int));
-    send_text(fd, post_text("/v1/chat/completions", "{\"stream\":true,\"logprobs\":true,\"top_logprobs\":64,"
+    send_text(fd, post_text("/v1/chat/completions",
+                            "{\"stream\":true,\"logprobs\":true,\"top_logprobs\":64,"
                             "\"max_tokens\":300000," SAY("many 300000") "}"));
     for (int i = 0; i < 80 && cancelled_seen == before; i++) usleep(50000);
     CHECK(cancelled_seen == before + 1);
@@ -1179,7 +1371,8 @@ static void test_many(void) {
         return;
     }
     static int fds[MANY];
-    const char *request = post_text("/v1/chat/completions", "{\"stream\":true," SAY("Hello, you") "}");
+    const char *request =
+        post_text("/v1/chat/completions", "{\"stream\":true," SAY("Hello, you") "}");
     int good = 0;
     for (int i = 0; i < MANY; i++) fds[i] = dial(), send_text(fds[i], request);
     static char buffer[1 << 14];
@@ -1189,7 +1382,8 @@ static void test_many(void) {
             buf_add(&all, buffer, (size_t)n);
             if (!strncmp(all.data + all.len - 7, "\r\n0\r\n\r\n", 7)) break;
         }
-        good += all.data && strstr(all.data, "\"finish_reason\":\"stop\"") && strstr(all.data, "data: [DONE]");
+        good += all.data && strstr(all.data, "\"finish_reason\":\"stop\"") &&
+                strstr(all.data, "data: [DONE]");
         buf_free(&all);
         close(fds[i]);
     }
@@ -1199,7 +1393,9 @@ static void test_many(void) {
 // Random bytes, and requests with random damage, never end the server.
 static void test_fuzz(void) {
     srand(1);
-    const char *good = post_text("/v1/chat/completions", "{\"max_tokens\":1,\"stop\":[\"a\"],\"logit_bias\":{\"5\":1}," HELLO "}");
+    const char *good =
+        post_text("/v1/chat/completions",
+                  "{\"max_tokens\":1,\"stop\":[\"a\"],\"logit_bias\":{\"5\":1}," HELLO "}");
     http_limits.header_s = http_limits.body_gap_s = http_limits.linger_s = 0.02;
     for (int i = 0; i < 1500; i++) {
         char text[512];
@@ -1248,7 +1444,8 @@ static void test_drain(void) {
     step_us = 20000;
     int plain = dial(), stream = dial(), idle = dial(), keep = dial(), sent = submitted;
     send_text(plain, post_text("/v1/chat/completions", "{" SAY("Hello") "}"));
-    send_text(stream, post_text("/v1/chat/completions", "{\"stream\":true," SAY("Hello, it takes a second") "}"));
+    send_text(stream, post_text("/v1/chat/completions",
+                                "{\"stream\":true," SAY("Hello, it takes a second") "}"));
     CHECK(reaches(&submitted, sent + 2));
     send_text(keep, "GET /v1/models HTTP/1.1\r\n\r\n");
     reply_free(&(Reply[]){reply_read(keep, false)}[0]);
@@ -1261,8 +1458,10 @@ static void test_drain(void) {
     reply_free(&r);
     send_text(keep, "GET /health HTTP/1.1\r\n\r\n");
     r = reply_read(keep, false);
-    CHECK(r.status == 503 && !strncmp(r.body.data, "{\"status\":\"draining\",\"ready\":false", 34) &&
-          strstr(r.body.data, "\"steps\":"), "%s", r.body.data);
+    CHECK(r.status == 503 &&
+              !strncmp(r.body.data, "{\"status\":\"draining\",\"ready\":false", 34) &&
+              strstr(r.body.data, "\"steps\":"),
+          "%s", r.body.data);
     reply_free(&r);
     r = reply_read(plain, false);
     CHECK(r.status == 200 && strstr(r.body.data, "Hello"), "%s", r.body.data);
@@ -1288,10 +1487,13 @@ static void test_drain(void) {
     usleep(50000);
     http_stop();
     r = reply_read(hang, false);
-    CHECK(r.status == 200 && strstr(r.body.data, "\"finish_reason\":\"abort\",\"matched_stop\":null"), "%s", r.body.data);
+    CHECK(r.status == 200 &&
+              strstr(r.body.data, "\"finish_reason\":\"abort\",\"matched_stop\":null"),
+          "%s", r.body.data);
     reply_free(&r);
     r = reply_read(stream, false);
-    CHECK(r.status == 200 && strstr(r.body.data, "\"finish_reason\":\"abort\"") && strstr(r.body.data, "[DONE]"));
+    CHECK(r.status == 200 && strstr(r.body.data, "\"finish_reason\":\"abort\"") &&
+          strstr(r.body.data, "[DONE]"));
     reply_free(&r);
     server_wait();
     CHECK(now_seconds() - start < 2);
@@ -1303,7 +1505,9 @@ static void test_drain(void) {
 int main(int argc, char **argv) {
     pthread_t engine;
     setvbuf(stdout, NULL, _IOLBF, 0);
-    server.options = (Options){.model_path = "/models/r1", .served_model_name = "test/model", .log_level = "error",
+    server.options = (Options){.model_path = "/models/r1",
+                               .served_model_name = "test/model",
+                               .log_level = "error",
                                .stream_interval = 1};
     server.config = (Config){.eos_token_id = EOS, .temperature = 0.6, .top_p = 0.95};
     server.template_kind = TEMPLATE_R1;
@@ -1322,13 +1526,29 @@ int main(int argc, char **argv) {
         return 0;
     }
     server_start();
-    static const struct { const char *name; void (*run)(void); } tests[] = {
-        {"split", test_split}, {"pipelining", test_pipelining}, {"versions", test_versions}, {"expect", test_expect},
-        {"transport errors", test_transport_errors}, {"limits", test_limits}, {"timeouts", test_timeouts},
-        {"cors and key", test_cors_and_key}, {"states", test_states}, {"probe timeout", test_probe_timeout},
-        {"field errors", test_field_errors}, {"chat", test_chat}, {"stream", test_stream}, {"tokenizer", test_tokenizer},
-        {"disconnect", test_disconnect}, {"slow reader", test_slow_reader}, {"stall", test_stall}, {"many", test_many},
-        {"fuzz", test_fuzz}, {"log", test_log}, {"drain", test_drain},
+    static const struct { const char *name; void (*run)(void);
+    } tests[] = {
+        {"split", test_split},
+        {"pipelining", test_pipelining},
+        {"versions", test_versions},
+        {"expect", test_expect},
+        {"transport errors", test_transport_errors},
+        {"limits", test_limits},
+        {"timeouts", test_timeouts},
+        {"cors and key", test_cors_and_key},
+        {"states", test_states},
+        {"probe timeout", test_probe_timeout},
+        {"field errors", test_field_errors},
+        {"chat", test_chat},
+        {"stream", test_stream},
+        {"tokenizer", test_tokenizer},
+        {"disconnect", test_disconnect},
+        {"slow reader", test_slow_reader},
+        {"stall", test_stall},
+        {"many", test_many},
+        {"fuzz", test_fuzz},
+        {"log", test_log},
+        {"drain", test_drain},
     };
     for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
         double start = now_seconds();

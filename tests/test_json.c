@@ -75,7 +75,7 @@ static bool write_value(Buf *out, const Json *v) {
     return ok && (v->type >= JSON_ARRAY ? k == json_next(v) : v->skip == 1);
 }
 
-// ------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 static void test_accept(void) {
     static const struct { const char *text, *compact; } rows[] = {
@@ -534,7 +534,7 @@ static void test_header(void) {
     buf_free(&text);
 }
 
-// ------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 static void test_write_string(void) {
     static const struct { const char *text, *want; } rows[] = {
@@ -624,7 +624,7 @@ static void test_write_float(void) {
     CHECK(longer == 0, "%d were longer than need be", longer);
 }
 
-// ------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 // Runs `say` in a child whose stderr is a pipe and returns what it wrote; *status as waitpid's.
 static Buf stderr_of(void (*say)(void), int *status) {

@@ -15,7 +15,7 @@ enum {
     EXPERTS = 12, TOP_K = 4, WIDTH = 128,
 };
 
-// ---- Data --------------------------------------------------------------------------------------
+// ---- Data ---------------------------------------------------------------------------------------
 
 static double noise(void) {  // even in -1..1, always the same numbers
     static uint64_t state = 0x9e3779b97f4a7c15;
@@ -74,7 +74,7 @@ static void act_fill(Act *a) {
         for (int group = 0; group < a->cols / BLOCK; group++) quantise(a, row, group);
 }
 
-// ---- The reference's numbers -------------------------------------------------------------------
+// ---- The reference's numbers --------------------------------------------------------------------
 
 // To `bits` bits of mantissa, with the smallest normal number 2^least: in double, without bit
 // tricks.
@@ -170,7 +170,7 @@ static void compare_bf16(Tally *t, double got, Sum want) {
               (t).total, (t).first, (t).got, (t).want, (t).tolerance);                             \
     } while (0)
 
-// ---- Numbers -----------------------------------------------------------------------------------
+// ---- Numbers ------------------------------------------------------------------------------------
 
 static bool same_number(float got, double want) {  // as a value: a NaN's bits don't count
     return want != want ? got != got : got == want;
@@ -258,7 +258,7 @@ static void test_quantise(void) {
     act_free(a);
 }
 
-// ---- Products ----------------------------------------------------------------------------------
+// ---- Products -----------------------------------------------------------------------------------
 
 enum { MOST_THREADS = 4 };
 
@@ -335,7 +335,7 @@ static void test_logits(void) {
     }
 }
 
-// ---- Norms, embedding, rotation ----------------------------------------------------------------
+// ---- Norms, embedding, rotation -----------------------------------------------------------------
 
 static void test_embed(void) {
     static const int id[] = {5, 0, VOCAB - 1, 5};
@@ -439,7 +439,7 @@ static void test_rotate(void) {  // by hand: pair 0 by 90 degrees, pair 1 by 180
         CHECK(f32(y[i]) == (i < 6 ? want[i] : i + 1), "element %d: got %g", i, f32(y[i]));
 }
 
-// ---- Attention ---------------------------------------------------------------------------------
+// ---- Attention ----------------------------------------------------------------------------------
 
 enum { SEQUENCES = 5, MAX_PAGES = 4, N_PAGES = 11, QUERY_ROWS = 8 };
 enum { LATENT_ROWS = 1 + 63 + 64 + 65 + 200 };
@@ -649,7 +649,7 @@ static void test_attention(void) {
     }
 }
 
-// ---- Experts -----------------------------------------------------------------------------------
+// ---- Experts ------------------------------------------------------------------------------------
 
 // Eight experts in four groups, two groups and three experts chosen; the scores are sigmoid(logit).
 static void test_route_by_hand(void) {
@@ -832,7 +832,7 @@ static void check_experts(int n) {
     free(y), routing_free(&r), act_free(a), act_free(h), act_free(dense);
 }
 
-// ---- To the bit --------------------------------------------------------------------------------
+// ---- To the bit ---------------------------------------------------------------------------------
 
 // What all stages of a layer made of one row.
 typedef struct {

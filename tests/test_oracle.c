@@ -40,7 +40,7 @@ static const float NEAR = 1e-5f;  // oracle.py's: smaller margins may go either 
 
 enum { MAX_ROWS = 512, CREEP = 3, SEQUENCES = 2 };
 
-// ---- The golden file ---------------------------------------------------------------------------
+// ---- The golden file ----------------------------------------------------------------------------
 
 typedef struct {  // shapes stand in oracle.py
     uint8_t *expert;
@@ -102,7 +102,7 @@ static int wanted_index(const Golden *g, int position) {
     return -1;
 }
 
-// ---- Running the tokens ------------------------------------------------------------------------
+// ---- Running the tokens -------------------------------------------------------------------------
 
 typedef struct {
     Model *m;
@@ -211,7 +211,7 @@ static void run_start(Run *r, const char *dir, const Golden *g) {
         memset(r->m->cache[layer], 0xff, (size_t)n_pages * PAGE * CACHE_DIM * sizeof(bf16));
 }
 
-// ---- Comparing ---------------------------------------------------------------------------------
+// ---- Comparing ----------------------------------------------------------------------------------
 
 static int expert_rank(const uint8_t *list, int top_k, int expert) {
     for (int k = 0; k < top_k; k++)

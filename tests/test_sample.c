@@ -25,7 +25,7 @@ static bool choice_equal(const Choice *a, const Choice *b) {
            memcmp(a->top_logprob, b->top_logprob, a->n_top * sizeof(float)) == 0;
 }
 
-// ---- Noise -------------------------------------------------------------------------------------
+// ---- Noise --------------------------------------------------------------------------------------
 
 static void test_philox(void) {  // Random123's kat_vectors, philox4x32 10
     static const struct { uint64_t key; uint32_t counter[4], want[4]; } known[] = {
@@ -108,7 +108,7 @@ static void test_seeds(void) {
     CHECK(differ > 50, "the seed's high half hardly matters: %d", differ);
 }
 
-// ---- Greedy, and logits that are no numbers ----------------------------------------------------
+// ---- Greedy, and logits that are no numbers -----------------------------------------------------
 
 static void test_greedy(void) {
     static const struct { float temperature; int top_k; float l[VOCAB]; int want; } cases[] = {
@@ -185,7 +185,7 @@ static void test_padding(void) {
     }
 }
 
-// ---- Filters -----------------------------------------------------------------------------------
+// ---- Filters ------------------------------------------------------------------------------------
 
 // The ids that come up in 4,000 draws, as bits. An id of 1 % is missed with a chance of 1e-17.
 static unsigned support(const float *l, Sampling s) {
@@ -306,7 +306,7 @@ static void test_statistics(void) {
     chi_square("filtered, by position", l, kept, N, s, true);
 }
 
-// ---- What changes a logit ----------------------------------------------------------------------
+// ---- What changes a logit -----------------------------------------------------------------------
 
 // True where id 3's logit counts as exactly `want`: a rival, id 1, with this logit wins the tie,
 // and one with the next smaller float loses.
@@ -382,7 +382,7 @@ static void test_bias(void) {
     CHECK(draw(only, VOCAB, &s).id == -1, "nor taken greedily");
 }
 
-// ---- Logprobs ----------------------------------------------------------------------------------
+// ---- Logprobs -----------------------------------------------------------------------------------
 
 static void test_logprobs(void) {
     enum { N = 40, TOP = 12 };
@@ -428,7 +428,7 @@ static void test_logprobs(void) {
     CHECK(off.n_top == 0 && off.id == all.id, "asking for logprobs changes no token");
 }
 
-// ---- Rows --------------------------------------------------------------------------------------
+// ---- Rows ---------------------------------------------------------------------------------------
 
 // Rows with all kinds of parameters, together in two orders and alone: a row's choice is its own.
 static void test_rows(void) {
