@@ -35,6 +35,7 @@ static const Json *config_get(const ConfigFile *f, const Json *object, const cha
     return v;
 }
 
+// An integer in low..high, which is how a size is asked for; low = high: just that one.
 static int config_int(const ConfigFile *f, const Json *object, const char *key, int64_t low,
                       int64_t high) {
     const Json *v = config_get(f, object, key);
@@ -57,6 +58,7 @@ static double config_number(const ConfigFile *f, const Json *object, const char 
     return v->number;
 }
 
+// A word that must be the one we know.
 static void config_text(const ConfigFile *f, const Json *object, const char *key,
                         const char *want) {
     const Json *v = config_get(f, object, key);
@@ -78,6 +80,7 @@ static const Json *config_object(const ConfigFile *f, const Json *object, const 
     return v;
 }
 
+// Scales of other blocks, or e5m2, would load without a complaint and give nonsense.
 static void config_quantization(Config *c, const ConfigFile *f) {
     const Json *q = json_get(f->root, "quantization_config");
     if (!q || q->type == JSON_NULL) return;  // a bf16 copy of the weights
@@ -93,6 +96,7 @@ static void config_quantization(Config *c, const ConfigFile *f) {
             size->type == JSON_ARRAY ? "other numbers" : json_type_name(size), BLOCK, BLOCK);
 }
 
+// YaRN's parameters. R1 was trained on 4,096 tokens and stretched to 163,840 by them.
 static void config_rope(Config *c, const ConfigFile *f) {
     const Json *r = config_object(f, f->root, "rope_scaling");
     config_text(f, r, json_get(r, "rope_type") ? "rope_type" : "type", "yarn");
@@ -109,6 +113,7 @@ static void config_rope(Config *c, const ConfigFile *f) {
         die("%s: mscale: got %g, want the value of mscale_all_dim, %g", f->path, mscale, all);
 }
 
+// Bounds that choose_experts relies on: groups of at least two experts, and enough of them kept.
 static void config_experts(Config *c, const ConfigFile *f) {
     const Json *root = f->root;
     c->n_group = config_int(f, root, "n_group", 1, 1024);
@@ -255,6 +260,7 @@ static void checkpoint_reserve(Checkpoint *c, size_t tensors) {
     c->slots = xcalloc(c->n_slots, sizeof *c->slots);
 }
 
+// Mapped and never read here: the pages come when they are looked at, and all processes share them.
 static void file_map(Checkpoint *c, File *f) {
     char *path = format_string("%s/%s", c->dir, f->name);
     int fd = open(path, O_RDONLY | O_CLOEXEC);
@@ -268,6 +274,7 @@ static void file_map(Checkpoint *c, File *f) {
     free(path);
 }
 
+// Bytes of an element; 0: not a dtype. Those that no R1 tensor has are only measured.
 static size_t dtype_size(Str name) {
     static const struct { const char *name; size_t size; } known[] = {
         {"F8_E4M3", 1}, {"F8_E5M2", 1}, {"BF16", 2}, {"F16", 2}, {"F32", 4},  {"F64", 8}, {"I8", 1},
@@ -519,7 +526,7 @@ static void dummy_fill(uint8_t *data, const Tensor *t, size_t n) {
 // ---- The weights table: which tensor fills which field ------------------------------------------
 
 typedef enum {
-    QUANTISED,  // [out][in]: F8_E4M3 with a scale tensor, or BF16 in a checkpoint without quantisation
+    QUANTISED,  // [out][in]: F8_E4M3 with a scale tensor; BF16 where nothing is quantised
     PLAIN,      // [out][in]: BF16, or F32 as some copies store the router
     VECTOR,     // [out]: BF16, or F32
 } Kind;
@@ -570,6 +577,8 @@ static const Tensor *checkpoint_find(Checkpoint *c, const char *name, const char
     return t;
 }
 
+// Fills w's field with its tensor, and a quantised one's scale with the tensor beside it. Like all
+// of its kind it returns the bytes that were bound.
 static size_t weight_bind(Checkpoint *c, const Config *config, const char *prefix,
                           const Weight *w) {
     bool fp8 = w->kind == QUANTISED && config->fp8;
@@ -613,6 +622,8 @@ static size_t mlp_bind(Checkpoint *c, const Config *config, const char *prefix, 
     return weights_bind(c, config, prefix, table, COUNT(table));
 }
 
+// The router, the routed experts by number, and the shared one, whose names differ only in a
+// prefix.
 static size_t moe_bind(Checkpoint *c, const Config *config, const char *prefix, Layer *l) {
     const Weight table[] = {
         {"gate.weight", PLAIN, &l->moe_mlp.gate, config->n_routed_experts, config->hidden_size},
@@ -633,6 +644,8 @@ static size_t moe_bind(Checkpoint *c, const Config *config, const char *prefix, 
     return bytes;
 }
 
+// Layer num_hidden_layers is the multi-token one: a whole layer and six tensors more. It is checked
+// like the others; no step uses it yet.
 static size_t layer_bind(Checkpoint *c, const Config *config, int i, Layer *l) {
     int hidden = config->hidden_size, heads = config->num_attention_heads;
     const Weight table[] = {
@@ -718,6 +731,8 @@ static void yarn(Model *m) {
     m->softmax_scale = mscale * mscale / sqrt(QK_DIM);
 }
 
+// Binds every tensor that the config asks for. What the checkpoint has beyond that is no error, but
+// a line in the log: it may be a file of another model.
 static void model_bind(Model *m, Progress *p) {
     const Config *c = &m->config;
     const Weight table[] = {
@@ -892,6 +907,7 @@ void event_free(Event *e) {
     free(e);
 }
 
+// In order of arrival, probes before all others.
 void engine_submit(Seq *s) {
     pthread_mutex_lock(&inbox.mutex);
     Seq **place = &inbox.first;
@@ -921,6 +937,7 @@ void engine_stop(bool abort_all) {
     pthread_mutex_unlock(&inbox.mutex);
 }
 
+// The eventfd wakes the HTTP thread's poll; its count does not matter.
 static void outbox_add(Event *e) {
     pthread_mutex_lock(&outbox.mutex);
     if (outbox.first) outbox.last->next = e;
@@ -965,6 +982,7 @@ static void seq_take(Seq *s, Event *e) {
     if (e->finish && e->stop_string < 0) text_flush(&s->text, &e->text);
 }
 
+// Both lines are SGLang's to the letter: dashboards read them.
 static void log_prefill(const Seq *s, int rows) {
     log_line(0,
              "Prefill batch. #new-seq: 1, #new-token: %d, #cached-token: 0, cache hit rate: "
@@ -1264,6 +1282,7 @@ static bool listed(const char *list, const char *word, size_t len) {
     return false;
 }
 
+// Levenshtein's: the fewest letters to insert, delete or change.
 static int edit_distance(const char *a, size_t n, const char *b, size_t m) {
     int row[m + 1];
     for (size_t j = 0; j <= m; j++) row[j] = j;
@@ -1440,6 +1459,8 @@ static void server_setup(Options *o) {
                                              : !strcmp(o->think, "force");
 }
 
+// The config, and the two sizes that bound a request: how long a sequence can be, and how much
+// fits.
 static void server_size(const Options *o) {
     server.config = config_load(o->model_path);
     int longest = server.config.max_position_embeddings;
@@ -1476,6 +1497,8 @@ static void on_stop_signal(int unused) {
     http_stop();
 }
 
+// The socket opens before anything is loaded, so that /health can tell how far it is. Then two
+// threads go on: this one serves HTTP, the other loads and computes.
 static int serve_main(char **argv) {
     const Command command = {"serve", "serve [flags]: serves the OpenAI API", SERVE};
     Options o;
@@ -1537,6 +1560,7 @@ static void encode_prompt(Ids *ids, const char *system, Str text, bool template,
     buf_free(&rendered);
 }
 
+// One answer on stdout as it comes, and its figures on stderr.
 static int run_main(char **argv) {
     const Command command = {"run", "run [flags] [PROMPT|-]: answers one prompt", RUN};
     Options o;

@@ -2,9 +2,10 @@
 
     python3 tests/accuracy.py [--seed 999] [--per-task 200] [--server ./r1]
 
-Starts `./r1 serve` on a free port, sends every conversation of `tiny-r1/data.py eval` greedily through
-/v1/chat/completions, and prints for each task how many answers were right (the text behind </think>)
-and how many were the expected text to the letter, reasoning included. Exit 1 below 99 % right.
+Starts `./r1 serve` on a free port, sends every conversation of `tiny-r1/data.py eval` greedily
+through /v1/chat/completions, and prints for each task how many answers were right (the text behind
+</think>) and how many were the expected text to the letter, reasoning included. Exit 1 below 99 %
+right.
 """
 import argparse
 import collections
@@ -49,8 +50,8 @@ def main():
     parser.add_argument("--show", type=int, default=3, help="wrong answers to print")
     options = parser.parse_args()
     data = os.path.join(HERE, "..", "tiny-r1", "data.py")
-    text = subprocess.run([sys.executable, data, "eval", "--seed", options.seed,
-                           "--per-task", options.per_task], check=True, capture_output=True, text=True).stdout
+    command = [sys.executable, data, "eval", "--seed", options.seed, "--per-task", options.per_task]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     conversations = [json.loads(line) for line in text.splitlines()]
     process, address = start(options.server)
     # The log goes on and nobody reads it: a thread keeps the pipe from filling up.
@@ -71,8 +72,9 @@ def main():
             print("wrong:", json.dumps(conversation["messages"], ensure_ascii=False), "\n", answer,
                   "\nwanted:", conversation["final"])
     for task in total:
-        print(f"{task:20} right {right[task]:4} of {total[task]} ({right[task] / total[task]:7.2%}),"
-              f" to the letter {exact[task]:4}")
+        share = right[task] / total[task]
+        print(f"{task:20} right {right[task]:4} of {total[task]} ({share:7.2%}), to the letter"
+              f" {exact[task]:4}")
     sys.exit(any(right[task] < BAR * total[task] for task in total))
 
 
