@@ -274,6 +274,16 @@ static float dot(const float *a, const float *b, int n) {  // n a multiple of 16
     return lanes_sum(sum);
 }
 
+// Four at once: while one sum waits for its last add, the others go on.
+static void dot_tile(float out[TILE], const float *a, const float *const b[TILE], int n) {
+    Lanes sum[TILE] = {lanes_zero(), lanes_zero(), lanes_zero(), lanes_zero()};
+    for (int k = 0; k < n; k += 16) {
+        Lanes v = lanes_load(a + k);
+        for (int t = 0; t < TILE; t++) sum[t] = lanes_dot(sum[t], v, lanes_load(b[t] + k));
+    }
+    for (int t = 0; t < TILE; t++) out[t] = lanes_sum(sum[t]);
+}
+
 // ---- The matrix product -------------------------------------------------------------------------
 
 struct Act {
@@ -581,20 +591,25 @@ typedef struct {
     float query[CACHE_DIM], sum[LATENT_DIM], best, total;
 } Head;
 
+// Four tokens at a time, one after the other in every sum; those past the last weigh nothing.
 static void attend_page(Head *h, float page[][CACHE_DIM], int tokens, float scale) {
     float score[PAGE], best = h->best;
-    for (int t = 0; t < tokens; t++) {
-        score[t] = scale * dot(h->query, page[t], CACHE_DIM);
-        best = fmaxf(best, score[t]);
+    for (int t = 0; t < tokens; t += TILE) {
+        const float *row[TILE];
+        for (int k = 0; k < TILE; k++) row[k] = page[min(t + k, tokens - 1)];
+        dot_tile(score + t, h->query, row, CACHE_DIM);
+        for (int k = 0; k < TILE; k++) best = fmaxf(best, score[t + k] *= scale);
     }
     float shrink = expf(h->best - best);  // 0 on the first page, where best was -infinity
     h->best = best;
     h->total *= shrink;
     for (int j = 0; j < LATENT_DIM; j++) h->sum[j] *= shrink;
-    for (int t = 0; t < tokens; t++) {
-        float p = expf(score[t] - best);
-        h->total += p;
-        for (int j = 0; j < LATENT_DIM; j++) h->sum[j] += p * page[t][j];
+    for (int t = 0; t < tokens; t += TILE) {
+        float p[TILE];
+        for (int k = 0; k < TILE; k++)
+            h->total += p[k] = t + k < tokens ? expf(score[t + k] - best) : 0;
+        for (int j = 0; j < LATENT_DIM; j++)
+            for (int k = 0; k < TILE; k++) h->sum[j] += p[k] * page[min(t + k, tokens - 1)][j];
     }
 }
 
