@@ -109,7 +109,7 @@ static Job *job_new(Seq *s) {
     return j;
 }
 
-// One token of one sequence, in the order of checks that api.md 8 has. True when it was the last.
+// One token of one sequence, in the engine's order of checks. True when it was the last.
 static bool job_step(Job *j) {
     Seq *s = j->seq;
     Event *e = xcalloc(1, sizeof *e);

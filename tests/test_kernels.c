@@ -1,5 +1,5 @@
 // tests/test_kernels.c: the stages of kernels.c one by one, against hand values and against
-// model.md's formulas in naive double loops. kernels.c is included, so that what is static
+// the V3 report's formulas in naive double loops. kernels.c is included, so that what is static
 // (rounding, the parts of an Act, the threads) can be reached. All weights lie at odd addresses, as
 // a checkpoint may have them.
 //
@@ -121,7 +121,7 @@ static double gain_at(const Vector *v, int i) {
     return v->dtype == DTYPE_BF16 ? bf16_at(v->data, i) : f32_at(v->data, i);
 }
 
-static double weight_at(const Linear *w, int row, int k) {  // model.md 2.3
+static double weight_at(const Linear *w, int row, int k) {  // its block's scale multiplies
     size_t i = (size_t)row * w->in + k;
     if (w->dtype == DTYPE_BF16) return bf16_at(w->data, i);
     if (w->dtype == DTYPE_F32) return f32_at(w->data, i);
@@ -413,7 +413,7 @@ static void test_rope_angles(void) {
     rope_angles(&rope[0][0], inv_freq, position, 6);
     for (int row = 0; row < 6; row++)
         for (int i = 0; i < ROPE_DIM / 2; i++) {
-            float angle = (float)position[row] * inv_freq[i];  // model.md 3.3: an f32 product
+            float angle = (float)position[row] * inv_freq[i];  // an f32 product, as in model.py
             compare(&t, rope[row][2 * i], cos(angle), 1e-7);   // an ulp of cosf
             compare(&t, rope[row][2 * i + 1], sin(angle), 1e-7);
         }
@@ -576,7 +576,7 @@ static void check_attend(float scale) {
     CHECK_TALLY(sums, "mla_attend, scale %g", scale);
 }
 
-// One row and head of model.md 3.2: keys and values are made of each c, nothing is absorbed.
+// One row and head as V3's equations 1 to 11 say: keys and values are made of each c, nothing is absorbed.
 static void naive_attention(double o[V_DIM], const double *kv_b, int row, int head, double scale) {
     double p[200], (*v)[V_DIM] = xcalloc(200, sizeof *v);
     const double *key_weight = kv_b + head * KV_DIM * LATENT_DIM;
@@ -693,7 +693,7 @@ static void test_route_by_hand(void) {
     routing_free(&r), act_free(a);
 }
 
-// Steps 3 to 6 of model.md 3.6, by counting how many stand before.
+// V3's equations 13 to 16 with groups, by counting how many stand before.
 static bool group_kept(const double *choice, int g, const Config *c) {
     int size = c->n_routed_experts / c->n_group, before = 0;
     double value[EXPERTS];
@@ -776,7 +776,7 @@ static void check_route(const Routing *r, const Act *a, int n) {
     CHECK(listed == n * TOP_K, "%d rows: %d pairs of the lists are right", n, listed);
 }
 
-// Row `slot` of h against silu(gate(a)) up(a): bf16 each, the product rounded once (model.md 3.5).
+// Row `slot` of h against silu(gate(a)) up(a): bf16 each, the product rounded once.
 static void compare_hidden(Tally *t, const Act *h, int slot, const Act *a, int row, const Mlp *m) {
     for (int i = 0; i < m->gate_proj.out; i++) {
         Sum g = row_dot(a, row, &m->gate_proj, i), u = row_dot(a, row, &m->up_proj, i);

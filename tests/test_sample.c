@@ -1,4 +1,4 @@
-// tests/test_sample.c: how a token is chosen (api.md 8), seen from outside: logits go in, a Choice
+// tests/test_sample.c: how a token is chosen, seen from outside: logits go in, a Choice
 // comes out. What a step did to a logit is measured with a rival of a known logit, since the larger
 // one is chosen; what a filter left is measured by drawing until everything left must have come up.
 #include "../r1.h"
@@ -43,7 +43,7 @@ static void test_philox(void) {  // Random123's kat_vectors, philox4x32 10
     }
 }
 
-// The draw as api.md 8 writes it down, with logarithms in double.
+// The draw by its formula, with logarithms in double.
 static int drawn_by_definition(const float *l, int vocab, uint64_t seed, int position,
                                double *margin) {
     double best = -INFINITY, second = -INFINITY;
