@@ -29,6 +29,8 @@ enum {
     COLUMNS = 32,  // outputs of a unit of work: a few cache lines, so that threads don't share any
 };
 
+static int min(int a, int b) { return a < b ? a : b; }
+
 // ---- Threads ------------------------------------------------------------------------------------
 // A stage is a loop over independent units. All threads take units from a counter until none is
 // left. They spin for a moment before they sleep, because the next stage follows within
@@ -95,10 +97,22 @@ static void parallel(Task *task, void *arg, int n_units) {
     for (int i = 0; atomic_load(&pool.running) > 0; i++) spin(i);
 }
 
-void device_init(void) {
+// The cores that we may use: those of the affinity mask, or fewer where a container has a quota.
+// Threads beyond that would take turns, and each stage wait for a thread that has none.
+static int core_count(void) {
     cpu_set_t cores;
-    if (pool.n_threads > 1 || sched_getaffinity(0, sizeof cores, &cores) != 0) return;
-    pool.n_threads = CPU_COUNT(&cores);
+    int n = sched_getaffinity(0, sizeof cores, &cores) == 0 ? CPU_COUNT(&cores) : 1;
+    long quota = 0, period = 0;  // microseconds
+    FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r");
+    if (f && fscanf(f, "%ld %ld", &quota, &period) == 2 && period > 0)
+        n = min(n, (int)((quota + period - 1) / period));
+    if (f) fclose(f);
+    return n < 1 ? 1 : n;
+}
+
+void device_init(void) {
+    if (pool.n_threads > 1) return;
+    pool.n_threads = core_count();
     for (int i = 1; i < pool.n_threads; i++) {
         pthread_t thread;
         if (pthread_create(&thread, NULL, pool_thread, NULL) != 0) die("can't start thread %d", i);
@@ -115,8 +129,6 @@ void *device_alloc(size_t bytes) {
 }
 
 void device_free(void *p) { free(p); }
-
-static int min(int a, int b) { return a < b ? a : b; }
 
 // ---- Numbers ------------------------------------------------------------------------------------
 // Everything is computed in f32. What is stored at a stage's border is rounded to bf16 by to_bf16,
