@@ -4,7 +4,9 @@
 #
 # ARCH chooses the processor: the machine's own by default, ARCH=-march=x86-64-v3 for a binary that
 # runs on others.
-CC ?= gcc
+ifeq ($(origin CC),default)
+CC := gcc
+endif
 ARCH ?= -march=native
 SAN ?= 0
 ifeq ($(SAN),1)
@@ -17,6 +19,11 @@ endif
 # -ffp-contract=off: a product and a sum round one by one, the same on every processor.
 CFLAGS := -std=gnu11 -g $(OPT) $(ARCH) -ffp-contract=off -Wall -Wextra -Wshadow -Wstrict-prototypes
 LIBS := -lm -lpthread
+
+# Other flags or another compiler make everything anew: objects depend on a file that holds them.
+FLAGS := $(BUILD)/flags
+$(shell mkdir -p $(BUILD); echo '$(CC) $(CFLAGS)' | cmp -s - $(FLAGS) || \
+    echo '$(CC) $(CFLAGS)' >$(FLAGS))
 
 SOURCES := r1 kernels tokenizer json http
 TESTS := json tokenizer kernels checkpoint sample http oracle oracle_exact end_to_end
@@ -31,17 +38,14 @@ endif
 $(BUILD)/r1: $(SOURCES:%=$(BUILD)/%.o)
 	$(CC) $(CFLAGS) $^ -o $@ $(LIBS)
 
-$(BUILD)/%.o: %.c r1.h Makefile
-	@mkdir -p $(BUILD)
+$(BUILD)/%.o: %.c r1.h Makefile $(FLAGS)
 	$(CC) $(CFLAGS) -c $< -o $@
 
 # r1.c without its main, for test programs; and the twin without any rounding.
-$(BUILD)/r1_test.o: r1.c r1.h Makefile
-	@mkdir -p $(BUILD)
+$(BUILD)/r1_test.o: r1.c r1.h Makefile $(FLAGS)
 	$(CC) $(CFLAGS) -Dmain=r1_main -c $< -o $@
 
-$(BUILD)/%_exact.o: %.c r1.h Makefile
-	@mkdir -p $(BUILD)
+$(BUILD)/%_exact.o: %.c r1.h Makefile $(FLAGS)
 	$(CC) $(CFLAGS) -DEXACT -Dmain=r1_main -c $< -o $@
 
 PARTS := $(BUILD)/r1_test.o $(patsubst %,$(BUILD)/%.o,kernels tokenizer json http)

@@ -171,14 +171,6 @@ static inline float round_e4m3(float f) {
 #define E4M3_BITS (int)0x87f00000
 #define E4M3_UNBIAS 0x1p120f
 
-static inline float e4m3_value(uint8_t code) {
-    union {
-        uint32_t bits;
-        float f;
-    } u = {((uint32_t)code << 24 & 0x80000000) | (uint32_t)(code & 0x7f) << 20};
-    return u.f * E4M3_UNBIAS;
-}
-
 // A checkpoint's tensors may lie at any byte, so they are read through memcpy.
 static inline float load_f32(const uint8_t *p) {
     float f;
@@ -259,6 +251,13 @@ static inline Lanes lanes_scaled(Lanes sum, Lanes block, float scale) {
     return sum;
 }
 static inline void lanes_store(float *p, Lanes a) { memcpy(p, &a, sizeof a); }
+static inline float e4m3_value(uint8_t code) {
+    union {
+        uint32_t bits;
+        float f;
+    } u = {((uint32_t)code << 24 & 0x80000000) | (uint32_t)(code & 0x7f) << 20};
+    return u.f * E4M3_UNBIAS;
+}
 static inline Lanes lanes_e4m3(const uint8_t *w) {
     Lanes a;
     for (int i = 0; i < 16; i++) a.v[i] = e4m3_value(w[i]);

@@ -237,7 +237,7 @@ struct Checkpoint {
     Tensor *slots;          // open addressing by the name's hash, at most half full
     size_t n_slots, n_tensors;
     char *index_text;
-    Progress *progress;
+    Progress *progress;     // told of dummy tensors as they are made
 };
 
 static uint64_t hash_bytes(const char *data, size_t len) {  // FNV-1a
@@ -562,6 +562,7 @@ static const Tensor *checkpoint_find(Checkpoint *c, const char *name, const char
         t->bytes = n * dtype_size(t->dtype);
         uint8_t *data = device_alloc(t->bytes);
         dummy_fill(data, t, n);
+        if (c->progress) c->progress->loaded_bytes += t->bytes;
         t->data = data;
         return t;
     }
@@ -744,7 +745,7 @@ static void model_bind(Model *m, Progress *p) {
     int layers = c->num_hidden_layers + c->num_nextn_predict_layers;
     m->layers = xcalloc(layers, sizeof *m->layers);
     for (int i = 0; i < layers; i++) bytes += layer_bind(m->checkpoint, c, i, &m->layers[i]);
-    if (m->checkpoint->dummy) p->loaded_bytes = p->total_bytes = bytes;
+    if (m->checkpoint->dummy) p->total_bytes = bytes;
     else checkpoint_read(m->checkpoint, p);
     size_t unused = 0;
     Str first = {0};
@@ -762,6 +763,7 @@ Model *model_load(const char *dir, bool dummy, int max_rows, int max_out, int n_
     Progress unwatched;
     m->config = config_load(dir);
     m->checkpoint = checkpoint_open(dir, dummy);
+    m->checkpoint->progress = p;
     model_bind(m, p ? p : &unwatched);
     yarn(m);
     const Config *c = &m->config;
@@ -862,6 +864,8 @@ void model_step(Model *m, const Batch *b) {
 // computes one sequence after the other, a step at a time: a prompt in chunks, then token by token.
 // Between two steps it looks whether the client is still there, and which requests ask to go first.
 
+enum { MAX_PREFILL_TOKENS = 16384 };  // prompt rows of a step where --chunked-prefill-size is -1
+
 Server server = {.wake_fd = -1};
 
 static struct {
@@ -879,9 +883,10 @@ static struct {
 static struct {
     Model *model;
     int chunk;                  // prompt rows in a step, at most
-    int *pages, max_pages;      // the one running sequence's page table
+    int *pages, max_pages;      // [2][max_pages] page tables: the running sequence's, and a probe's
     int *id, *position, *seq;   // [chunk] the step's rows
-    atomic_bool abort_all;
+    atomic_bool abort_all, serving;
+    bool quiet;                 // no log lines: r1 run
     double decode_start;        // when the running "Decode batch" interval began
     int decode_steps;
 } engine;
@@ -919,11 +924,13 @@ void engine_submit(Seq *s) {
     pthread_mutex_unlock(&inbox.mutex);
 }
 
-// The next sequence; waits for one. NULL when the server drains and none is left.
-static Seq *inbox_take(void) {
+// The next sequence: waits for one, or takes no more than a probe that is there. NULL: there is
+// none, or the server drains and none is left.
+static Seq *inbox_take(bool wait) {
     pthread_mutex_lock(&inbox.mutex);
-    while (!inbox.first && !inbox.draining) pthread_cond_wait(&inbox.wake, &inbox.mutex);
+    while (wait && !inbox.first && !inbox.draining) pthread_cond_wait(&inbox.wake, &inbox.mutex);
     Seq *s = inbox.first;
+    if (s && !wait && !s->probe) s = NULL;
     if (s) inbox.first = s->next, server.queued--;
     pthread_mutex_unlock(&inbox.mutex);
     return s;
@@ -946,6 +953,20 @@ static void outbox_add(Event *e) {
     pthread_mutex_unlock(&outbox.mutex);
     if (write(server.wake_fd, &(uint64_t){1}, 8) < 0 && errno != EAGAIN)
         die("eventfd: %s", strerror(errno));
+}
+
+void engine_cancel(Seq *s) {
+    s->cancelled = true;
+    pthread_mutex_lock(&inbox.mutex);
+    Seq **place = &inbox.first;
+    while (*place && *place != s) place = &(*place)->next;
+    bool waiting = *place;
+    if (waiting) *place = s->next, server.queued--;
+    pthread_mutex_unlock(&inbox.mutex);
+    if (!waiting) return;  // the engine has it, and sees `cancelled` before its next step
+    Event *e = xcalloc(1, sizeof *e);
+    *e = (Event){.seq = s, .finish = FINISH_ABORT, .stop_id = -1, .stop_string = -1};
+    outbox_add(e);
 }
 
 Event *engine_events(void) {
@@ -1018,10 +1039,12 @@ static Event *seq_step(Seq *s) {
     if (s->max_tokens == 0) return e->finish = FINISH_LENGTH, e;
     int left = (int)s->tokens.len - s->n_computed, n = left < engine.chunk ? left : engine.chunk;
     bool prompt = s->n_computed < s->n_prompt, last = n == left;
-    if (prompt && !s->probe) log_prefill(s, n);
+    bool log = !s->probe && !engine.quiet;
+    if (prompt && log) log_prefill(s, n);
     for (int i = 0; i < n; i++) {
         engine.id[i] = s->tokens.data[s->n_computed + i];
         engine.position[i] = s->n_computed + i;
+        engine.seq[i] = s->probe;
     }
     model_step(engine.model, &(Batch){n, engine.id, engine.position, engine.seq, engine.pages,
                                       engine.max_pages, &(int){n - 1}, last});
@@ -1039,7 +1062,7 @@ static Event *seq_step(Seq *s) {
     sample(&e->choice, engine.model->logits, &s->sampling, tokenizer_vocab(server.tokenizer),
            server.config.vocab_size, 1);
     seq_take(s, e);
-    if (!prompt && !s->probe) log_decode(s);
+    if (!prompt && log) log_decode(s);
     return e;
 }
 
@@ -1075,15 +1098,15 @@ static void seq_run(Seq *s) {
     double first = 0;
     seq_seed(s);
     if (log) log_receive(s);
-    server.running = 1;
-    engine.decode_start = now_seconds();
-    engine.decode_steps = 0;
+    if (!s->probe) server.running = 1;
+    if (!s->probe) engine.decode_start = now_seconds(), engine.decode_steps = 0;
     for (bool done = false; !done;) {
+        for (Seq *probe; !s->probe && (probe = inbox_take(false));) seq_run(probe);
         Event *e = seq_step(s);
         if (!e) continue;
         if (!first) first = now_seconds();
         done = e->finish != FINISH_NONE;
-        if (done) server.running = 0;
+        if (done && !s->probe) server.running = 0;
         if (done && log) log_finish(s, e->finish, first);
         outbox_add(e);
     }
@@ -1093,13 +1116,17 @@ static void seq_run(Seq *s) {
 static void engine_load(void) {
     const Options *o = &server.options;
     bool dummy = !strcmp(o->load_format, "dummy");
-    int n_pages = (server.max_total_tokens + PAGE - 1) / PAGE;
-    engine.chunk =
-        o->chunked_prefill_size < server.context_len ? o->chunked_prefill_size : server.context_len;
-    engine.model = model_load(o->model_path, dummy, engine.chunk, 1, n_pages, &server.progress);
+    int n_pages = server.max_total_tokens / PAGE, chunk = o->chunked_prefill_size;
+    if (chunk < 1) chunk = MAX_PREFILL_TOKENS;
+    engine.chunk = chunk < server.context_len ? chunk : server.context_len;
+    engine.model =
+        model_load(server.model_dir, dummy, engine.chunk, 1, n_pages + 1, &server.progress);
     engine.max_pages = n_pages;
-    engine.pages = xcalloc(n_pages, sizeof(int));
-    for (int i = 0; i < n_pages; i++) engine.pages[i] = i;
+    engine.pages = xcalloc(2 * n_pages, sizeof(int));
+    for (int i = 0; i < n_pages; i++) {
+        engine.pages[i] = i;
+        engine.pages[n_pages + i] = n_pages;  // a probe is two tokens: one page is enough
+    }
     engine.id = xcalloc(engine.chunk, sizeof(int));
     engine.position = xcalloc(engine.chunk, sizeof(int));
     engine.seq = xcalloc(engine.chunk, sizeof(int));
@@ -1133,7 +1160,8 @@ static double free_memory(void) {  // GB
 
 static void *engine_main(void *unused) {
     (void)unused;
-    server.state = STATE_LOADING;
+    int from = STATE_STARTING;  // a signal may have made it draining meanwhile, and that stays
+    atomic_compare_exchange_strong(&server.state, &from, STATE_LOADING);
     log_line(0, "Load weight begin. avail mem=%.2f GB", free_memory());
     engine_load();
     log_line(0,
@@ -1142,12 +1170,14 @@ static void *engine_main(void *unused) {
     log_line(0, "max_total_num_tokens=%d, chunked_prefill_size=%d, max_prefill_tokens=%d, "
              "max_running_requests=1, context_len=%d",
              server.max_total_tokens, engine.chunk, engine.chunk, server.context_len);
-    int loading = STATE_WARMUP;
-    server.state = STATE_WARMUP;
-    if (!server.options.skip_server_warmup) engine_warmup();
-    if (atomic_compare_exchange_strong(&server.state, &loading, STATE_READY))
+    from = STATE_LOADING;
+    atomic_compare_exchange_strong(&server.state, &from, STATE_WARMUP);
+    if (!server.options.skip_server_warmup && server.state == STATE_WARMUP) engine_warmup();
+    from = STATE_WARMUP;
+    if (atomic_compare_exchange_strong(&server.state, &from, STATE_READY))
         log_line(-1, "The server is fired up and ready to roll!");
-    for (Seq *s; (s = inbox_take());) seq_run(s);
+    engine.serving = true;
+    for (Seq *s; (s = inbox_take(true));) seq_run(s);
     return NULL;
 }
 
@@ -1189,8 +1219,8 @@ static const Flag flags[] = {
     {"--context-length", MODEL, INTEGER, AT(context_length), 2, 1 << 24, NULL, "config.json's"},
     {"--max-total-tokens", MODEL, INTEGER, AT(max_total_tokens), PAGE, 1 << 30, NULL,
      "tokens that the cache holds; default: what fits"},
-    {"--chunked-prefill-size", MODEL, INTEGER, AT(chunked_prefill_size), 1, 1 << 20, "8192",
-     "prompt tokens of a step, at most"},
+    {"--chunked-prefill-size", MODEL, INTEGER, AT(chunked_prefill_size), -1, 1 << 20, "8192",
+     "prompt tokens of a step, at most; -1: 16384"},
     {"--max-queued-requests", SERVE, INTEGER, AT(max_queued_requests), 1, 1 << 30, NULL,
      "sequences that may wait; beyond: 503"},
     {"--chat-template", ALL, WORD, AT(chat_template), 0, 0, "auto",
@@ -1218,7 +1248,7 @@ static const Flag flags[] = {
     {"--top-p", RUN, NUMBER, AT(top_p), 1e-9, 1, NULL, "generation_config.json's"},
     {"--top-k", RUN, INTEGER, AT(top_k), -1, 1 << 24, "-1", "-1: all"},
     {"--min-p", RUN, NUMBER, AT(min_p), 0, 1, "0", "relative to the likeliest token"},
-    {"--seed", RUN, LONG, AT(seed), -0x1p63, 0x1p63, "0", "for sampling"},
+    {"--seed", RUN, LONG, AT(seed), -0x1p63, 0x1.fffffffffffffp63, "0", "for sampling"},
     {"--stop", RUN, LIST, AT(stop), 0, 0, NULL, "a text that ends the answer; may be repeated"},
     {"--no-bos", TOKENIZE, SWITCH, AT(no_bos), 0, 0, NULL, "don't begin with the BOS token"},
     {"--ids", TOKENIZE, SWITCH, AT(ids), 0, 0, NULL, "the ids on one line"},
@@ -1229,7 +1259,6 @@ static const Flag flags[] = {
     {"--node-rank", SERVE, ONLY, 0, 0, 0, "0", "which of them this is"},
     {"--dist-init-addr --nccl-init-addr", SERVE, ONLY, 0, 0, 0, NULL, "the leader's HOST:PORT"},
     {"--reasoning-parser", SERVE, ONLY, 0, 0, 0, NULL, "reasoning_content in answers"},
-    {"--tool-call-parser", SERVE, ONLY, 0, 0, 0, NULL, "tool_calls in answers"},
     {"--quantization", SERVE, ONLY, 0, 0, 0, "fp8", "config.json says how"},
     {"--dtype", SERVE, ONLY, 0, 0, 0, "auto bfloat16", "of activations"},
     {"--cpu-offload-gb", SERVE, ONLY, 0, 0, 0, "0", "weights off the GPU"},
@@ -1241,7 +1270,8 @@ static const Flag flags[] = {
      "--enable-p2p-check --triton-attention-reduce-in-fp32 --enable-memory-saver "
      "--show-time-cost --prefill-only-one-req --enable-hierarchical-cache "
      "--disable-radix-cache --disable-custom-all-reduce --disable-cuda-graph "
-     "--enable-dp-attention --enable-ep-moe", SERVE, IGNORED, 0, 0, 0, NULL, NULL},
+     "--enable-dp-attention --enable-ep-moe",
+     SERVE, IGNORED, 0, 0, 0, NULL, NULL},
     {"--device --tokenizer-mode --quantization-param-path --revision --download-dir "
      "--attention-backend --sampling-backend --grammar-backend --torch-compile-max-bs "
      "--num-continuous-decode-steps --triton-attention-num-kv-splits --torchao-config "
@@ -1251,11 +1281,12 @@ static const Flag flags[] = {
      "--speculative-eagle-topk --speculative-num-draft-tokens --dist-timeout "
      "--watchdog-timeout --max-running-requests --max-prefill-tokens --mem-fraction-static "
      "--base-gpu-id --schedule-policy --log-level-http --cuda-graph-max-bs --kv-cache-dtype "
-     "--dp-size --dp --data-parallel-size --ep-size --ep --expert-parallel-size",
+     "--tool-call-parser --ds- --dp-size --dp --data-parallel-size --ep-size --ep --expert-parallel-size",
      SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
     {"--is-embedding --skip-tokenizer-init --lora-paths --enable-double-sparsity "
      "--json-model-override-args --return-hidden-states --enable-custom-logit-processor "
-     "--delete-ckpt-after-loading --stream-output", SERVE, REFUSED, 0, 0, 0, NULL, NULL},
+     "--delete-ckpt-after-loading --stream-output",
+     SERVE, REFUSED, 0, 0, 0, NULL, NULL},
 };
 #undef AT
 
@@ -1298,23 +1329,27 @@ static int edit_distance(const char *a, size_t n, const char *b, size_t m) {
     return row[m];
 }
 
-// The flag that `name` means: one of its names, or the only one whose long name begins so.
+// The flag that `name` means: one of its names, or the only one that begins so.
 static const Flag *flag_find(const Command *c, const char *name, size_t len) {
     const Flag *found = NULL;
     const char *nearest = NULL;
     Buf candidates = {0};
-    int n = 0, distance, least = INT_MAX;
+    int n = 0, least = INT_MAX;
+    if (!strncmp(name, "--ds-", 5)) len = 5;  // DeepSpeed's, all without effect
     for (const Flag *f = flags; f < flags + COUNT(flags); f++) {
-        size_t long_len = strcspn(f->names, " ");
+        size_t n_word;
         if (!(f->commands & c->bit)) continue;
         if (listed(f->names, name, len)) return buf_free(&candidates), f;
-        if (f->kind >= IGNORED) continue;
-        if (len > 2 && !strncmp(f->names, name, len)) {
-            buf_printf(&candidates, "%s%.*s", n++ ? ", " : "", (int)long_len, f->names);
-            found = f;
+        for (const char *word = f->names; *word; word += n_word, word += *word == ' ') {
+            n_word = strcspn(word, " ");
+            bool again = found == f && f->kind < IGNORED;  // another name of the same flag
+            if (len > 2 && !strncmp(word, name, len) && !again) {
+                buf_printf(&candidates, "%s%.*s", n++ ? ", " : "", (int)n_word, word);
+                found = f;
+            }
+            int distance = edit_distance(name, len, word, n_word);
+            if (distance < least) least = distance, nearest = word;
         }
-        distance = edit_distance(name, len, f->names, long_len);
-        if (distance < least) least = distance, nearest = f->names;
     }
     int shown = strcspn(nearest, " ");
     if (n > 1) usage_die(c, "%.*s could be any of %s", (int)len, name, candidates.data);
@@ -1329,10 +1364,10 @@ static void flag_set(const Command *c, Options *o, const Flag *f, const char *na
     void *field = (char *)o + f->offset;
     char *end = NULL;
     double number = f->kind < INTEGER || f->kind > NUMBER ? 0 : strtod(value, &end);
-    bool whole = f->kind != NUMBER,
-         known = f->kind == WORD && listed(f->help, value, strlen(value));
+    bool known = f->kind == WORD && listed(f->help, value, strlen(value));
+    bool whole = f->kind != NUMBER;  // digits alone: strtod would take 1e3 and 0x10, too
     if (end && (!*value || *end || !(number >= f->low && number <= f->high) ||
-                (whole && number != floor(number))))
+                (whole && value[strspn(value, "-0123456789")])))
         usage_die(c, "%s: got \"%s\", want %s in %.10g..%.10g", name, value,
                   whole ? "an integer" : "a number", f->low, f->high);
     switch (f->kind) {
@@ -1342,10 +1377,11 @@ static void flag_set(const Command *c, Options *o, const Flag *f, const char *na
                       (int)strcspn(f->help, ":"), f->help);  // fall through
     case TEXT: *(const char **)field = value; break;
     case INTEGER: *(int *)field = number; break;
-    case LONG: *(int64_t *)field = strtoll(value, NULL, 10); break;
+    case LONG: *(uint64_t *)field = strtoull(value, NULL, 10); break;  // modulo 2^64
     case NUMBER: *(double *)field = number; break;
     case SWITCH: *(bool *)field = true; break;
     case LIST:
+        if (!*value) usage_die(c, "%s: got nothing, want a text", name);
         if (o->n_stop == MAX_STOPS) usage_die(c, "%s: want at most %d", name, MAX_STOPS);
         ((const char **)field)[o->n_stop++] = value;
         break;
@@ -1380,17 +1416,21 @@ static const char *flags_parse(const Command *c, Options *o, char **argv) {
     *o = (Options){.max_tokens = -1, .temperature = -1, .top_p = -1};
     for (const Flag *f = flags; f < flags + COUNT(flags); f++)
         if (f->fallback && f->kind < ONLY) flag_set(c, o, f, f->names, f->fallback);
-    for (; *argv; argv++) {
-        if (!strcmp(*argv, "--help") || !strcmp(*argv, "-h")) flags_help(c);
-        if (strncmp(*argv, "--", 2) || !(*argv)[2]) {
-            bool separator = !strcmp(*argv, "--");  // what follows is text, whatever it looks like
-            if (separator && !*++argv) break;
+    const Flag *last = NULL;
+    for (bool only_text = false; *argv; argv++) {
+        if (!only_text && !strcmp(*argv, "--")) {
+            only_text = true;
+            continue;
+        }
+        if (!only_text && (!strcmp(*argv, "--help") || !strcmp(*argv, "-h"))) flags_help(c);
+        if (only_text || strncmp(*argv, "--", 2)) {
+            if (last && last->kind == IGNORED_VALUE) continue;  // --cuda-graph-bs 1 2 4
             if (text || c->bit == SERVE) usage_die(c, "got \"%s\", want a flag", *argv);
             text = *argv;
             continue;
         }
         size_t len = strcspn(*argv, "=");
-        const Flag *f = flag_find(c, *argv, len);
+        const Flag *f = last = flag_find(c, *argv, len);
         bool bare = f->kind == SWITCH || f->kind == IGNORED || f->kind == REFUSED;
         char name[64];
         snprintf(name, sizeof name, "%.*s", (int)len, *argv);
@@ -1439,18 +1479,18 @@ static const char *model_directory(const char *path) {
 static int pool_size(const Config *c, const Options *o, int context_len) {
     double bytes = (double)c->num_hidden_layers * CACHE_DIM * sizeof(bf16);
     double fit = 0.5 * sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE) / bytes;
-    int tokens = o->max_total_tokens ? o->max_total_tokens : fit < context_len ? fit : context_len;
-    return tokens < PAGE ? PAGE : tokens / PAGE * PAGE;
+    if (o->max_total_tokens) return o->max_total_tokens / PAGE * PAGE;
+    if (fit >= context_len) return (context_len + PAGE - 1) / PAGE * PAGE;
+    return fit < PAGE ? PAGE : (int)fit / PAGE * PAGE;
 }
 
 // Everything but the weights: config, tokenizer, template, sizes.
 static void server_setup(Options *o) {
     if (!o->model_path) o->model_path = default_model();
-    if (!o->served_model_name) o->served_model_name = o->model_path;
-    o->model_path = model_directory(o->model_path);
-    o->tokenizer_path = o->tokenizer_path ? model_directory(o->tokenizer_path) : o->model_path;
     server.options = *o;
-    server.tokenizer = tokenizer_load(o->tokenizer_path);
+    server.model_dir = model_directory(o->model_path);
+    server.tokenizer = tokenizer_load(o->tokenizer_path ? model_directory(o->tokenizer_path)
+                                                        : server.model_dir);
     bool automatic = !strcmp(o->chat_template, "auto"), r1 = !strcmp(o->chat_template, "r1");
     server.template_kind = automatic ? tokenizer_template(server.tokenizer)
                            : r1      ? TEMPLATE_R1
@@ -1462,11 +1502,11 @@ static void server_setup(Options *o) {
 // The config, and the two sizes that bound a request: how long a sequence can be, and how much
 // fits.
 static void server_size(const Options *o) {
-    server.config = config_load(o->model_path);
-    int longest = server.config.max_position_embeddings;
-    if (tokenizer_vocab(server.tokenizer) > server.config.vocab_size)
-        die("%s/tokenizer.json: has ids up to %d, want at most config.json's vocab_size, %d",
-            o->tokenizer_path, tokenizer_vocab(server.tokenizer) - 1, server.config.vocab_size);
+    server.config = config_load(server.model_dir);
+    int longest = server.config.max_position_embeddings, ids = tokenizer_vocab(server.tokenizer);
+    if (ids > server.config.vocab_size)
+        die("%s: the tokenizer has ids up to %d, want less than config.json's vocab_size, %d",
+            server.model_dir, ids - 1, server.config.vocab_size);
     server.context_len =
         o->context_length && o->context_length < longest ? o->context_length : longest;
     server.max_total_tokens = pool_size(&server.config, o, server.context_len);
@@ -1503,10 +1543,14 @@ static int serve_main(char **argv) {
     const Command command = {"serve", "serve [flags]: serves the OpenAI API", SERVE};
     Options o;
     flags_parse(&command, &o, argv);
+    if (o.api_key && !*o.api_key) usage_die(&command, "--api-key: got nothing, want a key");
     server.boot = now_seconds();
     server.created = time(NULL);
     server.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     if (server.wake_fd < 0) die("eventfd: %s", strerror(errno));
+    struct sigaction stop = {.sa_handler = on_stop_signal, .sa_flags = SA_RESTART};
+    sigaction(SIGTERM, &stop, NULL);
+    sigaction(SIGINT, &stop, NULL);
     int listener = http_listen(o.host, o.port);
     server_setup(&o);
     server_size(&o);
@@ -1515,17 +1559,16 @@ static int serve_main(char **argv) {
              server.template_kind == TEMPLATE_R1 ? "r1" : "r1-0528",
              strcmp(o.chat_template, "auto") ? "by flag" : "recognised from tokenizer_config.json",
              server.think ? "end" : "don't end");
-    struct sigaction stop = {.sa_handler = on_stop_signal, .sa_flags = SA_RESTART};
-    sigaction(SIGTERM, &stop, NULL);
-    sigaction(SIGINT, &stop, NULL);
     device_init();
     pthread_t thread;
     if (pthread_create(&thread, NULL, engine_main, NULL) != 0) die("can't start the engine thread");
     http_serve(listener);
+    // All is answered or given up; a step or a load that still runs is not waited for.
+    if (engine.abort_all || !engine.serving) _exit(engine.abort_all ? 130 : 0);
     pthread_join(thread, NULL);
     engine_free();
     tokenizer_free(server.tokenizer);
-    return engine.abort_all ? 130 : 0;
+    return 0;
 }
 
 // The whole standard input, or the text itself where it is not "-".
@@ -1541,7 +1584,13 @@ static Buf text_or_stdin(const char *text) {
 static atomic_bool interrupted;
 static void on_interrupt(int unused) {
     (void)unused;
+    if (interrupted) _exit(130);  // the first one waits for the step that runs
     interrupted = true;
+}
+
+// What could not be written is lost, and the caller must know.
+static void stdout_check(void) {
+    if (fflush(stdout) != 0 || ferror(stdout)) die("can't write to stdout: %s", strerror(errno));
 }
 
 // The prompt's ids: the text as a user's message in the template, or as it is behind BOS.
@@ -1583,11 +1632,11 @@ static int run_main(char **argv) {
     s->max_tokens = o.max_tokens < 0 ? room : o.max_tokens;
     if (o.temperature >= 0) s->sampling.temperature = o.temperature;
     if (o.top_p >= 0) s->sampling.top_p = o.top_p;
-    s->sampling.top_k = o.top_k ? o.top_k : -1, s->sampling.min_p = o.min_p,
-    s->sampling.seed = o.seed;
+    if (o.top_k == 0) usage_die(&command, "--top-k: got 0, want -1 or an integer >= 1");
+    s->sampling.top_k = o.top_k, s->sampling.min_p = o.min_p, s->sampling.seed = o.seed;
     for (int i = 0; i < o.n_stop; i++)
         s->text.stop[s->text.n_stop++] = (Str){o.stop[i], strlen(o.stop[i])};
-    s->probe = true;  // no log lines in the middle of the answer
+    engine.quiet = true;
     signal(SIGINT, on_interrupt);
     if (server.think && !o.raw) printf("<think>\n");
     double start = now_seconds(), first = 0;
@@ -1598,12 +1647,12 @@ static int run_main(char **argv) {
         if (!e) continue;
         if (!first) first = now_seconds();
         fwrite(e->text.data ? e->text.data : "", 1, e->text.len, stdout);
-        fflush(stdout);
+        stdout_check();
         finish = e->finish;
         event_free(e);
     }
     printf("\n");
-    fflush(stdout);
+    stdout_check();
     double prefill = first - start, decode = now_seconds() - first;
     int output = (int)s->tokens.len - s->n_prompt;
     static const char *reason[] = {"", "stop", "length", "abort",
@@ -1611,7 +1660,7 @@ static int run_main(char **argv) {
     // The first token comes with the prompt's last step; the others take a step each.
     fprintf(stderr,
             "prompt: %d tokens, %.2f s (%.2f tok/s); output: %d tokens, %.2f s (%.2f tok/s); %s\n",
-            s->n_prompt, prefill, s->n_prompt / prefill, output, decode,
+            s->n_prompt, prefill, output ? s->n_prompt / prefill : 0.0, output, decode,
             output > 1 ? (output - 1) / decode : 0.0, reason[finish]);
     seq_free(s);
     engine_free();
@@ -1676,6 +1725,7 @@ static int tokenize_main(char **argv) {
         if (o.ids) print_ids(&ids);
         else print_tokens(&ids);
     }
+    stdout_check();
     free(ids.data);
     buf_free(&text);
     tokenizer_free(server.tokenizer);
@@ -1690,6 +1740,9 @@ int main(int argc, char **argv) {
                                "  help       this text; r1 COMMAND --help lists a command's flags\n"
                                "  version    print the version\n";
     const char *name = argc > 1 ? argv[1] : "help";
+    int fd;  // 0, 1 and 2 are taken, or a socket would get what is meant for the terminal
+    while ((fd = open("/dev/null", O_RDWR)) >= 0 && fd <= 2) {}
+    if (fd > 2) close(fd);
     if (!strcmp(name, "serve")) return serve_main(argv + 2);
     if (!strcmp(name, "run")) return run_main(argv + 2);
     if (!strcmp(name, "tokenize")) return tokenize_main(argv + 2);

@@ -456,12 +456,13 @@ typedef struct {  // the flags by their long names (api.md 12)
     const char *system, *stop[MAX_STOPS];
     int n_stop, max_tokens, top_k;
     double temperature, top_p, min_p;
-    int64_t seed;
+    uint64_t seed;
     bool raw, no_bos, ids, chat, decode;
 } Options;
 
 typedef struct {  // what both threads see; no lock but the two queues'
     Options options;
+    const char *model_dir;  // where --model-path is
     Config config;
     Tokenizer *tokenizer;
     ChatTemplate template_kind;
@@ -479,6 +480,9 @@ typedef struct {  // what both threads see; no lock but the two queues'
 extern Server server;
 void engine_submit(Seq *s);          // any thread; ownership passes until its finish event
 Event *engine_events(void);  // the waiting events, oldest first, a list to free; never blocks
+// The HTTP thread no longer wants s: no step after the running one is for it. Its finish event
+// comes.
+void engine_cancel(Seq *s);
 void engine_stop(
     bool abort_all);  // drain: finish what is queued (or abort it), then the thread ends
 Seq *seq_new(void);                  // with the defaults of api.md 3

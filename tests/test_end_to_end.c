@@ -116,7 +116,7 @@ static void check_usage(void) {
          2},
         {"--port", "x", "--port: got \"x\", want an integer in 0..65535", 2},
         {"--port", "70000", "--port: got \"70000\", want an integer in 0..65535", 2},
-        {"--m", "3", "--m could be any of --model-path, --max-total-tokens, --max-queued-requests",
+        {"--m", "3", "--m could be any of --model-path, --max-total-tokens, ",
          2},
         {"--is-embedding", "1",
          "--is-embedding: not supported, since it would change what is served", 2},

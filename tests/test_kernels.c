@@ -213,8 +213,6 @@ static void test_decode(void) {
     decode_block(decoded + BLOCK, codes + BLOCK, DTYPE_F8_E4M3);
     for (int code = 0; code < 256; code++) {
         if ((code & 0x7f) == 0x7f) continue;  // NaN in e4m3: no checkpoint holds it
-        CHECK(same_number(e4m3_value(code), e4m3(code)), "code %02x: got %g", code,
-              e4m3_value(code));
         CHECK(same_number(decoded[code], e4m3(code)), "lanes, %02x: got %g", code, decoded[code]);
     }
     uint8_t halves[2 * BLOCK + 1];
