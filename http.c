@@ -8,7 +8,6 @@
 // A request that generates becomes a Call: one Seq for each choice, and an Answer that gathers what
 // comes of it. A Call outlives its connection when the client leaves: a Seq that the engine has can
 // only be freed after its last event. All of this runs in one thread, so there is no lock.
-#define _GNU_SOURCE
 #include "r1.h"
 
 #include <ctype.h>
@@ -61,8 +60,8 @@ typedef struct Conn Conn;
 typedef struct Call Call;
 
 typedef struct {
-    const char *path;     // with a slash at its end: all that begins so
-    const char *methods;  // "POST or PUT"
+    const char *path;         // with a slash at its end: all that begins so
+    const char *method, *or;  // what it takes; NULL: nothing else
     enum { OPENAI, GENERATE, HEALTH } shape;  // of its errors: F, G, H of api.md 11
     void (*handler)(Conn *c);
 } Route;
@@ -80,19 +79,20 @@ typedef struct {  // what a header said; its strings lie in Conn.head
 } Request;
 
 struct Conn {
+    Conn *next;
     int fd;
     char peer[INET6_ADDRSTRLEN], port[8];
     ConnState state;
     double since;          // when the state began or bytes last moved: timeouts count from here
     Buf in, out, head, body;
     size_t in_at, out_at;  // how much of `in` is used up, how much of `out` is sent
-    size_t scanned;        // bytes of `in` that hold no end of a header
     Request request;
     Call *call;            // in COMPUTING and STREAMING
 };
 
-static Conn **conns;
-static size_t n_conns, n_open;  // n_open: without the dead ones
+static Conn *conns;
+static int n_open;              // connections, without the dead ones
+static int max_files;           // RLIMIT_NOFILE, as high as http_listen() could set it
 static size_t bodies_held;      // bytes, of all requests
 static Call *calls;
 static double now;              // of this round
@@ -137,7 +137,6 @@ static bool str_begins(Str s, const char *a) { return str_equal(str_cut(s, strle
 static bool str_is(Str s, const char *lower) {  // letters of either case
     return s.len == strlen(lower) && !strncasecmp(s.data, lower, s.len);
 }
-static void buf_drop(Buf *b, size_t n) { if (n) memmove(b->data, b->data + n, (b->len -= n) + 1); }
 static void conn_state(Conn *c, ConnState state) { c->state = state, c->since = now; }
 
 // ------------------------------------------------------------------------------------------------
@@ -833,7 +832,7 @@ static void chat_event(Call *call, Answer *a) {
     bool all = text == a->text.len && entries == a->entries.len, done = all && a->finish;
     if (text || entries || done)
         chat_chunk(call, a, "null", str_cut(buf_text(&a->text), text), entries, done);
-    buf_drop(&a->text, text), buf_drop(&a->entries, entries);
+    buf_shift(&a->text, NULL, text), buf_shift(&a->entries, NULL, entries);
     a->started = true, a->waiting = !all;
 }
 
@@ -1049,17 +1048,17 @@ static void detokenize(Conn *c) {
 // Routes, and what may come in
 
 static const Route routes[] = {
-    {"/v1/chat/completions", "POST", OPENAI, chat_complete},
-    {"/v1/models", "GET, HEAD", OPENAI, models},
-    {"/v1/models/", "GET, HEAD", OPENAI, models},
-    {"/health", "GET, HEAD", HEALTH, health},
-    {"/health_generate", "GET, HEAD", HEALTH, health_generate},
-    {"/get_model_info", "GET, HEAD", GENERATE, model_info},
-    {"/model_info", "GET, HEAD", GENERATE, model_info},
-    {"/tokenize", "POST", OPENAI, tokenize},
-    {"/v1/tokenize", "POST", OPENAI, tokenize},
-    {"/detokenize", "POST", OPENAI, detokenize},
-    {"/v1/detokenize", "POST", OPENAI, detokenize},
+    {"/v1/chat/completions", "POST", NULL, OPENAI, chat_complete},
+    {"/v1/models", "GET", "HEAD", OPENAI, models},
+    {"/v1/models/", "GET", "HEAD", OPENAI, models},
+    {"/health", "GET", "HEAD", HEALTH, health},
+    {"/health_generate", "GET", "HEAD", HEALTH, health_generate},
+    {"/get_model_info", "GET", "HEAD", GENERATE, model_info},
+    {"/model_info", "GET", "HEAD", GENERATE, model_info},
+    {"/tokenize", "POST", NULL, OPENAI, tokenize},
+    {"/v1/tokenize", "POST", NULL, OPENAI, tokenize},
+    {"/detokenize", "POST", NULL, OPENAI, detokenize},
+    {"/v1/detokenize", "POST", NULL, OPENAI, detokenize},
 };
 
 static const Route *route_find(Str path) {
@@ -1070,15 +1069,6 @@ static const Route *route_find(Str path) {
     return NULL;
 }
 
-// Whether a word is one of a list's, in letters of either case.
-static bool list_has(Str list, Str word) {
-    for (size_t i = 0, n; i < list.len; i += n + 1) {
-        for (n = 0; i + n < list.len && !strchr(", \t", list.data[i + n]);) n++;
-        if (n == word.len && !strncasecmp(list.data + i, word.data, n)) return true;
-    }
-    return false;
-}
-
 // In constant time: how long it takes tells the length of what was sent and nothing of the key.
 static bool key_matches(Str got) {
     const char *want = at("Bearer %s", server.options.api_key);
@@ -1086,15 +1076,6 @@ static bool key_matches(Str got) {
     unsigned different = got.len != n;
     for (size_t i = 0; i < got.len; i++) different |= (uint8_t)(got.data[i] ^ want[i % n]);
     return !different;
-}
-
-// "GET, HEAD" for the header, "GET or HEAD" for the reader.
-static bool refuse_method(Conn *c) {
-    const char *all = c->request.route->methods, *comma = strchr(all, ',');
-    const char *want = comma ? at("%.*s or%s", (int)(comma - all), all, comma + 1) : all;
-    c->request.extra = at("Allow: %s\r\n", all);
-    return refuse(c, 405, NULL, "%.*s %.*s: method not allowed, want %s", ARG(c->request.method),
-                  ARG(c->request.path), want);
 }
 
 static bool refuse_not_ready(Conn *c) {
@@ -1126,9 +1107,11 @@ static bool request_admit(Conn *c) {
     if (!r->route)
         return refuse(c, 404, NULL, "%.*s %.*s: no such route", ARG(r->method),
                       ARG(str_cut(r->path, LINE)));
-    Str all = str_of(r->route->methods);  // methods are of one case, fields' words of either
-    bool same_case = memmem(all.data, all.len, r->method.data, r->method.len);
-    return (same_case && list_has(all, r->method)) || refuse_method(c);
+    const char *a = r->route->method, *b = r->route->or;
+    if (str_equal(r->method, a) || (b && str_equal(r->method, b))) return true;
+    r->extra = b ? at("Allow: %s, %s\r\n", a, b) : at("Allow: %s\r\n", a);
+    return refuse(c, 405, NULL, "%.*s %.*s: method not allowed, want %s", ARG(r->method),
+                  ARG(r->path), b ? at("%s or %s", a, b) : a);
 }
 
 // The request is complete. An error has left BODY already, so that its handler doesn't run.
@@ -1136,7 +1119,7 @@ static void request_handle(Conn *c) {
     if (!request_admit(c)) return;
     char err[SHOWN * 4];
     Json *json = NULL;
-    if (str_begins(str_of(c->request.route->methods), "POST")) {
+    if (!strcmp(c->request.route->method, "POST")) {
         buf_str(&c->body, "");  // not NULL then
         json = json_parse(c->body.data, c->body.len, err, sizeof err);
         if (!json) refuse(c, 400, NULL, "%s", err);
@@ -1190,9 +1173,9 @@ static bool request_line(Conn *c, Str line) {
 static bool header_field(Conn *c, Str line) {
     Request *r = &c->request;
     const char *colon = memchr(line.data, ':', line.len);
-    Str name = str_cut(line, colon ? (size_t)(colon - line.data) : 0), v;
+    Str name = str_cut(line, colon ? (size_t)(colon - line.data) : 0);
     if (!is_token(name)) return malformed(c, "header field");
-    v = (Str){colon + 1, line.len - name.len - 1};
+    Str v = {colon + 1, line.len - name.len - 1};
     while (v.len && isblank((uint8_t)*v.data)) v.data++, v.len--;
     while (v.len && isblank((uint8_t)v.data[v.len - 1])) v.len--;
     Str start = str_cut(v, SHOWN);
@@ -1211,7 +1194,9 @@ static bool header_field(Conn *c, Str line) {
     }
     if (str_is(name, "content-encoding") && !str_is(v, "identity"))
         return refuse(c, 415, NULL, "Content-Encoding: got %.*s, want identity", ARG(start));
-    if (str_is(name, "connection") && list_has(v, STR("close"))) r->close = true;
+    // A list of words. Closing is always allowed, so that a longer word does no harm.
+    for (size_t i = 0; str_is(name, "connection") && i + strlen("close") <= v.len; i++)
+        r->close |= !strncasecmp(v.data + i, "close", strlen("close"));
     if (str_is(name, "expect")) r->expects = str_is(v, "100-continue");
     if (str_is(name, "authorization")) r->authorization = v;
     if (str_is(name, "origin")) r->origin = v;
@@ -1238,29 +1223,30 @@ static bool header_parse(Conn *c) {
         if (n < 0 ? !request_line(c, line) : !header_field(c, line)) return false;
     }
     if (r->chunked && r->has_length) return malformed(c, "two lengths");
-    r->route = route_find(r->path);
+    r->route = route_find(r->path);  // only now: what is malformed has the plain error's shape
     r->body_done = !r->chunked && !r->left;
     size_t most = http_limits.body_bytes;
     return r->left <= most ||
            refuse(c, 413, NULL, "body: got %lu bytes, want at most %zu", r->left, most);
 }
 
+static Str unread(const Conn *c) { return (Str){c->in.data + c->in_at, c->in.len - c->in_at}; }
+
 // These are steps of conn_run(): true when something was done, false when more must come first.
 static bool header_read(Conn *c) {
     // Empty lines in front of a request are left over from sloppy clients' bodies (RFC 9112, 2.2).
-    while (str_begins((Str){c->in.data + c->in_at, c->in.len - c->in_at}, "\r\n")) c->in_at += 2;
-    const char *data = c->in.data + c->in_at;
-    size_t n = c->in.len - c->in_at, most = (size_t)http_limits.header_bytes;
-    if (!n) c->state = IDLE;
-    if (!n) return false;
+    while (str_begins(unread(c), "\r\n")) c->in_at += 2;
+    Str s = unread(c);
+    size_t most = (size_t)http_limits.header_bytes;
+    if (!s.len) c->state = IDLE;
+    if (!s.len) return false;
     if (c->state == IDLE) conn_state(c, HEADER);
-    const char *end = memmem(data + c->scanned, n - c->scanned, "\r\n\r\n", 4);
-    size_t size = end ? (size_t)(end + 4 - data) : n;
-    c->scanned = end || n < 4 ? 0 : n - 3;  // the end's first three bytes may be there
-    if (size > most) return !refuse(c, 431, NULL, "header: got more than %zu bytes", most);
+    const char *end = memmem(s.data, s.len, "\r\n\r\n", 4);
+    if (end) s.len = (size_t)(end + 4 - s.data);
+    if (s.len > most) return !refuse(c, 431, NULL, "header: got more than %zu bytes", most);
     if (!end) return false;
-    buf_add(&c->head, data, size);
-    c->in_at += size;
+    buf_add(&c->head, s.data, s.len);
+    c->in_at += s.len;
     if (!header_parse(c)) return true;
     conn_state(c, BODY);
     // Who asks before it sends a body is told of a refusal before it does.
@@ -1272,23 +1258,24 @@ static bool header_read(Conn *c) {
 // A line of a chunked body that is no data. False when it isn't whole yet, or when it was refused.
 static bool chunk_line(Conn *c) {
     Request *r = &c->request;
-    const char *line = c->in.data + c->in_at;
-    size_t n = c->in.len - c->in_at, most = http_limits.body_bytes;
-    const char *end = n ? memmem(line, n, "\r\n", 2) : NULL;
-    if (end) n = (size_t)(end - line);
+    Str s = unread(c);
+    size_t most = http_limits.body_bytes;
+    if (!s.len) return false;
+    const char *end = memmem(s.data, s.len, "\r\n", 2);
+    if (end) s.len = (size_t)(end - s.data);
     // A bare LF would be a line's end for some proxies and none for others.
-    if (n > CHUNK_LINE || (n && memchr(line, '\n', n))) return malformed(c, "chunk");
+    if (s.len > CHUNK_LINE || memchr(s.data, '\n', s.len)) return malformed(c, "chunk");
     if (!end) return false;
-    c->in_at += n + 2;
+    c->in_at += s.len + 2;
     if (r->line == CHUNK_TRAILER) {
-        r->trailer += n, r->body_done = !n;
+        r->trailer += s.len, r->body_done = !s.len;
         return r->trailer <= (size_t)http_limits.header_bytes || malformed(c, "trailer");
     }
-    if (r->line == CHUNK_END) { r->line = CHUNK_SIZE; return !n || malformed(c, "chunk"); }
-    size_t digits = strspn(line, "0123456789abcdefABCDEF");
-    bool ends = digits == n || line[digits] == ';' || isblank((uint8_t)line[digits]);
+    if (r->line == CHUNK_END) { r->line = CHUNK_SIZE; return !s.len || malformed(c, "chunk"); }
+    size_t digits = strspn(s.data, "0123456789abcdefABCDEF");
+    bool ends = digits == s.len || s.data[digits] == ';' || isblank((uint8_t)s.data[digits]);
     if (!digits || digits > 15 || !ends) return malformed(c, "chunk");  // 15: fits 64 bits
-    r->left = strtoul(line, NULL, 16);
+    r->left = strtoul(s.data, NULL, 16);
     r->line = r->left ? CHUNK_END : CHUNK_TRAILER;
     return c->body.len + r->left <= most ||
            refuse(c, 413, NULL, "body: got more than %zu bytes, want at most %zu", most, most);
@@ -1298,13 +1285,13 @@ static bool chunk_line(Conn *c) {
 static bool body_read(Conn *c) {
     Request *r = &c->request;
     while (c->state == BODY && !r->body_done) {
-        size_t n = c->in.len - c->in_at < r->left ? c->in.len - c->in_at : r->left;
-        if (r->left ? !n : !chunk_line(c)) return c->state != BODY;
-        if (bodies_held + n > http_limits.all_bodies_bytes)
+        Str s = str_cut(unread(c), r->left);
+        if (r->left ? !s.len : !chunk_line(c)) return c->state != BODY;
+        if (!s.len) continue;
+        if (bodies_held + s.len > http_limits.all_bodies_bytes)
             return !refuse(c, 503, NULL, "too many request bodies");
-        if (!n) continue;
-        buf_add(&c->body, c->in.data + c->in_at, n);
-        bodies_held += n, c->in_at += n, r->left -= n;
+        buf_add(&c->body, s.data, s.len);
+        bodies_held += s.len, c->in_at += s.len, r->left -= s.len;
         r->body_done = !r->left && !r->chunked;
     }
     if (c->state == BODY) request_handle(c);
@@ -1358,7 +1345,7 @@ static bool conn_advance(Conn *c) {
 // Goes on until it must wait. Pipelined requests are served one by one in this loop, in order.
 static void conn_run(Conn *c) {
     while (conn_send(c) && conn_advance(c)) {}
-    buf_drop(&c->in, c->in_at);
+    buf_shift(&c->in, NULL, c->in_at);
     c->in_at = 0;
     if (!c->in.len) buf_free(&c->in);
 }
@@ -1378,40 +1365,34 @@ static void conn_read(Conn *c) {
 
 // When the state has lasted too long (api.md 0).
 static double conn_deadline(const Conn *c) {
-    const HttpLimits *l = &http_limits;
-    if (c->state == COMPUTING) return c->call->deadline;
-    double seconds = c->out.len ? l->stall_s : c->state == IDLE ? l->idle_s :
-        c->state == HEADER ? l->header_s : c->state == BODY ? l->body_gap_s :
-        c->state == LINGER ? l->linger_s : INFINITY;
-    return c->since + seconds;
+    static const double *const seconds[] = {
+        [IDLE] = &http_limits.idle_s, [HEADER] = &http_limits.header_s,
+        [BODY] = &http_limits.body_gap_s, [LINGER] = &http_limits.linger_s};
+    if (c->out.len) return c->since + http_limits.stall_s;
+    return c->call ? c->call->deadline : c->since + *seconds[c->state];
 }
 
 static void conn_expire(Conn *c) {
-    bool computing = c->state == COMPUTING, header = c->state == HEADER;
-    if (!computing && (c->out.len || c->state == IDLE || c->state == LINGER)) {
-        conn_drop(c);
-        return;
-    }
-    if (computing) call_leave(c->call), respond(c, 503, health_json());
-    else refuse(c, 408, NULL, header ? "request not complete: no header after %g s" :
-                "request not complete: no byte for %g s",
-                header ? http_limits.header_s : http_limits.body_gap_s);
+    const HttpLimits *l = &http_limits;
+    if (c->out.len || c->state == IDLE || c->state == LINGER) { conn_drop(c); return; }
+    if (c->call) call_leave(c->call), refuse(c, 503, NULL, "no token in time");
+    else if (c->state == BODY)
+        refuse(c, 408, NULL, "request not complete: no byte for %g s", l->body_gap_s);
+    else refuse(c, 408, NULL, "request not complete: no header after %g s", l->header_s);
     conn_run(c);
 }
 
 // While a call runs nothing is read: what the client sends ahead waits in the kernel, and only its
 // departure is of interest. POLLRDHUP tells of it, in front of unread bytes too.
 static short conn_wants(const Conn *c) {
-    bool called = c->state == COMPUTING || c->state == STREAMING;
-    return (called ? POLLRDHUP : 0) | (c->out.len ? POLLOUT : called ? 0 : POLLIN);
+    return (c->call ? POLLRDHUP : 0) | (c->out.len ? POLLOUT : c->call ? 0 : POLLIN);
 }
 
 // What poll() said of a connection. It may have changed since, through an event of the engine's.
 static void conn_ready(Conn *c, int revents) {
-    bool called = c->state == COMPUTING || c->state == STREAMING;
     if (c->state == DEAD) return;
-    if (called && (revents & (POLLRDHUP | POLLHUP | POLLERR))) conn_drop(c);
-    else if (revents && (called || c->out.len)) conn_run(c);
+    if (c->call && (revents & (POLLRDHUP | POLLHUP | POLLERR))) conn_drop(c);
+    else if (revents && (c->call || c->out.len)) conn_run(c);
     else if (revents) conn_read(c);
     else if (now >= conn_deadline(c)) conn_expire(c);
 }
@@ -1419,21 +1400,16 @@ static void conn_ready(Conn *c, int revents) {
 // Room for one more connection is made by closing the one that has been idle for longest.
 static bool idle_close(void) {
     Conn *oldest = NULL;
-    for (size_t i = 0; i < n_conns; i++)
-        if (conns[i]->state == IDLE && (!oldest || conns[i]->since < oldest->since))
-            oldest = conns[i];
+    for (Conn *c = conns; c; c = c->next)
+        if (c->state == IDLE && (!oldest || c->since < oldest->since)) oldest = c;
     if (oldest) conn_drop(oldest);
     return oldest;
 }
 
-static void conn_name(Conn *c, const struct sockaddr_storage *a, socklen_t len) {
-    getnameinfo((const struct sockaddr *)a, len, c->peer, sizeof c->peer, c->port, sizeof c->port,
-                NI_NUMERICHOST | NI_NUMERICSERV);
-}
-
 // Takes what waits in the listening socket. False when there are no files left: then it must rest.
-static bool conns_accept(int listen_fd, size_t files) {
-    size_t most = (size_t)http_limits.connections < files ? (size_t)http_limits.connections : files;
+static bool conns_accept(int listen_fd) {
+    int most = http_limits.connections, files = max_files - SPARE_FDS;
+    if (most > files) most = files;
     for (;;) {
         struct sockaddr_storage address;
         socklen_t len = sizeof address;
@@ -1443,26 +1419,24 @@ static bool conns_accept(int listen_fd, size_t files) {
         bool full = n_open >= most && !idle_close();
         if (n_open >= most + GOODBYES) { close(fd); continue; }
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
-        conns = xrealloc(conns, (n_conns + 1) * sizeof *conns);
-        Conn *c = conns[n_conns++] = xcalloc(1, sizeof *c);
+        Conn *c = xcalloc(1, sizeof *c);
+        *c = (Conn){.fd = fd, .since = now, .next = conns};
+        conns = c;
         n_open++;
-        c->fd = fd, c->since = now;
-        conn_name(c, &address, len);
+        getnameinfo((void *)&address, len, c->peer, sizeof c->peer, c->port, sizeof c->port,
+                    NI_NUMERICHOST | NI_NUMERICSERV);
         if (full) refuse(c, 503, NULL, "too many connections"), conn_run(c);
     }
 }
 
-// Frees the dead: not earlier, for the round still has their places in `polls`.
-static void conns_reap(bool all) {
-    size_t kept = 0;
-    for (size_t i = 0; i < n_conns; i++) {
-        Conn *c = conns[i];
-        if (all && c->state != DEAD) conn_drop(c);
-        if (c->state != DEAD) { conns[kept++] = c; continue; }
+// Frees the dead: not earlier, for the round still counts them.
+static void conns_reap(void) {
+    for (Conn **link = &conns, *c; (c = *link);) {
+        if (c->state != DEAD) { link = &c->next; continue; }
+        *link = c->next;
         request_end(c);
         buf_free(&c->in), free(c);
     }
-    n_conns = kept;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1497,6 +1471,7 @@ int http_listen(const char *host, int port) {
     const rlim_t most = 65535;
     getrlimit(RLIMIT_NOFILE, &files);
     files.rlim_cur = files.rlim_max < most ? files.rlim_max : most;
+    max_files = (int)files.rlim_cur;
     setrlimit(RLIMIT_NOFILE, &files);
     signal(SIGPIPE, SIG_IGN);  // a client that left is an error of send(), no signal
     bool first = stop_pipe[0] < 0;
@@ -1511,13 +1486,10 @@ int http_listen(const char *host, int port) {
     if (fd < 0 || bind(fd, a->ai_addr, a->ai_addrlen) || listen(fd, backlog))
         die("cannot listen on %s:%d: %s", host, port, strerror(errno));
     freeaddrinfo(a);
-    struct sockaddr_storage bound;
-    socklen_t len = sizeof bound;
-    Conn self;  // its name only: port 0 takes a free one
-    getsockname(fd, (void *)&bound, &len);
-    conn_name(&self, &bound, len);
-    log_line(-1, "INFO:     r1 %s running on http://%s:%s (Press CTRL+C to quit)", R1_VERSION, host,
-             self.port);
+    struct sockaddr_in6 bound;  // port 0 takes a free one; IPv4 has it in the same place
+    getsockname(fd, (void *)&bound, &(socklen_t){sizeof bound});
+    log_line(-1, "INFO:     r1 %s running on http://%s:%d (Press CTRL+C to quit)", R1_VERSION, host,
+             ntohs(bound.sin6_port));
     return fd;
 }
 
@@ -1530,42 +1502,46 @@ void http_stop(void) {
 // Whether somebody is still to get an answer.
 static bool busy(void) {
     bool any = calls;
-    for (size_t i = 0; i < n_conns; i++) any = any || conns[i]->out.len;
+    for (const Conn *c = conns; c; c = c->next) any = any || c->out.len;
     return any;
+}
+
+// Every five seconds of a drain: for whom it waits.
+static void drain_log(void) {
+    static double last;
+    int left = 0;
+    if (!stops || now < last + 5) return;
+    for (const Call *call = calls; call; call = call->next) left++;
+    log_line(-1, "Gracefully exiting... remaining number of requests %d", left);
+    last = now;
 }
 
 void http_serve(int listen_fd) {
     struct pollfd *polls = NULL;
-    struct rlimit files;
     const double pause = 0.1, most = 1;  // without files to accept with; between two looks around
-    double give_up = INFINITY, rest = 0, report = 0;
-    getrlimit(RLIMIT_NOFILE, &files);
+    double give_up = INFINITY, rest = 0;
     for (stops = 0; now = now_seconds(), !stops || (busy() && now < give_up);) {
         double wake = now + most;
-        size_t n = n_conns;
-        polls = xrealloc(polls, (n + 3) * sizeof *polls);
+        polls = xrealloc(polls, (3 + (size_t)n_open) * sizeof *polls);
         polls[0] = (struct pollfd){listen_fd, now < rest ? 0 : POLLIN, 0};
         polls[1] = (struct pollfd){stop_pipe[0], POLLIN, 0};
         polls[2] = (struct pollfd){server.wake_fd, POLLIN, 0};
-        for (size_t i = 0; i < n; i++) {
-            polls[3 + i] = (struct pollfd){conns[i]->fd, conn_wants(conns[i]), 0};
-            wake = fmin(wake, conn_deadline(conns[i]));
+        nfds_t n = 3;
+        for (Conn *c = conns; c; c = c->next) {
+            polls[n++] = (struct pollfd){c->fd, conn_wants(c), 0};
+            wake = fmin(wake, conn_deadline(c));
         }
-        if (poll(polls, n + 3, (int)ceil(fmax(0, wake - now) * 1000)) < 0) continue;
+        if (poll(polls, n, (int)ceil(fmax(0, wake - now) * 1000)) < 0) continue;
         now = now_seconds();
         if (polls[1].revents) take_stops(&give_up);
         if (polls[2].revents) take_events();  // before the sockets: tokens first
-        for (size_t i = 0; i < n; i++) conn_ready(conns[i], polls[3 + i].revents);
-        if (polls[0].revents && !conns_accept(listen_fd, files.rlim_cur - SPARE_FDS))
-            rest = now + pause;
-        conns_reap(false), calls_reap();
-        if (!stops || now < report) continue;
-        int left = 0;
-        for (const Call *call = calls; call; call = call->next) left++;
-        log_line(-1, "Gracefully exiting... remaining number of requests %d", left);
-        report = now + 5 * most;
+        n = 3;
+        for (Conn *c = conns; c; c = c->next) conn_ready(c, polls[n++].revents);
+        if (polls[0].revents && !conns_accept(listen_fd)) rest = now + pause;
+        conns_reap(), calls_reap();
+        drain_log();
     }
-    conns_reap(true), calls_reap();
-    free(polls), free(conns);
-    conns = NULL;
+    for (Conn *c = conns; c; c = c->next) conn_drop(c);
+    conns_reap(), calls_reap();
+    free(polls);
 }

@@ -133,6 +133,13 @@ void buf_printf(Buf *b, const char *format, ...) {
     free(text);
 }
 
+void buf_shift(Buf *b, Buf *out, size_t n) {
+    if (!n) return;
+    if (out) buf_add(out, b->data, n);
+    b->len -= n;
+    memmove(b->data, b->data + n, b->len + 1);  // and the NUL
+}
+
 void buf_free(Buf *b) {
     free(b->data);
     *b = (Buf){0};

@@ -723,14 +723,6 @@ void text_init(TextStream *s, const Tokenizer *t, bool skip_special) {
     *s = (TextStream){.tokenizer = t, .skip_special = skip_special, .matched = -1};
 }
 
-// Moves the first n bytes to `out`, or nowhere where that is NULL.
-static void buf_shift(Buf *b, Buf *out, size_t n) {
-    if (!n) return;
-    if (out) buf_add(out, b->data, n);
-    b->len -= n;
-    memmove(b->data, b->data + n, b->len + 1);  // and the NUL
-}
-
 // The longest stop string that ends where `held` ends, or -1.
 static int stop_ending(const TextStream *s) {
     int best = -1;
