@@ -17,7 +17,6 @@
 #include <limits.h>
 #include <math.h>
 #include <netdb.h>
-#include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <signal.h>
@@ -39,7 +38,7 @@ enum {
     CHUNK_LINE = 4096,         // a chunk's size with its extensions
     SPARE_FDS = 64,            // files beside the connections: checkpoint, engine, log
     GOODBYES = 32,             // connections above the limit that are still told so
-    EVENT_TEXT = 24 << 10,     // text in one event, as JSON, and
+    EVENT_TEXT = 4 << 10,      // text in one event, which JSON makes six times as long at most, and
     EVENT_ENTRIES = 32 << 10,  // logprobs in one event: together they stay below 64 KiB
     SHOWN = 64, LINE = 1024,   // bytes repeated of a wrong value; of a target or a model's name
     STOP_BYTES = 1024, MAX_BIAS = 1024, MAX_RID = 128,
@@ -63,7 +62,7 @@ typedef struct {
     const char *path;         // with a slash at its end: all that begins so
     const char *method, *or;  // what it takes; NULL: nothing else
     enum { OPENAI, GENERATE, HEALTH } shape;  // of its errors: F, G, H of api.md 11
-    void (*handler)(Conn *c);
+    bool (*handler)(Conn *c);                 // false when it refused
 } Route;
 
 typedef struct {  // what a header said; its strings lie in Conn.head
@@ -121,12 +120,10 @@ static const char *quoted(Str s) {
 
 __attribute__((format(printf, 1, 2))) static const char *at(const char *format, ...) {
     va_list args;
-    char text[4 * LINE];
     va_start(args, format);
-    vsnprintf(text, sizeof text, format, args);
-    va_end(args);
     Buf *b = scratch();
-    buf_str(b, text);
+    buf_vprintf(b, format, args);
+    va_end(args);
     return b->data;
 }
 
@@ -136,6 +133,10 @@ static Str str_cut(Str s, size_t most) { return (Str){s.data, s.len < most ? s.l
 static bool str_begins(Str s, const char *a) { return str_equal(str_cut(s, strlen(a)), a); }
 static bool str_is(Str s, const char *lower) {  // letters of either case
     return s.len == strlen(lower) && !strncasecmp(s.data, lower, s.len);
+}
+static Str text_cut(Str s, size_t most) {  // between two characters
+    while (most && most < s.len && (s.data[most] & 0xC0) == 0x80) most--;
+    return str_cut(s, most);
 }
 static void conn_state(Conn *c, ConnState state) { c->state = state, c->since = now; }
 
@@ -179,10 +180,11 @@ static void access_log(const Conn *c, const Status *s) {
 // Status line and header. length -1: a stream, chunked in HTTP/1.1, up to the end in HTTP/1.0.
 static void respond_head(Conn *c, int code, const char *type, long length) {
     Request *r = &c->request;
+    const Status *s = status_find(code);
     // Behind a body that was not read to its end nobody could tell where the next request begins.
     r->close |= r->http10 || !r->body_done || stops;
-    access_log(c, status_find(code));
-    buf_printf(&c->out, "HTTP/1.1 %d %s\r\n", code, status_find(code)->reason);
+    access_log(c, s);
+    buf_printf(&c->out, "HTTP/1.1 %d %s\r\n", code, s->reason);
     if (length) buf_printf(&c->out, "Content-Type: %s\r\n", type);
     // A 204 must not have a length (RFC 9110, 8.6).
     if (length >= 0 && code != 204) buf_printf(&c->out, "Content-Length: %ld\r\n", length);
@@ -194,11 +196,16 @@ static void respond_head(Conn *c, int code, const char *type, long length) {
     buf_printf(&c->out, "%s\r\n", r->extra ? r->extra : "");
 }
 
-// The body is JSON. HEAD gets its length and not its bytes.
-static void respond(Conn *c, int code, const Buf *body) {
-    respond_head(c, code, "application/json", (long)body->len);
-    if (!str_equal(c->request.method, "HEAD")) buf_add(&c->out, body->data, body->len);
+// Answers with the JSON that the handler has written into `out`: the head goes in front of it. HEAD
+// gets its length and not its bytes. Always true, so that a handler can say `return respond(...)`.
+static bool respond(Conn *c, int code) {
+    Buf body = c->out;
+    c->out = (Buf){0};
+    respond_head(c, code, "application/json", (long)body.len);
+    if (!str_equal(c->request.method, "HEAD")) buf_add(&c->out, body.data, body.len);
+    buf_free(&body);
     conn_state(c, WRITING);
+    return true;
 }
 
 // Draining is this thread's to decide; the engine may still report progress of its own.
@@ -213,24 +220,21 @@ static const char *state_name(void) {
 }
 
 // The JSON of /health (api.md 7). It asks no other thread and waits for nothing.
-static Buf *health_json(void) {
+static const char *health_json(void) {
     int state = server_state();
     uint64_t loaded = server.progress.loaded_bytes, total = server.progress.total_bytes;
     const double giga = 1e9, instant = 1e-3;
     double uptime = fmax(now - server.boot, instant), rate = (double)loaded / uptime;
-    Buf *b = scratch();
-    buf_printf(b, "{\"status\":\"%s\",\"ready\":%s,\"version\":\"%s\",\"uptime_s\":%.1f",
-               state_name(), state == STATE_READY ? "true" : "false", R1_VERSION, uptime);
-    if (state == STATE_READY || state == STATE_DRAINING)
-        buf_printf(b, ",\"steps\":%lu,\"running\":%d,\"queued\":%d", server.steps, server.running,
-                   server.queued);
-    else
-        buf_printf(b, ",\"loaded_bytes\":%lu,\"total_bytes\":%lu,\"gb_per_s\":%.2f,\"eta_s\":%s",
-                   loaded, total, rate / giga,
-                   loaded ? at("%.1f", (double)(total - loaded) / rate) : "null");
-    buf_printf(b, ",\"ranks\":[{\"rank\":0,\"node\":0,\"state\":\"%s\",\"loaded_bytes\":%lu,"
-               "\"total_bytes\":%lu}]}", state_name(), loaded, total);
-    return b;
+    const char *eta = loaded ? at("%.1f", (double)(total - loaded) / rate) : "null";
+    const char *work = state == STATE_READY || state == STATE_DRAINING ?
+        at("\"steps\":%lu,\"running\":%d,\"queued\":%d", server.steps, server.running,
+           server.queued) :
+        at("\"loaded_bytes\":%lu,\"total_bytes\":%lu,\"gb_per_s\":%.2f,\"eta_s\":%s", loaded, total,
+           rate / giga, eta);
+    return at("{\"status\":\"%s\",\"ready\":%s,\"version\":\"%s\",\"uptime_s\":%.1f,%s,\"ranks\":"
+              "[{\"rank\":0,\"node\":0,\"state\":\"%s\",\"loaded_bytes\":%lu,\"total_bytes\":%lu}]}",
+              state_name(), state == STATE_READY ? "true" : "false", R1_VERSION, uptime, work,
+              state_name(), loaded, total);
 }
 
 // One event of a stream, which is a chunk by itself.
@@ -255,30 +259,33 @@ static bool refuse_text(Conn *c, int code, const char *param, const char *text) 
     Request *r = &c->request;
     int shape = r->route ? (int)r->route->shape : OPENAI;
     const char *message = quoted(str_of(param ? at("%s: %s", param, text) : text));
-    Buf *b = scratch();
-    if (code == 401) buf_str(b, "{\"error\":\"Unauthorized\"}");
-    else if (shape == HEALTH) b = health_json();
-    else if (shape == GENERATE) buf_printf(b, "{\"error\":{\"message\":%s}}", message);
-    else buf_printf(b, "{\"object\":\"error\",\"message\":%s,\"type\":\"%s\",\"param\":%s,"
-                    "\"code\":%d}", message, status_find(code)->type,
-                    param ? quoted(str_of(param)) : "null", code);
-    if (c->state != STREAMING) { respond(c, code, b); return false; }
-    stream_event(c, shape == OPENAI ? at("{\"error\":%s}", b->data) : b->data);
-    stream_end(c);
-    return !(r->close = true);
+    const char *error = code == 401 ? "{\"error\":\"Unauthorized\"}" :
+        shape == HEALTH ? health_json() :
+        shape == GENERATE ? at("{\"error\":{\"message\":%s}}", message) :
+        at("{\"object\":\"error\",\"message\":%s,\"type\":\"%s\",\"param\":%s,\"code\":%d}", message,
+           status_find(code)->type, param ? quoted(str_of(param)) : "null", code);
+    if (c->state == STREAMING) {
+        stream_event(c, shape == OPENAI ? at("{\"error\":%s}", error) : error);
+        stream_end(c);
+        r->close = true;
+    } else {
+        c->out.len = 0;  // the handler had begun with an answer
+        buf_str(&c->out, error);
+        respond(c, code);
+    }
+    return false;
 }
 
 // ------------------------------------------------------------------------------------------------
 // Fields of a JSON body. A rule stands once, in a table that drives parsing and the error's text.
 
-typedef struct {  // the strings lie in the request's body
-    Sampling sampling;   // as every sequence gets it, but for the seed
-    int max_tokens;      // -1: as many as fit
-    int min_tokens, n, top_logprobs;
-    bool has_seed, ignore_eos, no_stop_trim, skip_special_tokens, spaces_between, stream, logprobs;
-    bool separate_reasoning, stream_reasoning, include_usage, continuous_usage, add_special_tokens;
-    Str rid, model, stop[MAX_STOPS];
-    int stop_id[MAX_STOPS], bias_id[MAX_BIAS], n_stop, n_stop_id;
+typedef struct {        // the strings lie in the request's body
+    Seq seq;            // what all sequences begin as; max_tokens -1: as many as fit
+    int n, top_logprobs;
+    bool stream, logprobs, include_usage, continuous_usage, add_special_tokens;
+    bool ignored;       // must be a bool, and has no effect
+    Str rid, model;
+    int bias_id[MAX_BIAS];
     float bias[MAX_BIAS];
 } Params;
 
@@ -299,74 +306,100 @@ static bool json_is(const Json *v, const char *text) {
     return v && v->type == JSON_STRING && str_equal(v->string, text);
 }
 
-// A value as an error repeats it; a long string is cut behind a whole character.
+// Where a value stands in the body: messages[2].content[0].text. It is looked for from above, and
+// only when something is wrong with it.
+static const char *path_of(const Conn *c, const Json *v) {
+    Buf *b = scratch();
+    for (const Json *in = c->request.json, *child; in != v; in = child) {
+        uint32_t i = 0, key = in->type == JSON_OBJECT;  // key: nodes in front of a child
+        for (child = in + 1 + key; v >= json_next(child); i++) child = json_next(child) + key;
+        if (!key) buf_printf(b, "[%u]", i);
+        else buf_printf(b, b->len ? ".%.*s" : "%.*s", ARG(str_cut(child[-1].string, SHOWN)));
+    }
+    return b->data;
+}
+
+static const char *path_in(const Conn *c, const Json *object, const char *name) {
+    const char *path = path_of(c, object);
+    return at(*path ? "%s.%s" : "%s%s", path, name);
+}
+
+// A value as an error repeats it.
 static const char *shown(const Json *v) {
     if (!v || v->type < JSON_NUMBER || v->type > JSON_STRING) return v ? json_type_name(v) : "null";
-    if (v->type == JSON_NUMBER && !v->integer) return at("%.15g", v->number);
-    if (v->type == JSON_NUMBER) return at("%s%lu", v->negative ? "-" : "", v->magnitude);
-    Str s = str_cut(v->string, SHOWN);
-    while (s.len && s.len < v->string.len && (s.data[s.len] & 0xC0) == 0x80) s.len--;
-    return quoted(s);
+    if (v->type == JSON_STRING) return quoted(text_cut(v->string, SHOWN));
+    if (!v->integer) return at("%.15g", v->number);
+    return at("%s%lu", v->negative ? "-" : "", v->magnitude);
 }
 
-// What was got is a type's name, or the value itself where the type was right.
-static bool wrong(Conn *c, const char *path, const char *got, const char *want) {
-    return refuse(c, 400, path, "got %s, want %s", got, want);
+static bool wrong(Conn *c, const Json *v, const char *want) {
+    return refuse(c, 400, path_of(c, v), "got %s, want %s", shown(v), want);
 }
 
-static bool typed(Conn *c, const char *path, const Json *v, JsonType type) {
-    const char *want = json_type_name(&(Json){.type = type});
-    return v->type == type || wrong(c, path, json_type_name(v), want);
+static bool wrong_type(Conn *c, const Json *v, const char *want) {
+    return refuse(c, 400, path_of(c, v), "got %s, want %s", json_type_name(v), want);
 }
 
-static bool id_parse(Conn *c, int *out, const char *path, const Json *v) {
-    int64_t id, last = tokenizer_vocab(server.tokenizer) - 1;
-    if (!typed(c, path, v, JSON_NUMBER)) return false;
-    const char *want = at("a token id in 0..%ld", last);
-    if (!json_int(v, 0, last, &id)) return wrong(c, path, shown(v), want);
+static bool typed(Conn *c, const Json *v, JsonType type) {
+    return v->type == type || wrong_type(c, v, json_type_name(&(Json){.type = type}));
+}
+
+// A field that must be there; NULL when it was refused.
+static const Json *required(Conn *c, const Json *object, const char *name, JsonType type,
+                            const char *want) {
+    const Json *v = field(object, name);
+    if (!v) refuse(c, 400, path_in(c, object, name), "missing, want %s", want);
+    return v && typed(c, v, type) ? v : NULL;
+}
+
+static bool id_parse(Conn *c, int *out, const Json *v) {
+    int64_t id = 0, last = tokenizer_vocab(server.tokenizer) - 1;
+    if (!typed(c, v, JSON_NUMBER)) return false;
+    bool ok = json_int(v, 0, last, &id);
     *out = (int)id;
-    return true;
+    return ok || wrong(c, v, at("a token id in 0..%ld", last));
 }
 
 // `stop`: one string or an array of them; `stop_token_ids`: an array of ids.
-static bool stops_parse(Conn *c, Params *p, const Field *f, const char *path, const Json *v) {
+static bool stops_parse(Conn *c, Seq *s, const Field *f, const Json *v) {
     bool ids = f->kind == STOP_IDS, list = v->type == JSON_ARRAY;
-    if (!list && (ids || v->type != JSON_STRING)) return wrong(c, path, json_type_name(v), f->want);
+    if (!list && (ids || v->type != JSON_STRING)) return wrong_type(c, v, f->want);
     int n = list ? (int)v->count : 1;
-    if (n > MAX_STOPS) return refuse(c, 400, path, "got %d entries, want at most %d", n, MAX_STOPS);
-    const Json *s = list ? v + 1 : v;
-    for (int i = 0; i < n; i++, s = json_next(s)) {
-        const char *entry = list ? at("%s[%d]", path, i) : path;
-        if (ids && !id_parse(c, &p->stop_id[i], entry, s)) return false;
+    if (n > MAX_STOPS)
+        return refuse(c, 400, f->name, "got %d entries, want at most %d", n, MAX_STOPS);
+    *(ids ? &s->n_stop_id : &s->text.n_stop) = n;
+    if (list) v++;
+    for (int i = 0; i < n; i++, v = json_next(v)) {
+        if (ids ? !id_parse(c, &s->stop_id[i], v) : !typed(c, v, JSON_STRING)) return false;
         if (ids) continue;
-        if (!typed(c, entry, s, JSON_STRING)) return false;
-        if (!s->string.len || s->string.len > STOP_BYTES)
-            return refuse(c, 400, entry, "got %zu bytes, want 1..%d", s->string.len, STOP_BYTES);
-        p->stop[i] = s->string;
+        if (!v->string.len || v->string.len > STOP_BYTES)
+            return refuse(c, 400, path_of(c, v), "got %zu bytes, want 1..%d", v->string.len,
+                          STOP_BYTES);
+        s->text.stop[i] = v->string;
     }
-    *(ids ? &p->n_stop_id : &p->n_stop) = n;
     return true;
 }
 
 // {"decimal id": number}
-static bool bias_parse(Conn *c, Params *p, const Field *f, const char *path, const Json *v) {
-    if (!typed(c, path, v, JSON_OBJECT)) return false;
+static bool bias_parse(Conn *c, Params *p, const Field *f, const Json *v) {
+    Sampling *s = &p->seq.sampling;
+    if (!typed(c, v, JSON_OBJECT)) return false;
     if (v->count > MAX_BIAS)
-        return refuse(c, 400, path, "got %u entries, want at most %d", v->count, MAX_BIAS);
-    const Json *key = v + 1, *value = key + 1;
-    for (uint32_t i = 0; i < v->count; i++, key = json_next(value), value = key + 1) {
-        Str digits = key->string;
+        return refuse(c, 400, f->name, "got %u entries, want at most %d", v->count, MAX_BIAS);
+    s->bias_id = p->bias_id, s->bias = p->bias;
+    const Json *key = v + 1;
+    for (uint32_t i = 0; i < v->count; i++, key = json_next(key + 1)) {
+        const Json *value = key + 1;
+        const char *digits = key->string.data;
         char *end;  // a string lies in the body, where a quote at the latest ends the digits
-        long id = strtol(digits.data, &end, 10), last = tokenizer_vocab(server.tokenizer) - 1;
-        if (!isdigit((uint8_t)*digits.data) || end != digits.data + digits.len || id > last)
-            return wrong(c, path, shown(key), at("token ids in 0..%ld", last));
-        const char *entry = at("%s.%ld", path, id);
-        if (!typed(c, entry, value, JSON_NUMBER)) return false;
-        if (!(value->number >= f->lo && value->number <= f->hi))
-            return wrong(c, entry, shown(value), f->want);
+        long id = strtol(digits, &end, 10), last = tokenizer_vocab(server.tokenizer) - 1;
+        if (!isdigit((uint8_t)*digits) || end != digits + key->string.len || id > last)
+            return refuse(c, 400, f->name, "got %s, want token ids in 0..%ld", shown(key), last);
+        if (!typed(c, value, JSON_NUMBER)) return false;
+        if (!(value->number >= f->lo && value->number <= f->hi)) return wrong(c, value, f->want);
         int k = 0;  // the last of equal ids wins, as of all equal keys
-        while (k < p->sampling.n_bias && p->bias_id[k] != id) k++;
-        p->sampling.n_bias += k == p->sampling.n_bias;
+        while (k < s->n_bias && p->bias_id[k] != id) k++;
+        s->n_bias += k == s->n_bias;
         p->bias_id[k] = (int)id, p->bias[k] = (float)value->number;
     }
     return true;
@@ -375,23 +408,23 @@ static bool bias_parse(Conn *c, Params *p, const Field *f, const char *path, con
 static bool rid_live(const char *rid);
 
 // An rid names one live sequence, or /abort_request could not tell which is meant.
-static bool rid_parse(Conn *c, Params *p, const Field *f, const char *path, const Json *v) {
+static bool rid_parse(Conn *c, Params *p, const Field *f, const Json *v) {
     Str rid = p->rid = v->string;
     bool ok = rid.len >= f->lo && rid.len <= f->hi;
     for (size_t i = 0; ok && i < rid.len; i++) ok = rid.data[i] >= ' ' && rid.data[i] <= '~';
-    if (!ok) return wrong(c, path, shown(v), f->want);
-    if (!rid_live(at("%.*s", ARG(rid)))) return true;
-    return refuse(c, 400, path, "got %s, which is still running", shown(v));
+    if (!ok) return wrong(c, v, f->want);
+    return !rid_live(at("%.*s", ARG(rid))) ||
+           refuse(c, 400, f->name, "got %s, which is still running", shown(v));
 }
 
 // One value into its place in Params.
-static bool field_parse(Conn *c, Params *p, const Field *f, const char *path, const Json *v) {
+static bool field_parse(Conn *c, Params *p, const Field *f, const Json *v) {
     static const JsonType types[] = {JSON_NUMBER, JSON_NUMBER, JSON_BOOL,
                                      JSON_STRING, JSON_NUMBER, JSON_STRING};
     void *out = (char *)p + f->offset;
     int64_t i = 0;
     bool ok = true;
-    if (f->kind < STOP && !typed(c, path, v, types[f->kind])) return false;
+    if (f->kind < STOP && !typed(c, v, types[f->kind])) return false;
     switch (f->kind) {
     case INT:  // top_k alone begins at -1, which is all of them; none of them is no choice
         ok = json_int(v, (int64_t)f->lo, (int64_t)f->hi, &i) && (f->lo >= 0 || i);
@@ -404,51 +437,48 @@ static bool field_parse(Conn *c, Params *p, const Field *f, const char *path, co
     case BOOL: *(bool *)out = v->boolean; break;
     case STRING: ok = v->string.len <= f->hi, *(Str *)out = v->string; break;
     case SEED:  // modulo 2^64
-        ok = p->has_seed = v->integer && (!v->negative || v->magnitude <= (uint64_t)1 << 63);
-        p->sampling.seed = v->negative ? 0 - v->magnitude : v->magnitude;
+        ok = p->seq.has_seed = v->integer && (!v->negative || v->magnitude <= (uint64_t)1 << 63);
+        *(uint64_t *)out = v->negative ? 0 - v->magnitude : v->magnitude;
         break;
-    case RID: return rid_parse(c, p, f, path, v);
-    case STOP: case STOP_IDS: return stops_parse(c, p, f, path, v);
-    case BIAS: return bias_parse(c, p, f, path, v);
+    case RID: return rid_parse(c, p, f, v);
+    case STOP: case STOP_IDS: return stops_parse(c, &p->seq, f, v);
+    case BIAS: return bias_parse(c, p, f, v);
     }
-    return ok || wrong(c, path, shown(v), f->want);
+    return ok || wrong(c, v, f->want);
 }
 
-// prefix: how the object's own path begins, "stream_options." say.
-static bool fields_parse(Conn *c, Params *p, const Json *o, const char *prefix, const Field *f) {
-    for (; f->name; f++) {
-        const Json *v = field(o, f->name);
-        char path[SHOWN];
-        snprintf(path, sizeof path, "%s%s", prefix, f->name);
-        if (v && !field_parse(c, p, f, path, v)) return false;
-    }
+static bool fields_parse(Conn *c, Params *p, const Json *object, const Field *f) {
+    for (const Json *v; f->name; f++)
+        if ((v = field(object, f->name)) && !field_parse(c, p, f, v)) return false;
     return true;
 }
 
 #define AT(member) offsetof(Params, member)
-#define FLAG(name) {#name, BOOL, AT(name), 0, 0, NULL}
+#define FLAG(name, member) {name, BOOL, AT(member), 0, 0, NULL}
+#define COUNT "an integer in 0..2147483647"
 
 // What all generating endpoints understand (api.md 3), in the order in which errors are reported. A
 // positive number is a positive f32, because that is what the engine gets.
 static const Field shared_fields[] = {
-    {"max_tokens", INT, AT(max_tokens), 0, INT_MAX, "an integer in 0..2147483647"},
-    {"min_tokens", INT, AT(min_tokens), 0, INT_MAX, "an integer in 0..2147483647"},
-    {"temperature", NUMBER, AT(sampling.temperature), 0, FLT_MAX, "a number >= 0"},
-    {"top_p", NUMBER, AT(sampling.top_p), FLT_MIN, 1, "a number in (0, 1]"},
-    {"top_k", INT, AT(sampling.top_k), -1, INT_MAX, "-1 or an integer >= 1"},
-    {"min_p", NUMBER, AT(sampling.min_p), 0, 1, "a number in [0, 1]"},
-    {"frequency_penalty", NUMBER, AT(sampling.frequency_penalty), -2, 2, "a number in [-2, 2]"},
-    {"presence_penalty", NUMBER, AT(sampling.presence_penalty), -2, 2, "a number in [-2, 2]"},
-    {"repetition_penalty", NUMBER, AT(sampling.repetition_penalty), FLT_MIN, 2,
+    {"max_tokens", INT, AT(seq.max_tokens), 0, INT_MAX, COUNT},
+    {"min_tokens", INT, AT(seq.min_tokens), 0, INT_MAX, COUNT},
+    {"temperature", NUMBER, AT(seq.sampling.temperature), 0, FLT_MAX, "a number >= 0"},
+    {"top_p", NUMBER, AT(seq.sampling.top_p), FLT_MIN, 1, "a number in (0, 1]"},
+    {"top_k", INT, AT(seq.sampling.top_k), -1, INT_MAX, "-1 or an integer >= 1"},
+    {"min_p", NUMBER, AT(seq.sampling.min_p), 0, 1, "a number in [0, 1]"},
+    {"frequency_penalty", NUMBER, AT(seq.sampling.frequency_penalty), -2, 2, "a number in [-2, 2]"},
+    {"presence_penalty", NUMBER, AT(seq.sampling.presence_penalty), -2, 2, "a number in [-2, 2]"},
+    {"repetition_penalty", NUMBER, AT(seq.sampling.repetition_penalty), FLT_MIN, 2,
      "a number in (0, 2]"},
     {"logit_bias", BIAS, 0, -100, 100, "a number in [-100, 100]"},
-    {"seed", SEED, 0, 0, 0, "an integer in -9223372036854775808..18446744073709551615"},
-    {"stop", STOP, 0, 0, 0, "string or array"},
-    {"stop_token_ids", STOP_IDS, 0, 0, 0, "array"},
-    FLAG(ignore_eos), FLAG(no_stop_trim), FLAG(skip_special_tokens),
-    {"spaces_between_special_tokens", BOOL, AT(spaces_between), 0, 0, NULL},
-    {"n", INT, AT(n), 1, 128, "an integer in 1..128"},
-    FLAG(stream), {"rid", RID, 0, 1, MAX_RID, "1..128 printable ASCII characters"}, {0},
+    {"seed", SEED, AT(seq.sampling.seed), 0, 0,
+     "an integer in -9223372036854775808..18446744073709551615"},
+    {"stop", STOP, 0, 0, 0, "string or array"}, {"stop_token_ids", STOP_IDS, 0, 0, 0, "array"},
+    FLAG("ignore_eos", seq.ignore_eos), FLAG("no_stop_trim", seq.text.no_stop_trim),
+    FLAG("skip_special_tokens", seq.text.skip_special),
+    FLAG("spaces_between_special_tokens", ignored),
+    {"n", INT, AT(n), 1, 128, "an integer in 1..128"}, FLAG("stream", stream),
+    {"rid", RID, 0, 1, MAX_RID, "1..128 printable ASCII characters"}, {0},
 };
 
 // Fields that would change the answer in a way that is not implemented. A client may send all that
@@ -494,7 +524,7 @@ struct Call {
     const Api *api;
     Params params;
     Buf body;          // the request's, where the strings of params lie
-    Buf head;          // {"id":...,"model":...: how each object of the answer begins
+    Buf head;          // {"id":...,"choices":[: how each object of the answer begins
     bool forced_tag;   // the prompt ends in <think>\n
     Answer *answers;
     int n_answers, n_live, n_prompt, n_completion;
@@ -515,11 +545,14 @@ static int64_t max_req_len(void) {
 // With the defaults of /v1.
 static Call *call_new(const Api *api) {
     Call *call = xcalloc(1, sizeof *call);
-    *call = (Call){.api = api, .deadline = INFINITY, .params = {
-        .sampling = {.temperature = (float)server.config.temperature,
-                     .top_p = (float)server.config.top_p, .top_k = -1, .repetition_penalty = 1,
-                     .top_logprobs = -1},
-        .max_tokens = -1, .n = 1, .model = served_name(), .skip_special_tokens = true}};
+    Params *p = &call->params;
+    call->api = api, call->deadline = INFINITY;
+    p->n = 1, p->model = served_name();
+    p->seq.max_tokens = -1;
+    p->seq.sampling = (Sampling){
+        .temperature = (float)server.config.temperature, .top_p = (float)server.config.top_p,
+        .top_k = -1, .repetition_penalty = 1, .top_logprobs = -1};
+    text_init(&p->seq.text, server.tokenizer, true);
     return call;
 }
 
@@ -530,7 +563,7 @@ static void call_free(Call *call) {
     }
     bodies_held -= call->body.len;
     buf_free(&call->body), buf_free(&call->head);
-    free(call->answers), free(call);
+    free(call->params.seq.tokens.data), free(call->answers), free(call);
 }
 
 // Parts a call from its connection; what still runs is cancelled. calls_reap() frees it in time.
@@ -559,68 +592,62 @@ static bool rid_live(const char *rid) {  // also the stem of rid_0, rid_1, ...
 
 // Whether P + C tokens can ever be held, and the queue has room; settles C where it was left open.
 // The texts are SGLang's.
-static bool call_fits(Conn *c, Params *p, Ids *prompt) {
-    int64_t limit = max_req_len(), n = (int64_t)prompt->len;
+static bool call_fits(Conn *c, Seq *s) {
+    int64_t limit = max_req_len(), n = (int64_t)s->tokens.len;
     int waiting = server.queued, most = server.options.max_queued_requests;
     bool truncate = server.options.allow_auto_truncate;
     const char *pool = limit == server.context_len ? "" :
         at(" The KV cache of this server holds %ld tokens; the model allows %d.", limit,
            server.context_len);
-    if (truncate && n >= limit) n = limit - 1, prompt->len = (size_t)n;
+    if (truncate && n >= limit) s->tokens.len = (size_t)(n = limit - 1);
     if (n >= limit)
         return refuse(c, 400, NULL, "The input (%ld tokens) is longer than the model's context "
                       "length (%ld tokens).%s", n, limit, pool);
-    bool open = p->max_tokens < 0 || (truncate && p->max_tokens > limit - n);
-    if (open) p->max_tokens = (int)(limit - n);
-    if (n + p->max_tokens > limit)
+    if (s->max_tokens < 0 || (truncate && s->max_tokens > limit - n))
+        s->max_tokens = (int)(limit - n);
+    if (n + s->max_tokens > limit)
         return refuse(c, 400, NULL, "Requested token count exceeds the model's maximum context "
                       "length of %ld tokens. You requested a total of %ld tokens: %ld in the "
-                      "prompt and %d for the completion.%s", limit, n + p->max_tokens, n,
-                      p->max_tokens, pool);
-    if (p->min_tokens > p->max_tokens)
-        return refuse(c, 400, "min_tokens", "got %d, want an integer in 0..%d", p->min_tokens,
-                      p->max_tokens);
+                      "prompt and %d for the completion.%s", limit, n + s->max_tokens, n,
+                      s->max_tokens, pool);
+    if (s->min_tokens > s->max_tokens)
+        return refuse(c, 400, "min_tokens", "got %d, want an integer in 0..%d", s->min_tokens,
+                      s->max_tokens);
     if (most <= 0 || waiting < most) return true;
     c->request.extra = "Retry-After: 1\r\n";
     return refuse(c, 503, NULL, "the request queue is full: %d waiting, limit %d", waiting, most);
 }
 
-// One choice of one prompt, with all that the engine has to know of it.
-static Seq *seq_fill(Call *call, const Ids *prompt, int choice) {
+// One choice of the prompt in params.seq, with all that the engine has to know of it.
+static Seq *seq_make(const Call *call, int choice) {
     const Params *p = &call->params;
     Seq *s = seq_new();
+    double arrival = s->arrival;
+    *s = p->seq;
+    s->arrival = arrival;
     uint64_t random[2];
     if (getrandom(random, sizeof random, 0) < 0) die("getrandom: %s", strerror(errno));
     if (!p->rid.len) snprintf(s->rid, sizeof s->rid, "%016lx%016lx", random[0], random[1]);
     else snprintf(s->rid, sizeof s->rid, p->n > 1 ? "%.*s_%d" : "%.*s", ARG(p->rid), choice);
-    s->owner = call, s->index = call->n_answers;
-    for (size_t i = 0; i < prompt->len; i++) ids_add(&s->tokens, prompt->data[i]);
-    s->n_prompt = (int)prompt->len;
-    s->max_tokens = p->max_tokens, s->min_tokens = p->min_tokens;
-    s->ignore_eos = p->ignore_eos, s->has_seed = p->has_seed;
-    s->sampling = p->sampling;
+    s->owner = (void *)call, s->index = call->n_answers;
     s->sampling.seed += (uint64_t)choice;
-    s->sampling.bias_id = p->bias_id, s->sampling.bias = p->bias;  // the call's, which lives longer
-    if (p->logprobs) s->sampling.top_logprobs = p->top_logprobs;
-    memcpy(s->stop_id, p->stop_id, sizeof s->stop_id);
-    s->n_stop_id = p->n_stop_id;
-    text_init(&s->text, server.tokenizer, p->skip_special_tokens);
-    memcpy(s->text.stop, p->stop, sizeof p->stop);
-    s->text.n_stop = p->n_stop, s->text.no_stop_trim = p->no_stop_trim;
+    s->tokens = (Ids){0};
+    s->n_prompt = (int)p->seq.tokens.len;
+    for (int i = 0; i < s->n_prompt; i++) ids_add(&s->tokens, p->seq.tokens.data[i]);
     return s;
 }
 
-// Adds a prompt: n sequences, whose choice index goes on from the prompt before.
-static void call_add(Call *call, const Ids *prompt) {
+// Adds the prompt in params.seq: n sequences, whose choice index goes on from the prompt before.
+static void call_add(Call *call) {
     size_t n = (size_t)call->n_answers + (size_t)call->params.n;
     call->answers = xrealloc(call->answers, n * sizeof *call->answers);
     for (int i = 0; i < call->params.n; i++, call->n_answers++)
-        call->answers[call->n_answers] = (Answer){.seq = seq_fill(call, prompt, i)};
-    call->n_prompt += (int)prompt->len;
+        call->answers[call->n_answers] = (Answer){.seq = seq_make(call, i)};
+    call->n_prompt += (int)call->params.seq.tokens.len;
 }
 
 // Hands the sequences to the engine. What can be refused was refused: a stream's head goes out now.
-static void call_start(Conn *c, Call *call) {
+static bool call_start(Conn *c, Call *call) {
     call->conn = c, c->call = call;
     call->next = calls, calls = call;
     call->body = c->body, c->body = (Buf){0};  // stop strings are looked at until the last token
@@ -630,6 +657,7 @@ static void call_start(Conn *c, Call *call) {
     if (call->params.stream) respond_head(c, 200, "text/event-stream; charset=utf-8", -1);
     c->request.extra = NULL;
     for (int i = 0; i < call->n_answers; i++) engine_submit(call->answers[i].seq);
+    return true;
 }
 
 // Takes one event of the engine's into the answer that it belongs to.
@@ -658,14 +686,16 @@ static void call_event(Call *call, const Event *e) {
     call_leave(call);
 }
 
-// `details` stands where no cache report was asked for.
-static void usage_write(Buf *b, const Call *call, const char *details) {
+// Ends an object of /v1 behind its choices.
+static void object_end(Buf *b, const Call *call, bool usage) {
+    int p = call->n_prompt, c = call->n_completion;
+    const char *details = call->params.stream ? "" : ",\"prompt_tokens_details\":null";
     if (server.options.enable_cache_report && !call->n_live)
         details = at(",\"prompt_tokens_details\":{\"cached_tokens\":%d}",
                      call->answers[0].seq->n_cached);
-    int p = call->n_prompt, c = call->n_completion;
-    buf_printf(b, "{\"prompt_tokens\":%d,\"total_tokens\":%d,\"completion_tokens\":%d%s}", p, p + c,
-               c, details);
+    if (!usage) buf_str(b, "],\"usage\":null}");
+    else buf_printf(b, "],\"usage\":{\"prompt_tokens\":%d,\"total_tokens\":%d,"
+                    "\"completion_tokens\":%d%s}}", p, p + c, c, details);
 }
 
 // Writes the events that wait, one for each sequence; called only while `out` is empty. So a client
@@ -680,9 +710,8 @@ static bool stream_fill(Conn *c) {
     if (any || call->n_live) return any;
     if (call->params.include_usage) {
         Buf *b = scratch();
-        buf_printf(b, "%s,\"choices\":[],\"usage\":", call->head.data);
-        usage_write(b, call, "");
-        buf_str(b, "}");
+        buf_str(b, call->head.data);
+        object_end(b, call, true);
         stream_event(c, b->data);
     }
     call_leave(call);
@@ -695,60 +724,56 @@ static bool stream_fill(Conn *c) {
 
 #define THINK "<think>\n"
 
-// The parts of a content, joined by newlines in `room`, which is as large as the request's body.
-static bool parts_join(Conn *c, int message, const Json *list, Str *content, char **room) {
+// The parts of a content, joined by newlines where the first one lies: in the body there is more
+// than a newline between any two of them.
+static bool parts_join(Conn *c, Str *content, const Json *list) {
     const Json *part = list + 1;
-    content->data = *room;
+    *content = STR("");
     for (uint32_t i = 0; i < list->count; i++, part = json_next(part)) {
-        const Json *type = field(part, "type"), *text = field(part, "text");
-        const char *path = at("messages[%d].content[%u]", message, i);
-        if (!typed(c, path, part, JSON_OBJECT)) return false;
-        if (!json_is(type, "text")) return wrong(c, at("%s.type", path), shown(type), "\"text\"");
-        if (!text) return refuse(c, 400, at("%s.text", path), "missing, want a string");
-        if (!typed(c, at("%s.text", path), text, JSON_STRING)) return false;
-        if (i) *(*room)++ = '\n';
-        *room = mempcpy(*room, text->string.data, text->string.len);
+        if (!typed(c, part, JSON_OBJECT)) return false;
+        const Json *type = field(part, "type"), *text;
+        if (!json_is(type, "text"))
+            return refuse(c, 400, path_in(c, part, "type"), "got %s, want \"text\"", shown(type));
+        if (!(text = required(c, part, "text", JSON_STRING, "a string"))) return false;
+        if (!i) { *content = text->string; continue; }
+        char *end = (char *)content->data + content->len;
+        *end = '\n';
+        memmove(end + 1, text->string.data, text->string.len);
+        content->len += 1 + text->string.len;
     }
-    content->len = (size_t)(*room - content->data);
     return true;
 }
 
 // One message. Keys that are not looked at here (name, reasoning_content, ...) are ignored.
-static bool message_parse(Conn *c, Message *m, const Json *v, int i, char **room) {
+static bool message_parse(Conn *c, Message *m, const Json *v) {
     static const char *const names[] = {"system", "developer", "user", "assistant", "tool"};
     static const Role roles[] = {ROLE_SYSTEM, ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, ROLE_TOOL};
     const char *want = "system, developer, user, assistant or tool";
-    const char *role_path = at("messages[%d].role", i), *path = at("messages[%d].content", i);
-    const Json *role = field(v, "role"), *content = field(v, "content");
-    const Json *tools = field(v, "tool_calls");
+    const Json *role, *content = field(v, "content"), *tools = field(v, "tool_calls");
     size_t k = 0, n = sizeof roles / sizeof *roles;
-    if (!typed(c, at("messages[%d]", i), v, JSON_OBJECT)) return false;
-    if (!role) return refuse(c, 400, role_path, "missing, want %s", want);
-    if (!typed(c, role_path, role, JSON_STRING)) return false;
+    if (!typed(c, v, JSON_OBJECT) || !(role = required(c, v, "role", JSON_STRING, want)))
+        return false;
     while (k < n && !json_is(role, names[k])) k++;
-    if (k == n) return wrong(c, role_path, shown(role), want);
+    if (k == n) return wrong(c, role, want);
     m->role = roles[k];
-    if (tools && !typed(c, at("messages[%d].tool_calls", i), tools, JSON_ARRAY)) return false;
+    if (tools && !typed(c, tools, JSON_ARRAY)) return false;
     m->tool_calls = tools && tools->count ? tools : NULL;
     if (!content) return true;
-    if (content->type == JSON_ARRAY) return parts_join(c, i, content, &m->content, room);
+    if (content->type == JSON_ARRAY) return parts_join(c, &m->content, content);
     m->content = content->string;
-    if (content->type == JSON_STRING) return true;
-    return wrong(c, path, json_type_name(content), "string or array");
+    return content->type == JSON_STRING || wrong_type(c, content, "string or array");
 }
 
 // The prompt's ids. A last message of the assistant's is the beginning of the answer: it follows on
 // the template's <Assistant>, and then no tag is forced. *forced: the prompt ends in <think>\n.
 static bool chat_prompt(Conn *c, Ids *prompt, bool *forced) {
-    const Json *list = field(c->request.json, "messages"), *v;
-    const char *want = "want a non-empty array";
-    if (!list) return refuse(c, 400, "messages", "missing, %s", want);
-    if (!typed(c, "messages", list, JSON_ARRAY)) return false;
-    if (!list->count) return refuse(c, 400, "messages", "got an empty array, %s", want);
+    const char *want = "a non-empty array";
+    const Json *list = required(c, c->request.json, "messages", JSON_ARRAY, want), *v;
+    if (!list) return false;
+    if (!list->count) return refuse(c, 400, "messages", "got an empty array, want %s", want);
     int n = (int)list->count, i = 0;
     Message *m = xcalloc(list->count, sizeof *m);
-    char *joined = xmalloc(c->body.len), *room = joined;
-    for (v = list + 1; i < n && message_parse(c, &m[i], v, i, &room); i++) v = json_next(v);
+    for (v = list + 1; i < n && message_parse(c, &m[i], v); i++) v = json_next(v);
     if (i == n) {
         bool prefill = m[n - 1].role == ROLE_ASSISTANT, think = server.think && !prefill;
         Buf text = {0};
@@ -759,22 +784,30 @@ static bool chat_prompt(Conn *c, Ids *prompt, bool *forced) {
         tokenizer_encode(server.tokenizer, prompt, buf_text(&text));
         buf_free(&text);
     }
-    free(joined), free(m);
+    free(m);
     return i == n;
+}
+
+// The text of n ids by themselves, as a JSON string.
+static void text_write(Buf *b, const int *id, size_t n, bool skip_special) {
+    TextStream s;
+    Buf text = {0};
+    text_init(&s, server.tokenizer, skip_special);
+    for (size_t i = 0; i < n; i++) text_push(&s, &text, id[i], false);
+    text_flush(&s, &text);
+    json_write_string(b, buf_text(&text));
+    text_free(&s), buf_free(&text);
 }
 
 // One token alone: {"token":"Okay","bytes":[79,107,97,121],"logprob":-0.0021
 static void token_write(Buf *b, int id, float logprob) {
     Str bytes = tokenizer_bytes(server.tokenizer, id);
-    TextStream s;
-    Buf text = {0};
-    text_init(&s, server.tokenizer, false);
-    text_push(&s, &text, id, false), text_flush(&s, &text);
-    buf_printf(b, "{\"token\":%s,\"bytes\":[", quoted(buf_text(&text)));
+    buf_str(b, "{\"token\":");
+    text_write(b, &id, 1, false);
+    buf_str(b, ",\"bytes\":[");
     for (size_t i = 0; i < bytes.len; i++) buf_printf(b, i ? ",%u" : "%u", (uint8_t)bytes.data[i]);
     buf_str(b, "],\"logprob\":");
     json_write_float(b, fmaxf(logprob, -9999.0f));  // never below that, as in SGLang
-    buf_free(&text), text_free(&s);
 }
 
 // A token with its rivals: one entry of logprobs.content.
@@ -789,13 +822,17 @@ static void chat_token(Buf *entries, const Choice *choice) {
     buf_str(entries, "]}\n");
 }
 
-// What stands behind a choice's text in /v1: logprobs (the first bytes of entries), how it ended.
-static void choice_end(Buf *b, const Call *call, const Answer *a, size_t entries, bool done) {
+// One choice: of a chunk or of the whole answer. With it go the first bytes of its entries.
+static void choice_write(Buf *b, const Call *call, const Answer *a, const char *role, Str text,
+                         size_t entries, bool done) {
     static const char *const reasons[] = {"null", "\"stop\"", "\"length\"", "\"abort\""};
-    bool list = call->params.logprobs && (entries || !call->params.stream);
+    bool stream = call->params.stream, list = call->params.logprobs && (entries || !stream);
     const char *matched = !done || a->finish != FINISH_STOP ? "null" :
-        a->stop_id >= 0 ? at("%d", a->stop_id) : quoted(call->params.stop[a->stop_string]);
-    buf_str(b, list ? ",\"logprobs\":{\"content\":[" : ",\"logprobs\":null");
+        a->stop_id >= 0 ? at("%d", a->stop_id) : quoted(a->seq->text.stop[a->stop_string]);
+    buf_printf(b, "{\"index\":%d,\"%s\":{\"role\":%s,\"content\":", a->seq->index,
+               stream ? "delta" : "message", role);
+    json_write_string(b, text);
+    buf_printf(b, ",\"tool_calls\":null},\"logprobs\":%s", list ? "{\"content\":[" : "null");
     size_t from = b->len;
     if (entries) buf_add(b, a->entries.data, entries - 1);  // without the last newline
     for (; from < b->len; from++) if (b->data[from] == '\n') b->data[from] = ',';
@@ -807,162 +844,143 @@ static void choice_end(Buf *b, const Call *call, const Answer *a, size_t entries
 static void chat_chunk(Call *call, Answer *a, const char *role, Str text, size_t entries,
                        bool done) {
     Buf *b = scratch();
-    buf_printf(b, "%s,\"choices\":[{\"index\":%d,\"delta\":{\"role\":%s,\"content\":%s,"
-               "\"tool_calls\":null}", call->head.data, a->seq->index, role, quoted(text));
-    choice_end(b, call, a, entries, done);
-    buf_str(b, "],\"usage\":");
-    if (call->params.continuous_usage) usage_write(b, call, "");
-    else buf_str(b, "null");
-    buf_str(b, "}");
+    buf_str(b, call->head.data);
+    choice_write(b, call, a, role, text, entries, done);
+    object_end(b, call, call->params.continuous_usage);
     stream_event(call->conn, b->data);
 }
 
 // As much of what waits as one event may hold: whole characters of text and whole entries.
 static void chat_event(Call *call, Answer *a) {
-    size_t text = 0, entries = 0;
     if (!a->started) chat_chunk(call, a, "\"assistant\"", STR(""), 0, false);
     if (!a->started && call->forced_tag) chat_chunk(call, a, "null", STR(THINK), 0, false);
-    for (size_t cost = 0; text < a->text.len && cost < EVENT_TEXT; cost++) {
-        uint8_t byte = (uint8_t)a->text.data[text++];
-        if (byte < ' ' || byte == '"' || byte == '\\') cost += 5;  // \u001f at most
-    }
-    while (text < a->text.len && (a->text.data[text] & 0xC0) == 0x80) text++;
+    Str text = text_cut(buf_text(&a->text), EVENT_TEXT);
+    size_t entries = 0;
     while (entries < a->entries.len && entries < EVENT_ENTRIES)
         entries = (size_t)(strchr(a->entries.data + entries, '\n') + 1 - a->entries.data);
-    bool all = text == a->text.len && entries == a->entries.len, done = all && a->finish;
-    if (text || entries || done)
-        chat_chunk(call, a, "null", str_cut(buf_text(&a->text), text), entries, done);
-    buf_shift(&a->text, NULL, text), buf_shift(&a->entries, NULL, entries);
+    bool all = text.len == a->text.len && entries == a->entries.len, done = all && a->finish;
+    if (text.len || entries || done) chat_chunk(call, a, "null", text, entries, done);
+    buf_shift(&a->text, NULL, text.len), buf_shift(&a->entries, NULL, entries);
     a->started = true, a->waiting = !all;
 }
 
 // The whole answer of a request that is not streamed, all choices in one object.
 static void chat_answer(Call *call) {
-    Buf b = {0};
-    buf_printf(&b, "%s,\"choices\":[", call->head.data);
+    Buf *b = &call->conn->out;
+    buf_str(b, call->head.data);
     for (Answer *a = call->answers; a < call->answers + call->n_answers; a++) {
-        buf_printf(&b, "%s{\"index\":%d,\"message\":{\"role\":\"assistant\",\"content\":",
-                   a->seq->index ? "," : "", a->seq->index);
-        json_write_string(&b, buf_text(&a->text));
-        buf_str(&b, ",\"tool_calls\":null}");
-        choice_end(&b, call, a, a->entries.len, true);
+        if (a > call->answers) buf_str(b, ",");
+        choice_write(b, call, a, "\"assistant\"", buf_text(&a->text), a->entries.len, true);
     }
-    buf_str(&b, "],\"usage\":");
-    usage_write(&b, call, ",\"prompt_tokens_details\":null");
-    buf_str(&b, "}");
-    respond(call->conn, 200, &b);
-    buf_free(&b);
+    object_end(b, call, true);
+    respond(call->conn, 200);
 }
 
 static const Field chat_fields[] = {
-    {"max_completion_tokens", INT, AT(max_tokens), 0, INT_MAX, "an integer in 0..2147483647"},
-    {"model", STRING, AT(model), 0, LINE, "at most 1024 bytes"}, FLAG(logprobs),
+    {"max_completion_tokens", INT, AT(seq.max_tokens), 0, INT_MAX, COUNT},
+    {"model", STRING, AT(model), 0, LINE, "at most 1024 bytes"}, FLAG("logprobs", logprobs),
     {"top_logprobs", INT, AT(top_logprobs), 0, MAX_TOP_LOGPROBS, "an integer in 0..64"},
-    FLAG(separate_reasoning), FLAG(stream_reasoning), {0},
+    FLAG("separate_reasoning", ignored), FLAG("stream_reasoning", ignored), {0},
 };
 
 static const Field stream_fields[] = {
-    FLAG(include_usage), {"continuous_usage_stats", BOOL, AT(continuous_usage), 0, 0, NULL}, {0},
+    FLAG("include_usage", include_usage), FLAG("continuous_usage_stats", continuous_usage), {0},
 };
 
 // Everything that can be wrong with a chat request, in the order of api.md 3 and 4.
-static bool chat_parse(Conn *c, Call *call, Ids *prompt) {
+static bool chat_parse(Conn *c, Call *call) {
     Params *p = &call->params;
     const Json *json = c->request.json, *options = field(json, "stream_options");
-    if (!fields_parse(c, p, json, "", shared_fields) || !refuse_unsupported(c, json) ||
-        !chat_prompt(c, prompt, &call->forced_tag) || !fields_parse(c, p, json, "", chat_fields))
-        return false;
+    if (!fields_parse(c, p, json, shared_fields) || !refuse_unsupported(c, json) ||
+        !chat_prompt(c, &p->seq.tokens, &call->forced_tag) ||
+        !fields_parse(c, p, json, chat_fields)) return false;
     if (p->top_logprobs && !p->logprobs)
         return refuse(c, 400, "top_logprobs", "got %d, want 0 unless logprobs is true",
                       p->top_logprobs);
-    if (options && (!typed(c, "stream_options", options, JSON_OBJECT) ||
-                    !fields_parse(c, p, options, "stream_options.", stream_fields))) return false;
-    return call_fits(c, p, prompt);
+    if (p->logprobs) p->seq.sampling.top_logprobs = p->top_logprobs;
+    if (options && (!typed(c, options, JSON_OBJECT) ||
+                    !fields_parse(c, p, options, stream_fields))) return false;
+    return call_fits(c, &p->seq);
 }
 
-static void chat_complete(Conn *c) {
+static bool chat_complete(Conn *c) {
     static const Api api = {chat_token, chat_event, chat_answer};
     Call *call = call_new(&api);
-    Ids prompt = {0};
-    if (chat_parse(c, call, &prompt)) {
-        call_add(call, &prompt);
-        for (int i = 0; i < call->n_answers && call->forced_tag && !call->params.stream; i++)
-            buf_str(&call->answers[i].text, THINK);  // a stream has it in an event of its own
-        buf_printf(&call->head, "{\"id\":%s,\"object\":\"chat.completion%s\",\"created\":%ld,"
-                   "\"model\":%s", quoted(str_of(call->answers[0].seq->rid)),
-                   call->params.stream ? ".chunk" : "", (long)time(NULL),
-                   quoted(call->params.model));
-        call_start(c, call);
-    } else {
-        call_free(call);
-    }
-    free(prompt.data);
+    if (!chat_parse(c, call)) { call_free(call); return false; }
+    call_add(call);
+    bool stream = call->params.stream;
+    for (int i = 0; i < call->n_answers && call->forced_tag && !stream; i++)
+        buf_str(&call->answers[i].text, THINK);  // a stream has it in an event of its own
+    buf_printf(&call->head, "{\"id\":%s,\"object\":\"chat.completion%s\",\"created\":%ld,"
+               "\"model\":%s,\"choices\":[", quoted(str_of(call->answers[0].seq->rid)),
+               stream ? ".chunk" : "", (long)time(NULL), quoted(call->params.model));
+    return call_start(c, call);
 }
 
 // ------------------------------------------------------------------------------------------------
 // The other endpoints
 
-static void health(Conn *c) {
-    respond(c, server_state() == STATE_READY ? 200 : 503, health_json());
+static bool health(Conn *c) {
+    if (server_state() != STATE_READY) return refuse(c, 503, NULL, "not ready");
+    buf_str(&c->out, health_json());
+    return respond(c, 200);
 }
 
 static void probe_answer(Call *call) {
-    bool ok = call->answers[0].finish != FINISH_ABORT && call->answers[0].finish != FINISH_ERROR;
-    respond(call->conn, ok ? 200 : 503, ok ? scratch() : health_json());
+    if (call->answers[0].finish == FINISH_ABORT) refuse(call->conn, 503, NULL, "aborted");
+    else respond(call->conn, 200);
 }
 
 // Proves that the engine moves: one token, within 20 s. conn_expire() answers where it doesn't.
-static void health_generate(Conn *c) {
+static bool health_generate(Conn *c) {
     static const Api api = {NULL, NULL, probe_answer};
-    if (server_state() != STATE_READY) { health(c); return; }
+    if (server_state() != STATE_READY) return health(c);
     Call *call = call_new(&api);
-    call->params.max_tokens = 1, call->params.sampling.temperature = 0;
+    Seq *s = &call->params.seq;
+    s->max_tokens = 1, s->sampling.temperature = 0, s->probe = true;
+    ids_add(&s->tokens, 0);
     call->deadline = now + http_limits.probe_s;
-    call_add(call, &(Ids){.data = (int[]){0}, .len = 1});
-    call->answers[0].seq->probe = true;
-    call_start(c, call);
+    call_add(call);
+    return call_start(c, call);
 }
 
 static Str percent_decode(Str s) {
     Buf *b = scratch();
     for (size_t i = 0; i < s.len; i++) {
-        char hex[3] = {0}, byte = s.data[i];
-        if (byte == '%' && i + 2 < s.len) memcpy(hex, &s.data[i + 1], 2);
-        bool escape = isxdigit((uint8_t)hex[0]) && isxdigit((uint8_t)hex[1]);
-        if (escape) byte = (char)strtol(hex, NULL, 16), i += 2;
-        buf_add(b, &byte, 1);
+        unsigned byte = (uint8_t)s.data[i];
+        bool escape = byte == '%' && i + 2 < s.len && isxdigit((uint8_t)s.data[i + 1]) &&
+                      isxdigit((uint8_t)s.data[i + 2]);
+        if (escape) sscanf(s.data + i + 1, "%2x", &byte), i += 2;
+        buf_add(b, &(char){(char)byte}, 1);
     }
     return buf_text(b);
 }
 
 // GET /v1/models, and /v1/models/{id}, whose id may hold slashes.
-static void models(Conn *c) {
-    Str id = c->request.path;
-    bool all = !str_begins(id, "/v1/models/");
-    for (int slashes = 0; slashes < 3 && id.len; id.len--) slashes += *id.data++ == '/';
-    id = percent_decode(id);
+static bool models(Conn *c) {
+    Str path = c->request.path;
+    size_t n = strlen("/v1/models/");
+    Str id = path.len > n ? percent_decode((Str){path.data + n, path.len - n}) : served_name();
     const char *name = quoted(served_name());
-    bool found = all || !strcmp(name, quoted(id));
-    Buf *b = scratch();
+    bool found = !strcmp(name, quoted(id));
     if (found)
-        buf_printf(b, "%s{\"id\":%s,\"object\":\"model\",\"created\":%ld,\"owned_by\":\"sglang\","
-                   "\"root\":%s,\"parent\":null,\"max_model_len\":%ld}%s",
-                   all ? "{\"object\":\"list\",\"data\":[" : "", name, server.created, name,
-                   max_req_len(), all ? "]}" : "");
+        buf_printf(&c->out, "%s{\"id\":%s,\"object\":\"model\",\"created\":%ld,\"owned_by\":"
+                   "\"sglang\",\"root\":%s,\"parent\":null,\"max_model_len\":%ld}%s",
+                   path.len > n ? "" : "{\"object\":\"list\",\"data\":[", name, server.created,
+                   name, max_req_len(), path.len > n ? "" : "]}");
     else
-        buf_printf(b, "{\"error\":{\"message\":%s,\"type\":\"invalid_request_error\",\"param\":"
-                   "\"model\",\"code\":\"model_not_found\"}}",
+        buf_printf(&c->out, "{\"error\":{\"message\":%s,\"type\":\"invalid_request_error\","
+                   "\"param\":\"model\",\"code\":\"model_not_found\"}}",
                    quoted(str_of(at("The model '%.*s' does not exist", ARG(id)))));
-    respond(c, found ? 200 : 404, b);
+    return respond(c, found ? 200 : 404);
 }
 
-static void model_info(Conn *c) {
+static bool model_info(Conn *c) {
     const Options *o = &server.options;
     const char *tokenizer = o->tokenizer_path ? o->tokenizer_path : o->model_path;
-    Buf *b = scratch();
-    buf_printf(b, "{\"model_path\":%s,\"tokenizer_path\":%s,\"is_generation\":true}",
+    buf_printf(&c->out, "{\"model_path\":%s,\"tokenizer_path\":%s,\"is_generation\":true}",
                quoted(str_of(o->model_path)), quoted(str_of(tokenizer)));
-    respond(c, 200, b);
+    return respond(c, 200);
 }
 
 // Appends the ids of a text. BOS stands once at its head, where the checkpoint wants one at all.
@@ -975,73 +993,63 @@ static void text_encode(Ids *out, Str text, bool special) {
 }
 
 // Arrays in give arrays out: of ids, and of their counts.
-static void tokenize(Conn *c) {
-    static const Field fields[] = {FLAG(add_special_tokens), {0}};
+static bool tokenize(Conn *c) {
+    static const Field fields[] = {FLAG("add_special_tokens", add_special_tokens), {0}};
     Params p = {.add_special_tokens = true};
-    const Json *text = field(c->request.json, "prompt"), *list = NULL;
-    bool messages = field(c->request.json, "messages"), forced;
-    const char *got = messages ? "both" : "neither";
-    bool ok = messages != !!text ||
-              refuse(c, 400, NULL, "prompt, messages: got %s, want exactly one", got);
-    if (text && text->type == JSON_ARRAY) list = text++;
-    ok = ok && fields_parse(c, &p, c->request.json, "", fields);
-    Buf b = {0}, counts = {0};
-    buf_str(&b, list ? "{\"tokens\":[" : "{\"tokens\":");
-    for (uint32_t i = 0, n = list ? list->count : 1; ok && i < n; i++) {
-        Ids ids = {0};
-        const char *path = list ? at("prompt[%u]", i) : "prompt";
-        ok = messages ? chat_prompt(c, &ids, &forced) : typed(c, path, text, JSON_STRING);
-        if (ok && text) text_encode(&ids, text->string, p.add_special_tokens);
-        if (text) text = json_next(text);
-        buf_str(&b, i ? ",[" : "[");
-        for (size_t k = 0; k < ids.len; k++) buf_printf(&b, k ? ",%d" : "%d", ids.data[k]);
-        buf_str(&b, "]");
-        buf_printf(&counts, i ? ",%zu" : "%zu", ids.len);
-        free(ids.data);
+    const Json *json = c->request.json, *text = field(json, "prompt");
+    bool messages = field(json, "messages"), list = text && text->type == JSON_ARRAY, ok = true;
+    if (messages == !!text)
+        return refuse(c, 400, NULL, "prompt, messages: got %s, want exactly one",
+                      messages ? "both" : "neither");
+    if (!fields_parse(c, &p, json, fields)) return false;
+    uint32_t n = list ? text++->count : 1;
+    Buf counts = {0};
+    buf_str(&c->out, list ? "{\"tokens\":[" : "{\"tokens\":");
+    for (uint32_t i = 0; i < n && ok; i++) {
+        Ids *ids = &p.seq.tokens;
+        ids->len = 0;
+        ok = messages ? chat_prompt(c, ids, &p.ignored) : typed(c, text, JSON_STRING);
+        if (!ok) break;
+        if (text) text_encode(ids, text->string, p.add_special_tokens), text = json_next(text);
+        buf_str(&c->out, i ? ",[" : "[");
+        for (size_t k = 0; k < ids->len; k++) buf_printf(&c->out, k ? ",%d" : "%d", ids->data[k]);
+        buf_str(&c->out, "]");
+        buf_printf(&counts, i ? ",%zu" : "%zu", ids->len);
     }
-    buf_printf(&b, list ? "],\"count\":[%.*s]" : ",\"count\":%.*s", ARG(counts));
-    buf_printf(&b, ",\"max_model_len\":%ld}", max_req_len());
-    if (ok) respond(c, 200, &b);
-    buf_free(&b), buf_free(&counts);
+    if (ok) buf_printf(&c->out, list ? "],\"count\":[%.*s]" : ",\"count\":%.*s", ARG(counts));
+    if (ok) buf_printf(&c->out, ",\"max_model_len\":%ld}", max_req_len());
+    free(p.seq.tokens.data), buf_free(&counts);
+    return ok && respond(c, 200);
 }
 
-// Appends the text of an array of ids as a JSON string.
-static bool ids_decode(Conn *c, Buf *out, const char *path, const Json *ids, bool skip_special) {
-    if (!typed(c, path, ids, JSON_ARRAY)) return false;
-    TextStream s;
-    Buf text = {0};
-    const Json *v = ids + 1;
-    uint32_t i = 0;
-    text_init(&s, server.tokenizer, skip_special);
-    for (int id; i < ids->count; i++, v = json_next(v)) {
-        if (!id_parse(c, &id, at("%s[%u]", path, i), v)) break;
-        text_push(&s, &text, id, false);
+static bool ids_parse(Conn *c, Ids *out, const Json *list) {
+    if (!typed(c, list, JSON_ARRAY)) return false;
+    const Json *v = list + 1;
+    out->len = 0;
+    for (uint32_t i = 0; i < list->count; i++, v = json_next(v)) {
+        ids_add(out, 0);
+        if (!id_parse(c, &out->data[i], v)) return false;
     }
-    text_flush(&s, &text);
-    json_write_string(out, buf_text(&text));
-    text_free(&s), buf_free(&text);
-    return i == ids->count;
+    return true;
 }
 
-static void detokenize(Conn *c) {
-    static const Field fields[] = {FLAG(skip_special_tokens), {0}};
-    Params p = {.skip_special_tokens = true};
-    const Json *ids = field(c->request.json, "tokens"), *list = NULL;
-    bool ok = ids || refuse(c, 400, "tokens", "missing, want an array");
-    ok = ok && typed(c, "tokens", ids, JSON_ARRAY);
-    ok = ok && fields_parse(c, &p, c->request.json, "", fields);
-    if (ok && ids->count && ids[1].type == JSON_ARRAY) list = ids++;
-    Buf b = {0};
-    buf_str(&b, list ? "{\"text\":[" : "{\"text\":");
-    for (uint32_t i = 0, n = list ? list->count : 1; ok && i < n; i++, ids = json_next(ids)) {
-        char path[SHOWN] = "tokens";
-        if (list) snprintf(path, sizeof path, "tokens[%u]", i);
-        if (i) buf_str(&b, ",");
-        ok = ids_decode(c, &b, path, ids, p.skip_special_tokens);
+// An array of ids becomes a text, an array of arrays an array of texts.
+static bool detokenize(Conn *c) {
+    static const Field fields[] = {FLAG("skip_special_tokens", seq.text.skip_special), {0}};
+    Params p = {.seq.text.skip_special = true};
+    Ids ids = {0};
+    const Json *json = c->request.json, *v = required(c, json, "tokens", JSON_ARRAY, "an array");
+    if (!v || !fields_parse(c, &p, json, fields)) return false;
+    bool list = v->count && v[1].type == JSON_ARRAY, ok = true;
+    uint32_t n = list ? v++->count : 1;
+    buf_str(&c->out, list ? "{\"text\":[" : "{\"text\":");
+    for (uint32_t i = 0; i < n && (ok = ids_parse(c, &ids, v)); i++, v = json_next(v)) {
+        if (i) buf_str(&c->out, ",");
+        text_write(&c->out, ids.data, ids.len, p.seq.text.skip_special);
     }
-    buf_str(&b, list ? "]}" : "}");
-    if (ok) respond(c, 200, &b);
-    buf_free(&b);
+    free(ids.data);
+    if (ok) buf_str(&c->out, list ? "]}" : "}");
+    return ok && respond(c, 200);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1082,11 +1090,10 @@ static bool refuse_not_ready(Conn *c) {
     if (server_state() == STATE_DRAINING) return refuse(c, 503, NULL, "r1 is shutting down");
     uint64_t loaded = server.progress.loaded_bytes, total = server.progress.total_bytes;
     double percent = total ? 100.0 * (double)loaded / (double)total : 0;
+    bool loading = server_state() == STATE_LOADING;
     c->request.extra = "Retry-After: 5\r\n";
-    if (server_state() != STATE_LOADING)
-        return refuse(c, 503, NULL, "r1 is not ready: %s", state_name());
-    return refuse(c, 503, NULL, "r1 is not ready: loading, %.1f %% (slowest: rank 0, %.1f %%)",
-                  percent, percent);
+    return refuse(c, 503, NULL, "r1 is not ready: %s%s", state_name(), !loading ? "" :
+                  at(", %.1f %% (slowest: rank 0, %.1f %%)", percent, percent));
 }
 
 // True when the request may be handled; else it is answered.
@@ -1097,8 +1104,7 @@ static bool request_admit(Conn *c) {
         r->extra = at("Access-Control-Allow-Methods: GET, HEAD, POST, PUT, OPTIONS\r\n"
                       "Access-Control-Allow-Headers: %.*s\r\nAccess-Control-Max-Age: 600\r\n",
                       ARG(asked));
-        respond(c, 204, scratch());
-        return false;
+        return !respond(c, 204);
     }
     bool open = !server.options.api_key || str_begins(r->path, "/health");
     bool probe = r->route && r->route->shape == HEALTH;

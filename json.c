@@ -125,9 +125,13 @@ void buf_str(Buf *b, const char *text) { buf_add(b, text, strlen(text)); }
 void buf_printf(Buf *b, const char *format, ...) {
     va_list args;
     va_start(args, format);
+    buf_vprintf(b, format, args);
+    va_end(args);
+}
+
+void buf_vprintf(Buf *b, const char *format, va_list args) {
     char *text;
     int len = vasprintf(&text, format, args);
-    va_end(args);
     if (len < 0) die("no memory for a text like \"%s\"", format);
     buf_add(b, text, (size_t)len);
     free(text);

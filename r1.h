@@ -75,6 +75,7 @@ char *read_file(const char *path, size_t *len);
 void buf_add(Buf *b, const void *data, size_t len);
 void buf_str(Buf *b, const char *text);
 void buf_printf(Buf *b, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void buf_vprintf(Buf *b, const char *format, va_list args);
 void buf_shift(Buf *b, Buf *out, size_t n);      // moves the first n bytes to out; NULL: nowhere
 void buf_free(Buf *b);                           // and zeroes it, so that it can be used again
 
