@@ -5,9 +5,10 @@
 // then lets the state take one step, until it has to wait for the client or the engine. Nothing
 // blocks: one poll() waits for all sockets, the engine's events and the pipe behind http_stop().
 //
-// A request that generates becomes a Call: one Seq for each choice, and an Answer that gathers what
-// comes of it. A Call outlives its connection when the client leaves: a Seq that the engine has can
-// only be freed after its last event. All of this runs in one thread, so there is no lock.
+// A request that generates has a Call: one Seq for each choice, and an Answer that gathers what comes
+// of it. A Seq that the engine has can only be freed after its last event, so a connection stays in
+// the list until then, even when the client has left it. All of this runs in one thread, so there is
+// no lock.
 #include "r1.h"
 
 #include <ctype.h>
@@ -52,7 +53,7 @@ typedef enum {
     STREAMING,  // the answer's head is out, events follow
     WRITING,    // the answer is complete and lies in `out`
     LINGER,     // said goodbye; what the client still sends is thrown away
-    DEAD,       // closed; freed before the next round
+    DEAD,       // closed; freed behind the round, or behind its call's last event
 } ConnState;
 
 typedef struct Conn Conn;
@@ -86,14 +87,14 @@ struct Conn {
     Buf in, out, head, body;
     size_t in_at, out_at;  // how much of `in` is used up, how much of `out` is sent
     Request request;
-    Call *call;            // in COMPUTING and STREAMING
+    Call *call;            // of a request that generates
+    int n_live;            // its sequences that the engine has: until 0 the Conn must stay
 };
 
 static Conn *conns;
 static int n_open;              // connections, without the dead ones
 static int max_files;           // RLIMIT_NOFILE, as high as http_listen() could set it
 static size_t bodies_held;      // bytes, of all requests
-static Call *calls;
 static double now;              // of this round
 static int stops;               // how often http_stop() was called
 static int stop_pipe[2] = {-1, -1};  // a signal handler may write into a pipe, and hardly more
@@ -514,20 +515,17 @@ typedef struct {  // one sequence's part of an answer
 
 typedef struct {
     void (*token)(Buf *entries, const Choice *choice);
-    void (*event)(Call *call, Answer *a);  // writes the sequence's next event into the stream
-    void (*answer)(Call *call);            // writes everything at once
+    void (*event)(Conn *c, Answer *a);  // writes the sequence's next event into the stream
+    void (*answer)(Conn *c);            // writes everything at once
 } Api;
 
 struct Call {
-    Call *next;
-    Conn *conn;        // NULL: the client has left or has got its answer
     const Api *api;
     Params params;
-    Buf body;          // the request's, where the strings of params lie
     Buf head;          // {"id":...,"choices":[: how each object of the answer begins
     bool forced_tag;   // the prompt ends in <think>\n
     Answer *answers;
-    int n_answers, n_live, n_prompt, n_completion;
+    int n_answers, n_prompt, n_completion;
     double deadline;
 };
 
@@ -543,8 +541,8 @@ static int64_t max_req_len(void) {
 }
 
 // With the defaults of /v1.
-static Call *call_new(const Api *api) {
-    Call *call = xcalloc(1, sizeof *call);
+static Call *call_new(Conn *c, const Api *api) {
+    Call *call = c->call = xcalloc(1, sizeof *call);
     Params *p = &call->params;
     call->api = api, call->deadline = INFINITY;
     p->n = 1, p->model = served_name();
@@ -556,36 +554,27 @@ static Call *call_new(const Api *api) {
     return call;
 }
 
+// Nobody waits for what still runs: it ends with the next step.
+static void call_cancel(Conn *c) {
+    for (int i = 0; c->n_live && i < c->call->n_answers; i++)
+        if (!c->call->answers[i].finish) c->call->answers[i].seq->cancelled = true;
+}
+
 static void call_free(Call *call) {
     for (Answer *a = call->answers; a < call->answers + call->n_answers; a++) {
         seq_free(a->seq);
         buf_free(&a->text), buf_free(&a->entries);
     }
-    bodies_held -= call->body.len;
-    buf_free(&call->body), buf_free(&call->head);
+    buf_free(&call->head);
     free(call->params.seq.tokens.data), free(call->answers), free(call);
 }
 
-// Parts a call from its connection; what still runs is cancelled. calls_reap() frees it in time.
-static void call_leave(Call *call) {
-    for (Answer *a = call->answers; a < call->answers + call->n_answers; a++)
-        if (!a->finish) a->seq->cancelled = true;
-    call->conn->call = NULL;
-    call->conn = NULL;
-}
-
-// Only here calls are freed, between two rounds, so that none vanishes under who works on it.
-static void calls_reap(void) {
-    for (Call **link = &calls, *call; (call = *link);)
-        if (call->conn || call->n_live) link = &call->next;
-        else *link = call->next, call_free(call);
-}
-
 static bool rid_live(const char *rid) {  // also the stem of rid_0, rid_1, ...
-    for (const Call *call = calls; call; call = call->next) {
-        if (call->n_live && str_equal(call->params.rid, rid)) return true;
-        for (const Answer *a = call->answers; a < call->answers + call->n_answers; a++)
-            if (!a->finish && !strcmp(a->seq->rid, rid)) return true;
+    for (const Conn *c = conns; c; c = c->next) {
+        if (c->n_live && str_equal(c->call->params.rid, rid)) return true;
+        for (int i = 0; c->n_live && i < c->call->n_answers; i++)
+            if (!c->call->answers[i].finish && !strcmp(c->call->answers[i].seq->rid, rid))
+                return true;
     }
     return false;
 }
@@ -618,40 +607,34 @@ static bool call_fits(Conn *c, Seq *s) {
     return refuse(c, 503, NULL, "the request queue is full: %d waiting, limit %d", waiting, most);
 }
 
-// One choice of the prompt in params.seq, with all that the engine has to know of it.
-static Seq *seq_make(const Call *call, int choice) {
-    const Params *p = &call->params;
-    Seq *s = seq_new();
-    double arrival = s->arrival;
-    *s = p->seq;
-    s->arrival = arrival;
-    uint64_t random[2];
-    if (getrandom(random, sizeof random, 0) < 0) die("getrandom: %s", strerror(errno));
-    if (!p->rid.len) snprintf(s->rid, sizeof s->rid, "%016lx%016lx", random[0], random[1]);
-    else snprintf(s->rid, sizeof s->rid, p->n > 1 ? "%.*s_%d" : "%.*s", ARG(p->rid), choice);
-    s->owner = (void *)call, s->index = call->n_answers;
-    s->sampling.seed += (uint64_t)choice;
-    s->tokens = (Ids){0};
-    s->n_prompt = (int)p->seq.tokens.len;
-    for (int i = 0; i < s->n_prompt; i++) ids_add(&s->tokens, p->seq.tokens.data[i]);
-    return s;
-}
-
 // Adds the prompt in params.seq: n sequences, whose choice index goes on from the prompt before.
-static void call_add(Call *call) {
-    size_t n = (size_t)call->n_answers + (size_t)call->params.n;
+static void call_add(Conn *c) {
+    Call *call = c->call;
+    const Params *p = &call->params;
+    const Ids *prompt = &p->seq.tokens;
+    size_t n = (size_t)call->n_answers + (size_t)p->n;
     call->answers = xrealloc(call->answers, n * sizeof *call->answers);
-    for (int i = 0; i < call->params.n; i++, call->n_answers++)
-        call->answers[call->n_answers] = (Answer){.seq = seq_make(call, i)};
-    call->n_prompt += (int)call->params.seq.tokens.len;
+    call->n_prompt += (int)prompt->len;
+    for (int i = 0; i < p->n; i++, call->n_answers++) {
+        Seq *s = seq_new();
+        double arrival = s->arrival;
+        uint64_t random[2];
+        getrandom(random, sizeof random, 0);  // so few bytes never fail
+        *s = p->seq;
+        s->arrival = arrival, s->owner = c, s->index = call->n_answers;
+        s->sampling.seed += (uint64_t)i;
+        s->n_prompt = (int)prompt->len, s->tokens = (Ids){0};
+        for (size_t k = 0; k < prompt->len; k++) ids_add(&s->tokens, prompt->data[k]);
+        if (!p->rid.len) snprintf(s->rid, sizeof s->rid, "%016lx%016lx", random[0], random[1]);
+        else snprintf(s->rid, sizeof s->rid, p->n > 1 ? "%.*s_%d" : "%.*s", ARG(p->rid), i);
+        call->answers[call->n_answers] = (Answer){.seq = s};
+    }
 }
 
 // Hands the sequences to the engine. What can be refused was refused: a stream's head goes out now.
-static bool call_start(Conn *c, Call *call) {
-    call->conn = c, c->call = call;
-    call->next = calls, calls = call;
-    call->body = c->body, c->body = (Buf){0};  // stop strings are looked at until the last token
-    call->n_live = call->n_answers;
+static bool call_start(Conn *c) {
+    Call *call = c->call;
+    c->n_live = call->n_answers;
     conn_state(c, call->params.stream ? STREAMING : COMPUTING);
     c->request.extra = "Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n";
     if (call->params.stream) respond_head(c, 200, "text/event-stream; charset=utf-8", -1);
@@ -661,18 +644,17 @@ static bool call_start(Conn *c, Call *call) {
 }
 
 // Takes one event of the engine's into the answer that it belongs to.
-static void call_event(Call *call, const Event *e) {
+static void call_event(Conn *c, const Event *e) {
+    Call *call = c->call;
     Answer *a = &call->answers[e->seq->index];
     int interval = server.options.stream_interval > 0 ? server.options.stream_interval : 1;
     a->finish = e->finish, a->stop_id = e->stop_id, a->stop_string = e->stop_string;
-    if (e->finish) call->n_live--;
-    if (!call->conn) return;  // nobody waits for it any more
+    if (e->finish) c->n_live--;
+    if (c->state != COMPUTING && c->state != STREAMING) return;  // nobody waits for it any more
     if (e->finish == FINISH_ERROR) {  // the request fails, and its other sequences are of no use
-        Conn *c = call->conn;
-        int code = c->request.route->shape == HEALTH ? 503 : 500;
-        call_leave(call);
-        refuse(c, code, NULL, "the model gave a value that is not a number at position %zu",
-               e->seq->tokens.len);
+        call_cancel(c);
+        refuse(c, c->request.route->shape == HEALTH ? 503 : 500, NULL,
+               "the model gave a value that is not a number at position %zu", e->seq->tokens.len);
         return;
     }
     a->n_tokens += e->has_token, call->n_completion += e->has_token;
@@ -681,21 +663,21 @@ static void call_event(Call *call, const Event *e) {
     // A token without text, logprobs or an end makes no event: a character may not be whole yet.
     if (e->finish || a->n_tokens == 1 || a->n_tokens % interval == 0)
         a->waiting = e->finish || !a->started || a->text.len || a->entries.len;
-    if (call->params.stream || call->n_live) return;
-    call->api->answer(call);
-    call_leave(call);
+    if (!call->params.stream && !c->n_live) call->api->answer(c);
 }
 
 // Ends an object of /v1 behind its choices.
-static void object_end(Buf *b, const Call *call, bool usage) {
-    int p = call->n_prompt, c = call->n_completion;
+static void object_end(Buf *b, const Conn *c, bool usage) {
+    const Call *call = c->call;
+    int prompt = call->n_prompt, completion = call->n_completion;
     const char *details = call->params.stream ? "" : ",\"prompt_tokens_details\":null";
-    if (server.options.enable_cache_report && !call->n_live)
+    if (server.options.enable_cache_report && !c->n_live)
         details = at(",\"prompt_tokens_details\":{\"cached_tokens\":%d}",
                      call->answers[0].seq->n_cached);
     if (!usage) buf_str(b, "],\"usage\":null}");
     else buf_printf(b, "],\"usage\":{\"prompt_tokens\":%d,\"total_tokens\":%d,"
-                    "\"completion_tokens\":%d%s}}", p, p + c, c, details);
+                    "\"completion_tokens\":%d%s}}", prompt, prompt + completion, completion,
+                    details);
 }
 
 // Writes the events that wait, one for each sequence; called only while `out` is empty. So a client
@@ -705,16 +687,15 @@ static bool stream_fill(Conn *c) {
     Call *call = c->call;
     bool any = false;
     for (Answer *a = call->answers; a < call->answers + call->n_answers; a++)
-        if (a->waiting) call->api->event(call, a), any = true;
+        if (a->waiting) call->api->event(c, a), any = true;
     c->since = now;
-    if (any || call->n_live) return any;
+    if (any || c->n_live) return any;
     if (call->params.include_usage) {
         Buf *b = scratch();
         buf_str(b, call->head.data);
-        object_end(b, call, true);
+        object_end(b, c, true);
         stream_event(c, b->data);
     }
-    call_leave(call);
     stream_end(c);
     return true;
 }
@@ -823,10 +804,11 @@ static void chat_token(Buf *entries, const Choice *choice) {
 }
 
 // One choice: of a chunk or of the whole answer. With it go the first bytes of its entries.
-static void choice_write(Buf *b, const Call *call, const Answer *a, const char *role, Str text,
+static void choice_write(Buf *b, const Conn *c, const Answer *a, const char *role, Str text,
                          size_t entries, bool done) {
     static const char *const reasons[] = {"null", "\"stop\"", "\"length\"", "\"abort\""};
-    bool stream = call->params.stream, list = call->params.logprobs && (entries || !stream);
+    const Params *p = &c->call->params;
+    bool stream = p->stream, list = p->logprobs && (entries || !stream);
     const char *matched = !done || a->finish != FINISH_STOP ? "null" :
         a->stop_id >= 0 ? at("%d", a->stop_id) : quoted(a->seq->text.stop[a->stop_string]);
     buf_printf(b, "{\"index\":%d,\"%s\":{\"role\":%s,\"content\":", a->seq->index,
@@ -841,39 +823,39 @@ static void choice_write(Buf *b, const Call *call, const Answer *a, const char *
 }
 
 // One chunk of a stream, for one choice.
-static void chat_chunk(Call *call, Answer *a, const char *role, Str text, size_t entries,
-                       bool done) {
+static void chat_chunk(Conn *c, Answer *a, const char *role, Str text, size_t entries, bool done) {
     Buf *b = scratch();
-    buf_str(b, call->head.data);
-    choice_write(b, call, a, role, text, entries, done);
-    object_end(b, call, call->params.continuous_usage);
-    stream_event(call->conn, b->data);
+    buf_str(b, c->call->head.data);
+    choice_write(b, c, a, role, text, entries, done);
+    object_end(b, c, c->call->params.continuous_usage);
+    stream_event(c, b->data);
 }
 
 // As much of what waits as one event may hold: whole characters of text and whole entries.
-static void chat_event(Call *call, Answer *a) {
-    if (!a->started) chat_chunk(call, a, "\"assistant\"", STR(""), 0, false);
-    if (!a->started && call->forced_tag) chat_chunk(call, a, "null", STR(THINK), 0, false);
+static void chat_event(Conn *c, Answer *a) {
+    if (!a->started) chat_chunk(c, a, "\"assistant\"", STR(""), 0, false);
+    if (!a->started && c->call->forced_tag) chat_chunk(c, a, "null", STR(THINK), 0, false);
     Str text = text_cut(buf_text(&a->text), EVENT_TEXT);
     size_t entries = 0;
     while (entries < a->entries.len && entries < EVENT_ENTRIES)
         entries = (size_t)(strchr(a->entries.data + entries, '\n') + 1 - a->entries.data);
     bool all = text.len == a->text.len && entries == a->entries.len, done = all && a->finish;
-    if (text.len || entries || done) chat_chunk(call, a, "null", text, entries, done);
+    if (text.len || entries || done) chat_chunk(c, a, "null", text, entries, done);
     buf_shift(&a->text, NULL, text.len), buf_shift(&a->entries, NULL, entries);
     a->started = true, a->waiting = !all;
 }
 
 // The whole answer of a request that is not streamed, all choices in one object.
-static void chat_answer(Call *call) {
-    Buf *b = &call->conn->out;
+static void chat_answer(Conn *c) {
+    const Call *call = c->call;
+    Buf *b = &c->out;
     buf_str(b, call->head.data);
     for (Answer *a = call->answers; a < call->answers + call->n_answers; a++) {
         if (a > call->answers) buf_str(b, ",");
-        choice_write(b, call, a, "\"assistant\"", buf_text(&a->text), a->entries.len, true);
+        choice_write(b, c, a, "\"assistant\"", buf_text(&a->text), a->entries.len, true);
     }
-    object_end(b, call, true);
-    respond(call->conn, 200);
+    object_end(b, c, true);
+    respond(c, 200);
 }
 
 static const Field chat_fields[] = {
@@ -888,11 +870,11 @@ static const Field stream_fields[] = {
 };
 
 // Everything that can be wrong with a chat request, in the order of api.md 3 and 4.
-static bool chat_parse(Conn *c, Call *call) {
-    Params *p = &call->params;
+static bool chat_parse(Conn *c) {
+    Params *p = &c->call->params;
     const Json *json = c->request.json, *options = field(json, "stream_options");
     if (!fields_parse(c, p, json, shared_fields) || !refuse_unsupported(c, json) ||
-        !chat_prompt(c, &p->seq.tokens, &call->forced_tag) ||
+        !chat_prompt(c, &p->seq.tokens, &c->call->forced_tag) ||
         !fields_parse(c, p, json, chat_fields)) return false;
     if (p->top_logprobs && !p->logprobs)
         return refuse(c, 400, "top_logprobs", "got %d, want 0 unless logprobs is true",
@@ -905,16 +887,16 @@ static bool chat_parse(Conn *c, Call *call) {
 
 static bool chat_complete(Conn *c) {
     static const Api api = {chat_token, chat_event, chat_answer};
-    Call *call = call_new(&api);
-    if (!chat_parse(c, call)) { call_free(call); return false; }
-    call_add(call);
+    Call *call = call_new(c, &api);
+    if (!chat_parse(c)) return false;
+    call_add(c);
     bool stream = call->params.stream;
     for (int i = 0; i < call->n_answers && call->forced_tag && !stream; i++)
         buf_str(&call->answers[i].text, THINK);  // a stream has it in an event of its own
     buf_printf(&call->head, "{\"id\":%s,\"object\":\"chat.completion%s\",\"created\":%ld,"
                "\"model\":%s,\"choices\":[", quoted(str_of(call->answers[0].seq->rid)),
                stream ? ".chunk" : "", (long)time(NULL), quoted(call->params.model));
-    return call_start(c, call);
+    return call_start(c);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -926,22 +908,22 @@ static bool health(Conn *c) {
     return respond(c, 200);
 }
 
-static void probe_answer(Call *call) {
-    if (call->answers[0].finish == FINISH_ABORT) refuse(call->conn, 503, NULL, "aborted");
-    else respond(call->conn, 200);
+static void probe_answer(Conn *c) {
+    if (c->call->answers[0].finish == FINISH_ABORT) refuse(c, 503, NULL, "aborted");
+    else respond(c, 200);
 }
 
 // Proves that the engine moves: one token, within 20 s. conn_expire() answers where it doesn't.
 static bool health_generate(Conn *c) {
     static const Api api = {NULL, NULL, probe_answer};
     if (server_state() != STATE_READY) return health(c);
-    Call *call = call_new(&api);
+    Call *call = call_new(c, &api);
     Seq *s = &call->params.seq;
     s->max_tokens = 1, s->sampling.temperature = 0, s->probe = true;
     ids_add(&s->tokens, 0);
     call->deadline = now + http_limits.probe_s;
-    call_add(call);
-    return call_start(c, call);
+    call_add(c);
+    return call_start(c);
 }
 
 static Str percent_decode(Str s) {
@@ -1311,13 +1293,16 @@ static bool body_read(Conn *c) {
 static void request_end(Conn *c) {
     bodies_held -= c->body.len;
     buf_free(&c->body), buf_free(&c->head), buf_free(&c->out);
+    if (c->call) call_free(c->call);
+    c->call = NULL;
     c->request = (Request){.close = c->request.close};
 }
 
 // Closed by the client, by an error or by a limit: whatever was being computed is cancelled.
 static void conn_drop(Conn *c) {
-    if (c->call) call_leave(c->call);
+    call_cancel(c);
     close(c->fd);
+    c->fd = -1;  // poll() passes over it
     n_open--;
     c->state = DEAD;
 }
@@ -1340,7 +1325,7 @@ static bool conn_advance(Conn *c) {
     if (c->state == IDLE || c->state == HEADER) return header_read(c);
     if (c->state == BODY) return body_read(c);
     if (c->state == STREAMING) return stream_fill(c);
-    if (c->state != WRITING) return false;
+    if (c->state != WRITING || c->n_live) return false;
     request_end(c);
     // Closed at once, with bytes of the client's unread, TCP would throw away our answer too.
     if (c->request.close) shutdown(c->fd, SHUT_WR);
@@ -1373,15 +1358,16 @@ static void conn_read(Conn *c) {
 static double conn_deadline(const Conn *c) {
     static const double *const seconds[] = {
         [IDLE] = &http_limits.idle_s, [HEADER] = &http_limits.header_s,
-        [BODY] = &http_limits.body_gap_s, [LINGER] = &http_limits.linger_s};
-    if (c->out.len) return c->since + http_limits.stall_s;
-    return c->call ? c->call->deadline : c->since + *seconds[c->state];
+        [BODY] = &http_limits.body_gap_s, [LINGER] = &http_limits.linger_s, [DEAD] = NULL};
+    if (c->state == COMPUTING) return c->call->deadline;
+    if (c->state != DEAD && c->out.len) return c->since + http_limits.stall_s;
+    return seconds[c->state] ? c->since + *seconds[c->state] : INFINITY;
 }
 
 static void conn_expire(Conn *c) {
     const HttpLimits *l = &http_limits;
     if (c->out.len || c->state == IDLE || c->state == LINGER) { conn_drop(c); return; }
-    if (c->call) call_leave(c->call), refuse(c, 503, NULL, "no token in time");
+    if (c->state == COMPUTING) call_cancel(c), refuse(c, 503, NULL, "no token in time");
     else if (c->state == BODY)
         refuse(c, 408, NULL, "request not complete: no byte for %g s", l->body_gap_s);
     else refuse(c, 408, NULL, "request not complete: no header after %g s", l->header_s);
@@ -1391,14 +1377,14 @@ static void conn_expire(Conn *c) {
 // While a call runs nothing is read: what the client sends ahead waits in the kernel, and only its
 // departure is of interest. POLLRDHUP tells of it, in front of unread bytes too.
 static short conn_wants(const Conn *c) {
-    return (c->call ? POLLRDHUP : 0) | (c->out.len ? POLLOUT : c->call ? 0 : POLLIN);
+    return (c->n_live ? POLLRDHUP : 0) | (c->out.len ? POLLOUT : c->n_live ? 0 : POLLIN);
 }
 
 // What poll() said of a connection. It may have changed since, through an event of the engine's.
 static void conn_ready(Conn *c, int revents) {
     if (c->state == DEAD) return;
-    if (c->call && (revents & (POLLRDHUP | POLLHUP | POLLERR))) conn_drop(c);
-    else if (revents && (c->call || c->out.len)) conn_run(c);
+    if (c->n_live && (revents & (POLLRDHUP | POLLHUP | POLLERR))) conn_drop(c);
+    else if (revents && (c->n_live || c->out.len)) conn_run(c);
     else if (revents) conn_read(c);
     else if (now >= conn_deadline(c)) conn_expire(c);
 }
@@ -1438,7 +1424,7 @@ static bool conns_accept(int listen_fd) {
 // Frees the dead: not earlier, for the round still counts them.
 static void conns_reap(void) {
     for (Conn **link = &conns, *c; (c = *link);) {
-        if (c->state != DEAD) { link = &c->next; continue; }
+        if (c->state != DEAD || c->n_live) { link = &c->next; continue; }
         *link = c->next;
         request_end(c);
         buf_free(&c->in), free(c);
@@ -1453,11 +1439,10 @@ static void take_events(void) {
     char bytes[SHOWN];
     while (read(server.wake_fd, bytes, sizeof bytes) > 0) {}
     for (Event *e = engine_events(), *next; e; e = next) {
-        Call *call = e->seq->owner;
-        Conn *c = call->conn;
+        Conn *c = e->seq->owner;
         next = e->next;
-        call_event(call, e);
-        if (c) conn_run(c);
+        call_event(c, e);
+        if (c->state != DEAD) conn_run(c);
         event_free(e);
     }
 }
@@ -1505,49 +1490,43 @@ void http_stop(void) {
     errno = saved;
 }
 
-// Whether somebody is still to get an answer.
-static bool busy(void) {
-    bool any = calls;
-    for (const Conn *c = conns; c; c = c->next) any = any || c->out.len;
-    return any;
-}
-
-// Every five seconds of a drain: for whom it waits.
-static void drain_log(void) {
-    static double last;
-    int left = 0;
-    if (!stops || now < last + 5) return;
-    for (const Call *call = calls; call; call = call->next) left++;
-    log_line(-1, "Gracefully exiting... remaining number of requests %d", left);
-    last = now;
-}
-
+// The second stop ends the loop after a while, the first when nobody is to get an answer any more;
+// every five seconds until then it says for how many it waits.
 void http_serve(int listen_fd) {
-    struct pollfd *polls = NULL;
+    Buf polls = {0};
     const double pause = 0.1, most = 1;  // without files to accept with; between two looks around
-    double give_up = INFINITY, rest = 0;
-    for (stops = 0; now = now_seconds(), !stops || (busy() && now < give_up);) {
-        double wake = now + most;
-        polls = xrealloc(polls, (3 + (size_t)n_open) * sizeof *polls);
-        polls[0] = (struct pollfd){listen_fd, now < rest ? 0 : POLLIN, 0};
-        polls[1] = (struct pollfd){stop_pipe[0], POLLIN, 0};
-        polls[2] = (struct pollfd){server.wake_fd, POLLIN, 0};
-        nfds_t n = 3;
-        for (Conn *c = conns; c; c = c->next) {
-            polls[n++] = (struct pollfd){c->fd, conn_wants(c), 0};
-            wake = fmin(wake, conn_deadline(c));
-        }
-        if (poll(polls, n, (int)ceil(fmax(0, wake - now) * 1000)) < 0) continue;
+    double give_up = INFINITY, rest = 0, report = 0;
+    stops = 0;
+    for (;;) {
         now = now_seconds();
-        if (polls[1].revents) take_stops(&give_up);
-        if (polls[2].revents) take_events();  // before the sockets: tokens first
-        n = 3;
-        for (Conn *c = conns; c; c = c->next) conn_ready(c, polls[n++].revents);
-        if (polls[0].revents && !conns_accept(listen_fd)) rest = now + pause;
-        conns_reap(), calls_reap();
-        drain_log();
+        double wake = now + most;
+        int left = 0, unsent = 0;
+        struct pollfd first[] = {{listen_fd, now < rest ? 0 : POLLIN, 0}, {stop_pipe[0], POLLIN, 0},
+                                 {server.wake_fd, POLLIN, 0}};
+        polls.len = 0;
+        buf_add(&polls, first, sizeof first);
+        for (Conn *c = conns; c; c = c->next) {
+            buf_add(&polls, &(struct pollfd){c->fd, conn_wants(c), 0}, sizeof *first);
+            wake = fmin(wake, conn_deadline(c));
+            left += c->n_live > 0, unsent += c->state != DEAD && c->out.len;
+        }
+        if (stops && ((!left && !unsent) || now >= give_up)) break;
+        if (stops && now >= report) {
+            log_line(-1, "Gracefully exiting... remaining number of requests %d", left);
+            report = now + 5;
+        }
+        struct pollfd *p = (struct pollfd *)polls.data;
+        if (poll(p, polls.len / sizeof *p, (int)ceil(fmax(0, wake - now) * 1000)) < 0) continue;
+        now = now_seconds();
+        if (p[1].revents) take_stops(&give_up);
+        if (p[2].revents) take_events();  // before the sockets: tokens first
+        struct pollfd *next = p + 3;
+        for (Conn *c = conns; c; c = c->next) conn_ready(c, next++->revents);
+        if (p[0].revents && !conns_accept(listen_fd)) rest = now + pause;
+        conns_reap();
     }
-    for (Conn *c = conns; c; c = c->next) conn_drop(c);
-    conns_reap(), calls_reap();
-    free(polls);
+    for (Conn *c = conns; c; c = c->next)
+        if (c->state != DEAD) conn_drop(c);
+    conns_reap();
+    buf_free(&polls);
 }
