@@ -3,12 +3,12 @@
 // The idea: a connection is a small machine between two buffers. What came lies in `in`, what must
 // go lies in `out`, and a state says what the next byte means. conn_run() sends what is in `out`,
 // then lets the state take one step, until it has to wait for the client or the engine. Nothing
-// blocks: one poll() waits for all sockets, the engine's events and the pipe behind http_stop().
+// blocks: one poll() waits for all sockets, the engine's events and http_stop().
 //
-// A request that generates has a Call: one Seq for each choice, and an Answer that gathers what comes
-// of it. A Seq that the engine has can only be freed after its last event, so a connection stays in
-// the list until then, even when the client has left it. All of this runs in one thread, so there is
-// no lock.
+// A request that generates has a Call: one Seq for each choice, and an Answer that gathers what
+// comes of it. A Seq that the engine has can only be freed after its last event, so a connection
+// stays in the list until then, even when its client has left. All of this runs in one thread, so
+// there is no lock.
 #include "r1.h"
 
 #include <ctype.h>
@@ -81,7 +81,7 @@ typedef struct {  // what a header said; its strings lie in Conn.head
 struct Conn {
     Conn *next;
     int fd;
-    char peer[INET6_ADDRSTRLEN], port[8];
+    char peer[INET6_ADDRSTRLEN], port[8];  // as the log shows them
     ConnState state;
     double since;          // when the state began or bytes last moved: timeouts count from here
     Buf in, out, head, body;
@@ -96,8 +96,8 @@ static int n_open;              // connections, without the dead ones
 static int max_files;           // RLIMIT_NOFILE, as high as http_listen() could set it
 static size_t bodies_held;      // bytes, of all requests
 static double now;              // of this round
-static int stops;               // how often http_stop() was called
-static int stop_pipe[2] = {-1, -1};  // a signal handler may write into a pipe, and hardly more
+static int stops;               // how often http_stop() was called, and
+static atomic_int stops_called; // the calls that http_serve() has not seen yet
 
 #define ARG(s) (int)(s).len, (s).data  // a Str for %.*s
 
@@ -131,7 +131,7 @@ __attribute__((format(printf, 1, 2))) static const char *at(const char *format, 
 static Str str_of(const char *text) { return (Str){text, strlen(text)}; }
 static Str buf_text(const Buf *b) { return (Str){b->data, b->len}; }
 static Str str_cut(Str s, size_t most) { return (Str){s.data, s.len < most ? s.len : most}; }
-static bool str_begins(Str s, const char *a) { return str_equal(str_cut(s, strlen(a)), a); }
+static bool str_begins(Str s, Str a) { return s.len >= a.len && !memcmp(s.data, a.data, a.len); }
 static bool str_is(Str s, const char *lower) {  // letters of either case
     return s.len == strlen(lower) && !strncasecmp(s.data, lower, s.len);
 }
@@ -144,10 +144,7 @@ static void conn_state(Conn *c, ConnState state) { c->state = state, c->since = 
 // ------------------------------------------------------------------------------------------------
 // Answers. respond() is the only way to a complete answer, refuse() the only way to an error.
 
-typedef struct {
-    int code;
-    const char *reason, *type;  // type: api.md 11's T
-} Status;
+typedef struct { int code; const char *reason, *type; } Status;  // type: api.md 11's T
 
 static const Status *status_find(int code) {
     static const Status list[] = {
@@ -168,23 +165,18 @@ static const Status *status_find(int code) {
     return s;
 }
 
-// SGLang's form. Probes come every few seconds, so their 200 shows only at debug.
-static void access_log(const Conn *c, const Status *s) {
-    const char *level = server.options.log_level ? server.options.log_level : "info";
-    const Request *r = &c->request;
-    bool probe = s->code == 200 && r->route->shape == HEALTH;
-    if (!strcmp(level, "debug") || (!strcmp(level, "info") && !probe))
-        log_line(-1, "INFO:     %s:%s - \"%.*s %.*s HTTP/1.1\" %d %s", c->peer, c->port,
-                 ARG(r->method), ARG(str_cut(r->target, LINE)), s->code, s->reason);
-}
-
 // Status line and header. length -1: a stream, chunked in HTTP/1.1, up to the end in HTTP/1.0.
 static void respond_head(Conn *c, int code, const char *type, long length) {
     Request *r = &c->request;
     const Status *s = status_find(code);
+    const char *level = server.options.log_level ? server.options.log_level : "info";
+    // SGLang's form. Probes come every few seconds, so their 200 shows only at debug.
+    bool probe = code == 200 && r->route->shape == HEALTH;
+    if (!strcmp(level, "debug") || (!strcmp(level, "info") && !probe))
+        log_line(-1, "INFO:     %s:%s - \"%.*s %.*s HTTP/1.1\" %d %s", c->peer, c->port,
+                 ARG(r->method), ARG(str_cut(r->target, LINE)), code, s->reason);
     // Behind a body that was not read to its end nobody could tell where the next request begins.
     r->close |= r->http10 || !r->body_done || stops;
-    access_log(c, s);
     buf_printf(&c->out, "HTTP/1.1 %d %s\r\n", code, s->reason);
     if (length) buf_printf(&c->out, "Content-Type: %s\r\n", type);
     // A 204 must not have a length (RFC 9110, 8.6).
@@ -209,15 +201,12 @@ static bool respond(Conn *c, int code) {
     return true;
 }
 
+static const char *const state_names[] = {"starting", "loading",  "warmup",
+                                          "ready",    "draining", "failed"};
+
 // Draining is this thread's to decide; the engine may still report progress of its own.
 static int server_state(void) {
     return stops && server.state != STATE_FAILED ? STATE_DRAINING : server.state;
-}
-
-static const char *state_name(void) {
-    static const char *const names[] = {"starting", "loading",  "warmup",
-                                        "ready",    "draining", "failed"};
-    return names[server_state()];
 }
 
 // The JSON of /health (api.md 7). It asks no other thread and waits for nothing.
@@ -232,10 +221,11 @@ static const char *health_json(void) {
            server.queued) :
         at("\"loaded_bytes\":%lu,\"total_bytes\":%lu,\"gb_per_s\":%.2f,\"eta_s\":%s", loaded, total,
            rate / giga, eta);
-    return at("{\"status\":\"%s\",\"ready\":%s,\"version\":\"%s\",\"uptime_s\":%.1f,%s,\"ranks\":"
-              "[{\"rank\":0,\"node\":0,\"state\":\"%s\",\"loaded_bytes\":%lu,\"total_bytes\":%lu}]}",
-              state_name(), state == STATE_READY ? "true" : "false", R1_VERSION, uptime, work,
-              state_name(), loaded, total);
+    return at("{\"status\":\"%s\",\"ready\":%s,\"version\":\"%s\",\"uptime_s\":%.1f,%s,"
+              "\"ranks\":[{\"rank\":0,\"node\":0,\"state\":\"%s\",\"loaded_bytes\":%lu,"
+              "\"total_bytes\":%lu}]}",
+              state_names[state], state == STATE_READY ? "true" : "false", R1_VERSION, uptime, work,
+              state_names[state], loaded, total);
 }
 
 // One event of a stream, which is a chunk by itself.
@@ -263,8 +253,8 @@ static bool refuse_text(Conn *c, int code, const char *param, const char *text) 
     const char *error = code == 401 ? "{\"error\":\"Unauthorized\"}" :
         shape == HEALTH ? health_json() :
         shape == GENERATE ? at("{\"error\":{\"message\":%s}}", message) :
-        at("{\"object\":\"error\",\"message\":%s,\"type\":\"%s\",\"param\":%s,\"code\":%d}", message,
-           status_find(code)->type, param ? quoted(str_of(param)) : "null", code);
+        at("{\"object\":\"error\",\"message\":%s,\"type\":\"%s\",\"param\":%s,\"code\":%d}",
+           message, status_find(code)->type, param ? quoted(str_of(param)) : "null", code);
     if (c->state == STREAMING) {
         stream_event(c, shape == OPENAI ? at("{\"error\":%s}", error) : error);
         stream_end(c);
@@ -290,9 +280,36 @@ typedef struct {        // the strings lie in the request's body
     float bias[MAX_BIAS];
 } Params;
 
+typedef struct {  // one sequence's part of an answer
+    Seq *seq;
+    Buf text, entries;  // not yet written; entries: logprobs as JSON, a newline behind each
+    int n_tokens;
+    bool started;       // the head of its stream is written
+    bool waiting;       // an event is to be written as soon as `out` is empty
+    Finish finish;
+    int stop_id, stop_string;  // as in Event
+} Answer;
+
+typedef struct {
+    void (*token)(Buf *entries, const Choice *choice);
+    void (*event)(Conn *c, Answer *a);  // writes the sequence's next event into the stream
+    void (*answer)(Conn *c);            // writes everything at once
+} Api;
+
+struct Call {
+    const Api *api;
+    Params params;
+    Buf head;          // {"id":...,"choices":[: how each object of the answer begins
+    bool forced_tag;   // the prompt ends in <think>\n
+    Answer *answers;
+    int n_answers, n_prompt, n_completion;
+    double deadline;
+};
+
 typedef struct {
     const char *name;
-    enum { INT, NUMBER, BOOL, STRING, SEED, RID, STOP, STOP_IDS, BIAS } kind;
+    enum { SHARED = 1, CHAT = 2, USAGE = 4, TOKENIZE = 8, DETOKENIZE = 16 } where;
+    enum { INT, NUMBER, BOOL, STRING, SEED, RID, STOP, STOP_IDS, BIAS, LATER } kind;
     size_t offset;     // of the value in Params
     double lo, hi;     // both ends are allowed
     const char *want;  // the range in words
@@ -307,22 +324,12 @@ static bool json_is(const Json *v, const char *text) {
     return v && v->type == JSON_STRING && str_equal(v->string, text);
 }
 
-// Where a value stands in the body: messages[2].content[0].text. It is looked for from above, and
-// only when something is wrong with it.
-static const char *path_of(const Conn *c, const Json *v) {
+// The path of an object's field, or of the value itself where `name` is NULL. It is only looked for
+// when something is wrong.
+static const char *path_of(const Conn *c, const Json *v, const char *name) {
     Buf *b = scratch();
-    for (const Json *in = c->request.json, *child; in != v; in = child) {
-        uint32_t i = 0, key = in->type == JSON_OBJECT;  // key: nodes in front of a child
-        for (child = in + 1 + key; v >= json_next(child); i++) child = json_next(child) + key;
-        if (!key) buf_printf(b, "[%u]", i);
-        else buf_printf(b, b->len ? ".%.*s" : "%.*s", ARG(str_cut(child[-1].string, SHOWN)));
-    }
-    return b->data;
-}
-
-static const char *path_in(const Conn *c, const Json *object, const char *name) {
-    const char *path = path_of(c, object);
-    return at(*path ? "%s.%s" : "%s%s", path, name);
+    json_path(b, c->request.json, v);
+    return !name ? b->data : at(b->len ? "%s.%s" : "%s%s", b->data, name);
 }
 
 // A value as an error repeats it.
@@ -334,11 +341,11 @@ static const char *shown(const Json *v) {
 }
 
 static bool wrong(Conn *c, const Json *v, const char *want) {
-    return refuse(c, 400, path_of(c, v), "got %s, want %s", shown(v), want);
+    return refuse(c, 400, path_of(c, v, NULL), "got %s, want %s", shown(v), want);
 }
 
 static bool wrong_type(Conn *c, const Json *v, const char *want) {
-    return refuse(c, 400, path_of(c, v), "got %s, want %s", json_type_name(v), want);
+    return refuse(c, 400, path_of(c, v, NULL), "got %s, want %s", json_type_name(v), want);
 }
 
 static bool typed(Conn *c, const Json *v, JsonType type) {
@@ -349,7 +356,7 @@ static bool typed(Conn *c, const Json *v, JsonType type) {
 static const Json *required(Conn *c, const Json *object, const char *name, JsonType type,
                             const char *want) {
     const Json *v = field(object, name);
-    if (!v) refuse(c, 400, path_in(c, object, name), "missing, want %s", want);
+    if (!v) refuse(c, 400, path_of(c, object, name), "missing, want %s", want);
     return v && typed(c, v, type) ? v : NULL;
 }
 
@@ -374,7 +381,7 @@ static bool stops_parse(Conn *c, Seq *s, const Field *f, const Json *v) {
         if (ids ? !id_parse(c, &s->stop_id[i], v) : !typed(c, v, JSON_STRING)) return false;
         if (ids) continue;
         if (!v->string.len || v->string.len > STOP_BYTES)
-            return refuse(c, 400, path_of(c, v), "got %zu bytes, want 1..%d", v->string.len,
+            return refuse(c, 400, path_of(c, v, NULL), "got %zu bytes, want 1..%d", v->string.len,
                           STOP_BYTES);
         s->text.stop[i] = v->string;
     }
@@ -406,16 +413,29 @@ static bool bias_parse(Conn *c, Params *p, const Field *f, const Json *v) {
     return true;
 }
 
-static bool rid_live(const char *rid);
-
-// An rid names one live sequence, or /abort_request could not tell which is meant.
+// An rid names one live sequence, or /abort_request could not tell which is meant. The stem of
+// rid_0, rid_1, ... is taken, too.
 static bool rid_parse(Conn *c, Params *p, const Field *f, const Json *v) {
     Str rid = p->rid = v->string;
-    bool ok = rid.len >= f->lo && rid.len <= f->hi;
+    bool ok = rid.len >= f->lo && rid.len <= f->hi, live = false;
     for (size_t i = 0; ok && i < rid.len; i++) ok = rid.data[i] >= ' ' && rid.data[i] <= '~';
     if (!ok) return wrong(c, v, f->want);
-    return !rid_live(at("%.*s", ARG(rid))) ||
-           refuse(c, 400, f->name, "got %s, which is still running", shown(v));
+    const char *text = at("%.*s", ARG(rid));
+    for (const Conn *o = conns; o; o = o->next) {
+        live |= o->n_live && str_equal(o->call->params.rid, text);
+        for (int i = 0; o->n_live && i < o->call->n_answers; i++)
+            live |= !o->call->answers[i].finish && !strcmp(o->call->answers[i].seq->rid, text);
+    }
+    return !live || refuse(c, 400, f->name, "got %s, which is still running", shown(v));
+}
+
+// Fields that aren't implemented would change the answer. But a client may send all that it knows,
+// so a value passes that asks for nothing.
+static bool neutral(const Conn *c, const char *name, const Json *v) {
+    bool none = json_is(field(c->request.json, "tool_choice"), "none");
+    if (!strcmp(name, "tools")) return none || (v->type == JSON_ARRAY && !v->count);
+    if (!strcmp(name, "response_format")) return json_is(field(v, "type"), "text");
+    return !strcmp(name, "suffix") && json_is(v, "");
 }
 
 // One value into its place in Params.
@@ -444,57 +464,62 @@ static bool field_parse(Conn *c, Params *p, const Field *f, const Json *v) {
     case RID: return rid_parse(c, p, f, v);
     case STOP: case STOP_IDS: return stops_parse(c, &p->seq, f, v);
     case BIAS: return bias_parse(c, p, f, v);
+    case LATER:
+        return neutral(c, f->name, v) ||
+               refuse(c, 400, f->name, "not supported by this version of r1");
     }
     return ok || wrong(c, v, f->want);
 }
 
-static bool fields_parse(Conn *c, Params *p, const Json *object, const Field *f) {
-    for (const Json *v; f->name; f++)
-        if ((v = field(object, f->name)) && !field_parse(c, p, f, v)) return false;
-    return true;
-}
-
 #define AT(member) offsetof(Params, member)
-#define FLAG(name, member) {name, BOOL, AT(member), 0, 0, NULL}
+#define FLAG(name, where, member) {name, where, BOOL, AT(member), 0, 0, NULL}
+#define NOT_YET(name) {name, SHARED, LATER, 0, 0, 0, NULL}
 #define COUNT "an integer in 0..2147483647"
 
-// What all generating endpoints understand (api.md 3), in the order in which errors are reported. A
-// positive number is a positive f32, because that is what the engine gets.
-static const Field shared_fields[] = {
-    {"max_tokens", INT, AT(seq.max_tokens), 0, INT_MAX, COUNT},
-    {"min_tokens", INT, AT(seq.min_tokens), 0, INT_MAX, COUNT},
-    {"temperature", NUMBER, AT(seq.sampling.temperature), 0, FLT_MAX, "a number >= 0"},
-    {"top_p", NUMBER, AT(seq.sampling.top_p), FLT_MIN, 1, "a number in (0, 1]"},
-    {"top_k", INT, AT(seq.sampling.top_k), -1, INT_MAX, "-1 or an integer >= 1"},
-    {"min_p", NUMBER, AT(seq.sampling.min_p), 0, 1, "a number in [0, 1]"},
-    {"frequency_penalty", NUMBER, AT(seq.sampling.frequency_penalty), -2, 2, "a number in [-2, 2]"},
-    {"presence_penalty", NUMBER, AT(seq.sampling.presence_penalty), -2, 2, "a number in [-2, 2]"},
-    {"repetition_penalty", NUMBER, AT(seq.sampling.repetition_penalty), FLT_MIN, 2,
+// SHARED: what all generating endpoints understand (api.md 3). USAGE: what stream_options holds. In
+// this order errors are reported. A positive number is a positive f32: that the engine gets.
+static const Field fields[] = {
+    {"max_tokens", SHARED, INT, AT(seq.max_tokens), 0, INT_MAX, COUNT},
+    {"min_tokens", SHARED, INT, AT(seq.min_tokens), 0, INT_MAX, COUNT},
+    {"temperature", SHARED, NUMBER, AT(seq.sampling.temperature), 0, FLT_MAX, "a number >= 0"},
+    {"top_p", SHARED, NUMBER, AT(seq.sampling.top_p), FLT_MIN, 1, "a number in (0, 1]"},
+    {"top_k", SHARED, INT, AT(seq.sampling.top_k), -1, INT_MAX, "-1 or an integer >= 1"},
+    {"min_p", SHARED, NUMBER, AT(seq.sampling.min_p), 0, 1, "a number in [0, 1]"},
+    {"frequency_penalty", SHARED, NUMBER, AT(seq.sampling.frequency_penalty), -2, 2,
+     "a number in [-2, 2]"},
+    {"presence_penalty", SHARED, NUMBER, AT(seq.sampling.presence_penalty), -2, 2,
+     "a number in [-2, 2]"},
+    {"repetition_penalty", SHARED, NUMBER, AT(seq.sampling.repetition_penalty), FLT_MIN, 2,
      "a number in (0, 2]"},
-    {"logit_bias", BIAS, 0, -100, 100, "a number in [-100, 100]"},
-    {"seed", SEED, AT(seq.sampling.seed), 0, 0,
+    {"logit_bias", SHARED, BIAS, 0, -100, 100, "a number in [-100, 100]"},
+    {"seed", SHARED, SEED, AT(seq.sampling.seed), 0, 0,
      "an integer in -9223372036854775808..18446744073709551615"},
-    {"stop", STOP, 0, 0, 0, "string or array"}, {"stop_token_ids", STOP_IDS, 0, 0, 0, "array"},
-    FLAG("ignore_eos", seq.ignore_eos), FLAG("no_stop_trim", seq.text.no_stop_trim),
-    FLAG("skip_special_tokens", seq.text.skip_special),
-    FLAG("spaces_between_special_tokens", ignored),
-    {"n", INT, AT(n), 1, 128, "an integer in 1..128"}, FLAG("stream", stream),
-    {"rid", RID, 0, 1, MAX_RID, "1..128 printable ASCII characters"}, {0},
+    {"stop", SHARED, STOP, 0, 0, 0, "string or array"},
+    {"stop_token_ids", SHARED, STOP_IDS, 0, 0, 0, "array"},
+    FLAG("ignore_eos", SHARED, seq.ignore_eos),
+    FLAG("no_stop_trim", SHARED, seq.text.no_stop_trim),
+    FLAG("skip_special_tokens", SHARED | DETOKENIZE, seq.text.skip_special),
+    FLAG("spaces_between_special_tokens", SHARED, ignored),
+    {"n", SHARED, INT, AT(n), 1, 128, "an integer in 1..128"}, FLAG("stream", SHARED, stream),
+    {"rid", SHARED, RID, 0, 1, MAX_RID, "1..128 printable ASCII characters"},
+    NOT_YET("tools"), NOT_YET("response_format"), NOT_YET("suffix"), NOT_YET("regex"),
+    NOT_YET("ebnf"), NOT_YET("json_schema"), NOT_YET("structural_tag"), NOT_YET("lora_path"),
+    NOT_YET("session_params"), NOT_YET("image_data"), NOT_YET("input_embeds"),
+    NOT_YET("custom_logit_processor"),
+    {"max_completion_tokens", CHAT, INT, AT(seq.max_tokens), 0, INT_MAX, COUNT},
+    {"model", CHAT, STRING, AT(model), 0, LINE, "at most 1024 bytes"},
+    FLAG("logprobs", CHAT, logprobs),
+    {"top_logprobs", CHAT, INT, AT(top_logprobs), 0, MAX_TOP_LOGPROBS, "an integer in 0..64"},
+    FLAG("separate_reasoning", CHAT, ignored), FLAG("stream_reasoning", CHAT, ignored),
+    FLAG("include_usage", USAGE, include_usage),
+    FLAG("continuous_usage_stats", USAGE, continuous_usage),
+    FLAG("add_special_tokens", TOKENIZE, add_special_tokens),
 };
 
-// Fields that would change the answer in a way that is not implemented. A client may send all that
-// it knows, so a neutral value passes: tools [] or tool_choice "none", type "text", suffix "".
-static bool refuse_unsupported(Conn *c, const Json *o) {
-    static const char *const names[] = {
-        "tools", "response_format", "suffix", "regex", "ebnf", "json_schema", "structural_tag",
-        "lora_path", "session_params", "image_data", "input_embeds", "custom_logit_processor"};
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-        const Json *v = field(o, names[i]);
-        bool none = json_is(field(o, "tool_choice"), "none");
-        bool empty = v && v->type == JSON_ARRAY && !v->count;
-        bool neutral[] = {none || empty, json_is(field(v, "type"), "text"), json_is(v, "")};
-        if (v && !(i < sizeof neutral && neutral[i]))
-            return refuse(c, 400, names[i], "not supported by this version of r1");
+static bool fields_parse(Conn *c, Params *p, const Json *object, int where) {
+    for (const Field *f = fields; f < fields + sizeof fields / sizeof *fields; f++) {
+        const Json *v = f->where & where ? field(object, f->name) : NULL;
+        if (v && !field_parse(c, p, f, v)) return false;
     }
     return true;
 }
@@ -502,32 +527,6 @@ static bool refuse_unsupported(Conn *c, const Json *o) {
 // ------------------------------------------------------------------------------------------------
 // Calls: what the engine computes for a connection. An endpoint that generates parses into a new
 // Call, adds its prompts and starts it; then its Api says how tokens, events, answers are written.
-
-typedef struct {  // one sequence's part of an answer
-    Seq *seq;
-    Buf text, entries;  // not yet written; entries: logprobs as JSON, a newline behind each
-    int n_tokens;
-    bool started;       // the head of its stream is written
-    bool waiting;       // an event is to be written as soon as `out` is empty
-    Finish finish;
-    int stop_id, stop_string;  // as in Event
-} Answer;
-
-typedef struct {
-    void (*token)(Buf *entries, const Choice *choice);
-    void (*event)(Conn *c, Answer *a);  // writes the sequence's next event into the stream
-    void (*answer)(Conn *c);            // writes everything at once
-} Api;
-
-struct Call {
-    const Api *api;
-    Params params;
-    Buf head;          // {"id":...,"choices":[: how each object of the answer begins
-    bool forced_tag;   // the prompt ends in <think>\n
-    Answer *answers;
-    int n_answers, n_prompt, n_completion;
-    double deadline;
-};
 
 static Str served_name(void) {
     const Options *o = &server.options;
@@ -558,25 +557,6 @@ static Call *call_new(Conn *c, const Api *api) {
 static void call_cancel(Conn *c) {
     for (int i = 0; c->n_live && i < c->call->n_answers; i++)
         if (!c->call->answers[i].finish) c->call->answers[i].seq->cancelled = true;
-}
-
-static void call_free(Call *call) {
-    for (Answer *a = call->answers; a < call->answers + call->n_answers; a++) {
-        seq_free(a->seq);
-        buf_free(&a->text), buf_free(&a->entries);
-    }
-    buf_free(&call->head);
-    free(call->params.seq.tokens.data), free(call->answers), free(call);
-}
-
-static bool rid_live(const char *rid) {  // also the stem of rid_0, rid_1, ...
-    for (const Conn *c = conns; c; c = c->next) {
-        if (c->n_live && str_equal(c->call->params.rid, rid)) return true;
-        for (int i = 0; c->n_live && i < c->call->n_answers; i++)
-            if (!c->call->answers[i].finish && !strcmp(c->call->answers[i].seq->rid, rid))
-                return true;
-    }
-    return false;
 }
 
 // Whether P + C tokens can ever be held, and the queue has room; settles C where it was left open.
@@ -636,9 +616,10 @@ static bool call_start(Conn *c) {
     Call *call = c->call;
     c->n_live = call->n_answers;
     conn_state(c, call->params.stream ? STREAMING : COMPUTING);
-    c->request.extra = "Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n";
-    if (call->params.stream) respond_head(c, 200, "text/event-stream; charset=utf-8", -1);
-    c->request.extra = NULL;
+    if (call->params.stream) {
+        c->request.extra = "Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n";
+        respond_head(c, 200, "text/event-stream; charset=utf-8", -1);
+    }
     for (int i = 0; i < call->n_answers; i++) engine_submit(call->answers[i].seq);
     return true;
 }
@@ -714,7 +695,7 @@ static bool parts_join(Conn *c, Str *content, const Json *list) {
         if (!typed(c, part, JSON_OBJECT)) return false;
         const Json *type = field(part, "type"), *text;
         if (!json_is(type, "text"))
-            return refuse(c, 400, path_in(c, part, "type"), "got %s, want \"text\"", shown(type));
+            return refuse(c, 400, path_of(c, part, "type"), "got %s, want \"text\"", shown(type));
         if (!(text = required(c, part, "text", JSON_STRING, "a string"))) return false;
         if (!i) { *content = text->string; continue; }
         char *end = (char *)content->data + content->len;
@@ -858,30 +839,19 @@ static void chat_answer(Conn *c) {
     respond(c, 200);
 }
 
-static const Field chat_fields[] = {
-    {"max_completion_tokens", INT, AT(seq.max_tokens), 0, INT_MAX, COUNT},
-    {"model", STRING, AT(model), 0, LINE, "at most 1024 bytes"}, FLAG("logprobs", logprobs),
-    {"top_logprobs", INT, AT(top_logprobs), 0, MAX_TOP_LOGPROBS, "an integer in 0..64"},
-    FLAG("separate_reasoning", ignored), FLAG("stream_reasoning", ignored), {0},
-};
-
-static const Field stream_fields[] = {
-    FLAG("include_usage", include_usage), FLAG("continuous_usage_stats", continuous_usage), {0},
-};
-
 // Everything that can be wrong with a chat request, in the order of api.md 3 and 4.
 static bool chat_parse(Conn *c) {
     Params *p = &c->call->params;
     const Json *json = c->request.json, *options = field(json, "stream_options");
-    if (!fields_parse(c, p, json, shared_fields) || !refuse_unsupported(c, json) ||
+    if (!fields_parse(c, p, json, SHARED) ||
         !chat_prompt(c, &p->seq.tokens, &c->call->forced_tag) ||
-        !fields_parse(c, p, json, chat_fields)) return false;
+        !fields_parse(c, p, json, CHAT)) return false;
     if (p->top_logprobs && !p->logprobs)
         return refuse(c, 400, "top_logprobs", "got %d, want 0 unless logprobs is true",
                       p->top_logprobs);
     if (p->logprobs) p->seq.sampling.top_logprobs = p->top_logprobs;
-    if (options && (!typed(c, options, JSON_OBJECT) ||
-                    !fields_parse(c, p, options, stream_fields))) return false;
+    if (options && (!typed(c, options, JSON_OBJECT) || !fields_parse(c, p, options, USAGE)))
+        return false;
     return call_fits(c, &p->seq);
 }
 
@@ -965,26 +935,18 @@ static bool model_info(Conn *c) {
     return respond(c, 200);
 }
 
-// Appends the ids of a text. BOS stands once at its head, where the checkpoint wants one at all.
-static void text_encode(Ids *out, Str text, bool special) {
-    int bos = tokenizer_bos(server.tokenizer);
-    Str head = tokenizer_bytes(server.tokenizer, bos);
-    bool there = bos >= 0 && text.len >= head.len && !memcmp(text.data, head.data, head.len);
-    if (special && bos >= 0 && !there) ids_add(out, bos);
-    tokenizer_encode(server.tokenizer, out, text);
-}
-
 // Arrays in give arrays out: of ids, and of their counts.
 static bool tokenize(Conn *c) {
-    static const Field fields[] = {FLAG("add_special_tokens", add_special_tokens), {0}};
     Params p = {.add_special_tokens = true};
     const Json *json = c->request.json, *text = field(json, "prompt");
     bool messages = field(json, "messages"), list = text && text->type == JSON_ARRAY, ok = true;
     if (messages == !!text)
         return refuse(c, 400, NULL, "prompt, messages: got %s, want exactly one",
                       messages ? "both" : "neither");
-    if (!fields_parse(c, &p, json, fields)) return false;
+    if (!fields_parse(c, &p, json, TOKENIZE)) return false;
     uint32_t n = list ? text++->count : 1;
+    int bos = p.add_special_tokens ? tokenizer_bos(server.tokenizer) : -1;
+    Str head = tokenizer_bytes(server.tokenizer, bos);
     Buf counts = {0};
     buf_str(&c->out, list ? "{\"tokens\":[" : "{\"tokens\":");
     for (uint32_t i = 0; i < n && ok; i++) {
@@ -992,7 +954,11 @@ static bool tokenize(Conn *c) {
         ids->len = 0;
         ok = messages ? chat_prompt(c, ids, &p.ignored) : typed(c, text, JSON_STRING);
         if (!ok) break;
-        if (text) text_encode(ids, text->string, p.add_special_tokens), text = json_next(text);
+        if (text) {  // BOS stands once at the head, where the checkpoint wants one at all
+            if (bos >= 0 && !str_begins(text->string, head)) ids_add(ids, bos);
+            tokenizer_encode(server.tokenizer, ids, text->string);
+            text = json_next(text);
+        }
         buf_str(&c->out, i ? ",[" : "[");
         for (size_t k = 0; k < ids->len; k++) buf_printf(&c->out, k ? ",%d" : "%d", ids->data[k]);
         buf_str(&c->out, "]");
@@ -1017,11 +983,10 @@ static bool ids_parse(Conn *c, Ids *out, const Json *list) {
 
 // An array of ids becomes a text, an array of arrays an array of texts.
 static bool detokenize(Conn *c) {
-    static const Field fields[] = {FLAG("skip_special_tokens", seq.text.skip_special), {0}};
     Params p = {.seq.text.skip_special = true};
     Ids ids = {0};
     const Json *json = c->request.json, *v = required(c, json, "tokens", JSON_ARRAY, "an array");
-    if (!v || !fields_parse(c, &p, json, fields)) return false;
+    if (!v || !fields_parse(c, &p, json, DETOKENIZE)) return false;
     bool list = v->count && v[1].type == JSON_ARRAY, ok = true;
     uint32_t n = list ? v++->count : 1;
     buf_str(&c->out, list ? "{\"text\":[" : "{\"text\":");
@@ -1054,7 +1019,7 @@ static const Route routes[] = {
 static const Route *route_find(Str path) {
     for (const Route *r = routes; r < routes + sizeof routes / sizeof *routes; r++) {
         bool prefix = r->path[strlen(r->path) - 1] == '/';
-        if (prefix ? str_begins(path, r->path) : str_equal(path, r->path)) return r;
+        if (prefix ? str_begins(path, str_of(r->path)) : str_equal(path, r->path)) return r;
     }
     return NULL;
 }
@@ -1068,16 +1033,6 @@ static bool key_matches(Str got) {
     return !different;
 }
 
-static bool refuse_not_ready(Conn *c) {
-    if (server_state() == STATE_DRAINING) return refuse(c, 503, NULL, "r1 is shutting down");
-    uint64_t loaded = server.progress.loaded_bytes, total = server.progress.total_bytes;
-    double percent = total ? 100.0 * (double)loaded / (double)total : 0;
-    bool loading = server_state() == STATE_LOADING;
-    c->request.extra = "Retry-After: 5\r\n";
-    return refuse(c, 503, NULL, "r1 is not ready: %s%s", state_name(), !loading ? "" :
-                  at(", %.1f %% (slowest: rank 0, %.1f %%)", percent, percent));
-}
-
 // True when the request may be handled; else it is answered.
 static bool request_admit(Conn *c) {
     Request *r = &c->request;
@@ -1088,10 +1043,19 @@ static bool request_admit(Conn *c) {
                       ARG(asked));
         return !respond(c, 204);
     }
-    bool open = !server.options.api_key || str_begins(r->path, "/health");
+    int state = server_state();
+    double total = fmax(1, (double)server.progress.total_bytes);
+    double percent = 100 * (double)server.progress.loaded_bytes / total;
+    bool open = !server.options.api_key || str_begins(r->path, STR("/health"));
     bool probe = r->route && r->route->shape == HEALTH;
     if (!open && !key_matches(r->authorization)) return refuse(c, 401, NULL, "Unauthorized");
-    if (!probe && server_state() != STATE_READY) return refuse_not_ready(c);
+    if (!probe && state == STATE_DRAINING) return refuse(c, 503, NULL, "r1 is shutting down");
+    if (!probe && state != STATE_READY) {
+        r->extra = "Retry-After: 5\r\n";
+        return refuse(c, 503, NULL, "r1 is not ready: %s%s", state_names[state],
+                      state != STATE_LOADING ? "" :
+                      at(", %.1f %% (slowest: rank 0, %.1f %%)", percent, percent));
+    }
     if (!r->route)
         return refuse(c, 404, NULL, "%.*s %.*s: no such route", ARG(r->method),
                       ARG(str_cut(r->path, LINE)));
@@ -1137,21 +1101,20 @@ static bool is_token(Str s) {
 // GET /v1/models?x=1 HTTP/1.1
 static bool request_line(Conn *c, Str line) {
     Request *r = &c->request;
-    const char *end = line.data + line.len, *a = memchr(line.data, ' ', line.len);
-    const char *b = a ? memchr(a + 1, ' ', (size_t)(end - a - 1)) : NULL;
-    if (!b || end - b != strlen(" HTTP/1.1")) return malformed(c, "request line");
-    const char *version = b + 1;
-    r->method = (Str){line.data, (size_t)(a - line.data)};
-    r->target = r->path = (Str){a + 1, (size_t)(b - a - 1)};
+    int a = 0, b = 0, end = 0;  // where the method, the target and the line end
+    char major, minor;
+    sscanf(line.data, "%*[^ ]%n%*1[ ]%*[!-~]%n%*1[ ]HTTP/%c.%c%n", &a, &b, &major, &minor, &end);
+    if ((size_t)end != line.len || !isdigit((uint8_t)major) || !isdigit((uint8_t)minor))
+        return malformed(c, "request line");
+    r->method = (Str){line.data, (size_t)a};
+    r->target = (Str){line.data + a + 1, (size_t)(b - a - 1)};
     // Other targets than a path (a proxy's http://..., CONNECT's host:port) are not for us.
-    bool ok = is_token(r->method) && (*r->target.data == '/' || str_equal(r->target, "*"));
-    for (const char *s = a + 1; s < b; s++) ok = ok && *s > ' ' && *s <= '~';
-    if (!ok || memcmp(version, "HTTP/", 5) || !isdigit((uint8_t)version[5]) || version[6] != '.' ||
-        !isdigit((uint8_t)version[7])) return malformed(c, "request line");
-    if (version[5] != '1') return refuse(c, 505, NULL, "%.8s: want HTTP/1.1", version);
-    r->http10 = version[7] == '0';
-    const char *query = memchr(r->path.data, '?', r->path.len);
-    if (query) r->path.len = (size_t)(query - r->path.data);
+    if (!is_token(r->method) || (*r->target.data != '/' && !str_equal(r->target, "*")))
+        return malformed(c, "request line");
+    if (major != '1') return refuse(c, 505, NULL, "HTTP/%c.%c: want HTTP/1.1", major, minor);
+    r->http10 = minor == '0';
+    const char *query = memchr(r->target.data, '?', r->target.len);
+    r->path = str_cut(r->target, query ? (size_t)(query - r->target.data) : SIZE_MAX);
     if (r->path.len > 1 && r->path.data[r->path.len - 1] == '/') r->path.len--;
     return true;
 }
@@ -1185,7 +1148,7 @@ static bool header_field(Conn *c, Str line) {
     // A list of words. Closing is always allowed, so that a longer word does no harm.
     for (size_t i = 0; str_is(name, "connection") && i + strlen("close") <= v.len; i++)
         r->close |= !strncasecmp(v.data + i, "close", strlen("close"));
-    if (str_is(name, "expect")) r->expects = str_is(v, "100-continue");
+    if (str_is(name, "expect")) r->expects = !r->http10 && str_is(v, "100-continue");
     if (str_is(name, "authorization")) r->authorization = v;
     if (str_is(name, "origin")) r->origin = v;
     if (str_is(name, "access-control-request-headers")) r->cors_headers = v;
@@ -1223,7 +1186,7 @@ static Str unread(const Conn *c) { return (Str){c->in.data + c->in_at, c->in.len
 // These are steps of conn_run(): true when something was done, false when more must come first.
 static bool header_read(Conn *c) {
     // Empty lines in front of a request are left over from sloppy clients' bodies (RFC 9112, 2.2).
-    while (str_begins(unread(c), "\r\n")) c->in_at += 2;
+    while (str_begins(unread(c), STR("\r\n"))) c->in_at += 2;
     Str s = unread(c);
     size_t most = (size_t)http_limits.header_bytes;
     if (!s.len) c->state = IDLE;
@@ -1238,8 +1201,8 @@ static bool header_read(Conn *c) {
     if (!header_parse(c)) return true;
     conn_state(c, BODY);
     // Who asks before it sends a body is told of a refusal before it does.
-    bool asks = c->request.expects && !c->request.body_done && !c->request.http10;
-    if (asks && request_admit(c)) buf_str(&c->out, "HTTP/1.1 100 Continue\r\n\r\n");
+    if (c->request.expects && !c->request.body_done && request_admit(c))
+        buf_str(&c->out, "HTTP/1.1 100 Continue\r\n\r\n");
     return true;
 }
 
@@ -1291,10 +1254,16 @@ static bool body_read(Conn *c) {
 
 // An idle connection holds no memory but itself.
 static void request_end(Conn *c) {
+    Call *call = c->call;
+    for (int i = 0; call && i < call->n_answers; i++) {
+        seq_free(call->answers[i].seq);
+        buf_free(&call->answers[i].text), buf_free(&call->answers[i].entries);
+    }
+    if (call) free(call->params.seq.tokens.data), free(call->answers), buf_free(&call->head);
+    free(call);
+    c->call = NULL;
     bodies_held -= c->body.len;
     buf_free(&c->body), buf_free(&c->head), buf_free(&c->out);
-    if (c->call) call_free(c->call);
-    c->call = NULL;
     c->request = (Request){.close = c->request.close};
 }
 
@@ -1311,7 +1280,6 @@ static void conn_drop(Conn *c) {
 static bool conn_send(Conn *c) {
     while (c->out_at < c->out.len) {
         ssize_t n = send(c->fd, c->out.data + c->out_at, c->out.len - c->out_at, MSG_NOSIGNAL);
-        if (n < 0 && errno == EINTR) continue;
         if (n < 0 && errno != EAGAIN) conn_drop(c);
         if (n < 0) return false;
         c->out_at += (size_t)n, c->since = now;
@@ -1346,7 +1314,7 @@ static void conn_run(Conn *c) {
 static void conn_read(Conn *c) {
     static char bytes[READ_BYTES];
     ssize_t n = recv(c->fd, bytes, sizeof bytes, 0);
-    if (n < 0 && (errno == EAGAIN || errno == EINTR)) return;
+    if (n < 0 && errno == EAGAIN) return;
     if (n <= 0) conn_drop(c);
     if (n <= 0 || c->state == LINGER) return;
     if (c->state == BODY) c->since = now;
@@ -1374,12 +1342,6 @@ static void conn_expire(Conn *c) {
     conn_run(c);
 }
 
-// While a call runs nothing is read: what the client sends ahead waits in the kernel, and only its
-// departure is of interest. POLLRDHUP tells of it, in front of unread bytes too.
-static short conn_wants(const Conn *c) {
-    return (c->n_live ? POLLRDHUP : 0) | (c->out.len ? POLLOUT : c->n_live ? 0 : POLLIN);
-}
-
 // What poll() said of a connection. It may have changed since, through an event of the engine's.
 static void conn_ready(Conn *c, int revents) {
     if (c->state == DEAD) return;
@@ -1387,15 +1349,6 @@ static void conn_ready(Conn *c, int revents) {
     else if (revents && (c->n_live || c->out.len)) conn_run(c);
     else if (revents) conn_read(c);
     else if (now >= conn_deadline(c)) conn_expire(c);
-}
-
-// Room for one more connection is made by closing the one that has been idle for longest.
-static bool idle_close(void) {
-    Conn *oldest = NULL;
-    for (Conn *c = conns; c; c = c->next)
-        if (c->state == IDLE && (!oldest || c->since < oldest->since)) oldest = c;
-    if (oldest) conn_drop(oldest);
-    return oldest;
 }
 
 // Takes what waits in the listening socket. False when there are no files left: then it must rest.
@@ -1406,9 +1359,13 @@ static bool conns_accept(int listen_fd) {
         struct sockaddr_storage address;
         socklen_t len = sizeof address;
         int fd = accept4(listen_fd, (void *)&address, &len, SOCK_NONBLOCK | SOCK_CLOEXEC);
-        if (fd < 0 && (errno == EINTR || errno == ECONNABORTED)) continue;
+        if (fd < 0 && errno == ECONNABORTED) continue;
         if (fd < 0) return errno == EAGAIN;
-        bool full = n_open >= most && !idle_close();
+        Conn *oldest = NULL;  // the one that has been idle for longest makes room
+        for (Conn *i = conns; i && n_open >= most; i = i->next)
+            if (i->state == IDLE && (!oldest || i->since < oldest->since)) oldest = i;
+        if (oldest) conn_drop(oldest);
+        bool full = n_open >= most;
         if (n_open >= most + GOODBYES) { close(fd); continue; }
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
         Conn *c = xcalloc(1, sizeof *c);
@@ -1447,16 +1404,6 @@ static void take_events(void) {
     }
 }
 
-// The first stop drains. The second aborts: *give_up is when http_serve() returns in any case.
-static void take_stops(double *give_up) {
-    for (char byte; read(stop_pipe[0], &byte, 1) == 1;) {
-        if (stops++) *give_up = now + http_limits.linger_s;
-        else log_line(-1, "SIGTERM received. Draining requests and shutting down...");
-        if (server.state != STATE_FAILED) server.state = STATE_DRAINING;
-        engine_stop(stops > 1);
-    }
-}
-
 int http_listen(const char *host, int port) {
     struct rlimit files;
     const rlim_t most = 65535;
@@ -1465,8 +1412,6 @@ int http_listen(const char *host, int port) {
     max_files = (int)files.rlim_cur;
     setrlimit(RLIMIT_NOFILE, &files);
     signal(SIGPIPE, SIG_IGN);  // a client that left is an error of send(), no signal
-    bool first = stop_pipe[0] < 0;
-    if (first && pipe2(stop_pipe, O_NONBLOCK | O_CLOEXEC)) die("pipe: %s", strerror(errno));
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *a;
     int error = getaddrinfo(host, at("%d", port), &hints, &a);
     if (error) die("cannot listen on %s:%d: %s", host, port, gai_strerror(error));
@@ -1486,7 +1431,8 @@ int http_listen(const char *host, int port) {
 
 void http_stop(void) {
     int saved = errno;
-    (void)!write(stop_pipe[1], "", 1);
+    stops_called++;
+    (void)!write(server.wake_fd, &(uint64_t){1}, sizeof(uint64_t));
     errno = saved;
 }
 
@@ -1501,12 +1447,16 @@ void http_serve(int listen_fd) {
         now = now_seconds();
         double wake = now + most;
         int left = 0, unsent = 0;
-        struct pollfd first[] = {{listen_fd, now < rest ? 0 : POLLIN, 0}, {stop_pipe[0], POLLIN, 0},
+        struct pollfd first[] = {{listen_fd, now < rest ? 0 : POLLIN, 0},
                                  {server.wake_fd, POLLIN, 0}};
         polls.len = 0;
         buf_add(&polls, first, sizeof first);
         for (Conn *c = conns; c; c = c->next) {
-            buf_add(&polls, &(struct pollfd){c->fd, conn_wants(c), 0}, sizeof *first);
+            // While a call runs nothing is read: what the client sends ahead waits in the kernel,
+            // and only its departure counts. POLLRDHUP tells of it, in front of unread bytes too.
+            short wants = c->out.len ? POLLOUT : c->n_live ? 0 : POLLIN;
+            if (c->n_live) wants |= POLLRDHUP;
+            buf_add(&polls, &(struct pollfd){c->fd, wants, 0}, sizeof *first);
             wake = fmin(wake, conn_deadline(c));
             left += c->n_live > 0, unsent += c->state != DEAD && c->out.len;
         }
@@ -1518,9 +1468,14 @@ void http_serve(int listen_fd) {
         struct pollfd *p = (struct pollfd *)polls.data;
         if (poll(p, polls.len / sizeof *p, (int)ceil(fmax(0, wake - now) * 1000)) < 0) continue;
         now = now_seconds();
-        if (p[1].revents) take_stops(&give_up);
-        if (p[2].revents) take_events();  // before the sockets: tokens first
-        struct pollfd *next = p + 3;
+        if (p[1].revents) take_events();  // before the sockets: tokens first
+        for (; stops_called; stops_called--) {
+            if (stops++) give_up = now + http_limits.linger_s;
+            else log_line(-1, "SIGTERM received. Draining requests and shutting down...");
+            if (server.state != STATE_FAILED) server.state = STATE_DRAINING;
+            engine_stop(stops > 1);
+        }
+        struct pollfd *next = p + 2;
         for (Conn *c = conns; c; c = c->next) conn_ready(c, next++->revents);
         if (p[0].revents && !conns_accept(listen_fd)) rest = now + pause;
         conns_reap();

@@ -442,6 +442,18 @@ bool json_int(const Json *value, int64_t lo, int64_t hi, int64_t *out) {
     return v >= lo && v <= hi;
 }
 
+void json_path(Buf *b, const Json *root, const Json *value) {
+    const size_t most = 64;  // a key may be as long as the document
+    for (const Json *in = root, *child; in != value; in = child) {
+        uint32_t i = 0, key = in->type == JSON_OBJECT;  // key: nodes in front of a child
+        for (child = in + 1 + key; value >= json_next(child); i++) child = json_next(child) + key;
+        Str name = key ? child[-1].string : STR("");
+        int len = name.len < most ? (int)name.len : (int)most;
+        if (key) buf_printf(b, b->len ? ".%.*s" : "%.*s", len, name.data);
+        else buf_printf(b, "[%u]", i);
+    }
+}
+
 const char *json_type_name(const Json *value) {
     static const char *const names[] = {"null", "bool", "number", "string", "array", "object"};
     return names[value->type];

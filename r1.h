@@ -109,6 +109,9 @@ bool json_int(const Json *value, int64_t lo, int64_t hi, int64_t *out);
 const char *
 json_type_name(const Json *value);  // "null", "bool", "number", "string", "array", "object"
 
+// Appends where a value stands in the document: messages[2].content[0].text
+void json_path(Buf *b, const Json *root, const Json *value);
+
 void json_write_string(Buf *b, Str s);           // with quotes; escapes only ", \ and below U+0020
 void json_write_float(Buf *b, float f);  // fewest digits that read back as f; f must be finite
 
