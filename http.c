@@ -61,7 +61,7 @@ typedef struct Call Call;
 
 typedef struct {
     const char *path;         // with a slash at its end: all that begins so
-    const char *method, *or;  // what it takes; NULL: nothing else
+    const char *method, *also;  // what it takes; `also` may be NULL
     enum { OPENAI, GENERATE, HEALTH } shape;  // of its errors: F, G, H of api.md 11
     bool (*handler)(Conn *c);                 // false when it refused
 } Route;
@@ -260,7 +260,7 @@ static bool refuse_text(Conn *c, int code, const char *param, const char *text) 
         stream_end(c);
         r->close = true;
     } else {
-        c->out.len = 0;  // the handler had begun with an answer
+        c->out.len = 0;  // a handler may have begun with an answer
         buf_str(&c->out, error);
         respond(c, code);
     }
@@ -275,6 +275,7 @@ typedef struct {        // the strings lie in the request's body
     int n, top_logprobs;
     bool stream, logprobs, include_usage, continuous_usage, add_special_tokens;
     bool ignored;       // must be a bool, and has no effect
+    bool forced_tag;    // the prompt ends in <think>\n
     Str rid, model;
     int bias_id[MAX_BIAS];
     float bias[MAX_BIAS];
@@ -300,7 +301,6 @@ struct Call {
     const Api *api;
     Params params;
     Buf head;          // {"id":...,"choices":[: how each object of the answer begins
-    bool forced_tag;   // the prompt ends in <think>\n
     Answer *answers;
     int n_answers, n_prompt, n_completion;
     double deadline;
@@ -340,6 +340,7 @@ static const char *shown(const Json *v) {
     return at("%s%lu", v->negative ? "-" : "", v->magnitude);
 }
 
+// The value is shown where only that is wrong, else its type is said.
 static bool wrong(Conn *c, const Json *v, const char *want) {
     return refuse(c, 400, path_of(c, v, NULL), "got %s, want %s", shown(v), want);
 }
@@ -445,7 +446,7 @@ static bool field_parse(Conn *c, Params *p, const Field *f, const Json *v) {
     void *out = (char *)p + f->offset;
     int64_t i = 0;
     bool ok = true;
-    if (f->kind < STOP && !typed(c, v, types[f->kind])) return false;
+    if (f->kind < STOP && !typed(c, v, types[f->kind])) return false;  // the others look themselves
     switch (f->kind) {
     case INT:  // top_k alone begins at -1, which is all of them; none of them is no choice
         ok = json_int(v, (int64_t)f->lo, (int64_t)f->hi, &i) && (f->lo >= 0 || i);
@@ -456,7 +457,7 @@ static bool field_parse(Conn *c, Params *p, const Field *f, const Json *v) {
         if (ok) *(float *)out = (float)v->number;
         break;
     case BOOL: *(bool *)out = v->boolean; break;
-    case STRING: ok = v->string.len <= f->hi, *(Str *)out = v->string; break;
+    case STRING: ok = v->string.len <= f->hi, *(Str *)out = v->string; break;  // borrowed
     case SEED:  // modulo 2^64
         ok = p->seq.has_seed = v->integer && (!v->negative || v->magnitude <= (uint64_t)1 << 63);
         *(uint64_t *)out = v->negative ? 0 - v->magnitude : v->magnitude;
@@ -545,7 +546,7 @@ static Call *call_new(Conn *c, const Api *api) {
     Params *p = &call->params;
     call->api = api, call->deadline = INFINITY;
     p->n = 1, p->model = served_name();
-    p->seq.max_tokens = -1;
+    p->seq.max_tokens = -1, p->seq.arrival = now;
     p->seq.sampling = (Sampling){
         .temperature = (float)server.config.temperature, .top_p = (float)server.config.top_p,
         .top_k = -1, .repetition_penalty = 1, .top_logprobs = -1};
@@ -597,11 +598,10 @@ static void call_add(Conn *c) {
     call->n_prompt += (int)prompt->len;
     for (int i = 0; i < p->n; i++, call->n_answers++) {
         Seq *s = seq_new();
-        double arrival = s->arrival;
         uint64_t random[2];
         getrandom(random, sizeof random, 0);  // so few bytes never fail
-        *s = p->seq;
-        s->arrival = arrival, s->owner = c, s->index = call->n_answers;
+        *s = p->seq;  // borrows strings and the bias of the call, which is freed later
+        s->owner = c, s->index = call->n_answers;
         s->sampling.seed += (uint64_t)i;
         s->n_prompt = (int)prompt->len, s->tokens = (Ids){0};
         for (size_t k = 0; k < prompt->len; k++) ids_add(&s->tokens, prompt->data[k]);
@@ -690,7 +690,7 @@ static bool stream_fill(Conn *c) {
 // than a newline between any two of them.
 static bool parts_join(Conn *c, Str *content, const Json *list) {
     const Json *part = list + 1;
-    *content = STR("");
+    *content = STR("");  // no parts are no null
     for (uint32_t i = 0; i < list->count; i++, part = json_next(part)) {
         if (!typed(c, part, JSON_OBJECT)) return false;
         const Json *type = field(part, "type"), *text;
@@ -727,8 +727,8 @@ static bool message_parse(Conn *c, Message *m, const Json *v) {
 }
 
 // The prompt's ids. A last message of the assistant's is the beginning of the answer: it follows on
-// the template's <Assistant>, and then no tag is forced. *forced: the prompt ends in <think>\n.
-static bool chat_prompt(Conn *c, Ids *prompt, bool *forced) {
+// the template's <Assistant>, and then no tag is forced.
+static bool chat_prompt(Conn *c, Params *p) {
     const char *want = "a non-empty array";
     const Json *list = required(c, c->request.json, "messages", JSON_ARRAY, want), *v;
     if (!list) return false;
@@ -741,9 +741,9 @@ static bool chat_prompt(Conn *c, Ids *prompt, bool *forced) {
         Buf text = {0};
         chat_render(&text, server.template_kind, m, n - prefill, true, think);
         // Behind a tool's answer the template has no <Assistant>, and then no tag either.
-        *forced = think && !strcmp(text.data + text.len - strlen(THINK), THINK);
+        p->forced_tag = think && !strcmp(text.data + text.len - strlen(THINK), THINK);
         if (prefill) buf_add(&text, m[n - 1].content.data, m[n - 1].content.len);
-        tokenizer_encode(server.tokenizer, prompt, buf_text(&text));
+        tokenizer_encode(server.tokenizer, &p->seq.tokens, buf_text(&text));
         buf_free(&text);
     }
     free(m);
@@ -815,7 +815,7 @@ static void chat_chunk(Conn *c, Answer *a, const char *role, Str text, size_t en
 // As much of what waits as one event may hold: whole characters of text and whole entries.
 static void chat_event(Conn *c, Answer *a) {
     if (!a->started) chat_chunk(c, a, "\"assistant\"", STR(""), 0, false);
-    if (!a->started && c->call->forced_tag) chat_chunk(c, a, "null", STR(THINK), 0, false);
+    if (!a->started && c->call->params.forced_tag) chat_chunk(c, a, "null", STR(THINK), 0, false);
     Str text = text_cut(buf_text(&a->text), EVENT_TEXT);
     size_t entries = 0;
     while (entries < a->entries.len && entries < EVENT_ENTRIES)
@@ -843,9 +843,8 @@ static void chat_answer(Conn *c) {
 static bool chat_parse(Conn *c) {
     Params *p = &c->call->params;
     const Json *json = c->request.json, *options = field(json, "stream_options");
-    if (!fields_parse(c, p, json, SHARED) ||
-        !chat_prompt(c, &p->seq.tokens, &c->call->forced_tag) ||
-        !fields_parse(c, p, json, CHAT)) return false;
+    if (!fields_parse(c, p, json, SHARED) || !chat_prompt(c, p) || !fields_parse(c, p, json, CHAT))
+        return false;
     if (p->top_logprobs && !p->logprobs)
         return refuse(c, 400, "top_logprobs", "got %d, want 0 unless logprobs is true",
                       p->top_logprobs);
@@ -860,8 +859,8 @@ static bool chat_complete(Conn *c) {
     Call *call = call_new(c, &api);
     if (!chat_parse(c)) return false;
     call_add(c);
-    bool stream = call->params.stream;
-    for (int i = 0; i < call->n_answers && call->forced_tag && !stream; i++)
+    bool stream = call->params.stream, tag = call->params.forced_tag && !stream;
+    for (int i = 0; tag && i < call->n_answers; i++)
         buf_str(&call->answers[i].text, THINK);  // a stream has it in an event of its own
     buf_printf(&call->head, "{\"id\":%s,\"object\":\"chat.completion%s\",\"created\":%ld,"
                "\"model\":%s,\"choices\":[", quoted(str_of(call->answers[0].seq->rid)),
@@ -952,7 +951,7 @@ static bool tokenize(Conn *c) {
     for (uint32_t i = 0; i < n && ok; i++) {
         Ids *ids = &p.seq.tokens;
         ids->len = 0;
-        ok = messages ? chat_prompt(c, ids, &p.ignored) : typed(c, text, JSON_STRING);
+        ok = messages ? chat_prompt(c, &p) : typed(c, text, JSON_STRING);
         if (!ok) break;
         if (text) {  // BOS stands once at the head, where the checkpoint wants one at all
             if (bos >= 0 && !str_begins(text->string, head)) ids_add(ids, bos);
@@ -970,17 +969,6 @@ static bool tokenize(Conn *c) {
     return ok && respond(c, 200);
 }
 
-static bool ids_parse(Conn *c, Ids *out, const Json *list) {
-    if (!typed(c, list, JSON_ARRAY)) return false;
-    const Json *v = list + 1;
-    out->len = 0;
-    for (uint32_t i = 0; i < list->count; i++, v = json_next(v)) {
-        ids_add(out, 0);
-        if (!id_parse(c, &out->data[i], v)) return false;
-    }
-    return true;
-}
-
 // An array of ids becomes a text, an array of arrays an array of texts.
 static bool detokenize(Conn *c) {
     Params p = {.seq.text.skip_special = true};
@@ -990,9 +978,15 @@ static bool detokenize(Conn *c) {
     bool list = v->count && v[1].type == JSON_ARRAY, ok = true;
     uint32_t n = list ? v++->count : 1;
     buf_str(&c->out, list ? "{\"text\":[" : "{\"text\":");
-    for (uint32_t i = 0; i < n && (ok = ids_parse(c, &ids, v)); i++, v = json_next(v)) {
-        if (i) buf_str(&c->out, ",");
-        text_write(&c->out, ids.data, ids.len, p.seq.text.skip_special);
+    for (uint32_t i = 0; i < n && ok; i++, v = json_next(v)) {
+        ok = typed(c, v, JSON_ARRAY);
+        ids.len = 0;
+        for (const Json *e = v + 1; ok && ids.len < v->count; e = json_next(e)) {
+            ids_add(&ids, 0);
+            ok = id_parse(c, &ids.data[ids.len - 1], e);
+        }
+        if (ok && i) buf_str(&c->out, ",");
+        if (ok) text_write(&c->out, ids.data, ids.len, p.seq.text.skip_special);
     }
     free(ids.data);
     if (ok) buf_str(&c->out, list ? "]}" : "}");
@@ -1047,7 +1041,7 @@ static bool request_admit(Conn *c) {
     double total = fmax(1, (double)server.progress.total_bytes);
     double percent = 100 * (double)server.progress.loaded_bytes / total;
     bool open = !server.options.api_key || str_begins(r->path, STR("/health"));
-    bool probe = r->route && r->route->shape == HEALTH;
+    bool probe = r->route && r->route->shape == HEALTH;  // these say themselves what state it is
     if (!open && !key_matches(r->authorization)) return refuse(c, 401, NULL, "Unauthorized");
     if (!probe && state == STATE_DRAINING) return refuse(c, 503, NULL, "r1 is shutting down");
     if (!probe && state != STATE_READY) {
@@ -1059,7 +1053,7 @@ static bool request_admit(Conn *c) {
     if (!r->route)
         return refuse(c, 404, NULL, "%.*s %.*s: no such route", ARG(r->method),
                       ARG(str_cut(r->path, LINE)));
-    const char *a = r->route->method, *b = r->route->or;
+    const char *a = r->route->method, *b = r->route->also;
     if (str_equal(r->method, a) || (b && str_equal(r->method, b))) return true;
     r->extra = b ? at("Allow: %s, %s\r\n", a, b) : at("Allow: %s\r\n", a);
     return refuse(c, 405, NULL, "%.*s %.*s: method not allowed, want %s", ARG(r->method),
@@ -1293,8 +1287,9 @@ static bool conn_advance(Conn *c) {
     if (c->state == IDLE || c->state == HEADER) return header_read(c);
     if (c->state == BODY) return body_read(c);
     if (c->state == STREAMING) return stream_fill(c);
-    if (c->state != WRITING || c->n_live) return false;
-    request_end(c);
+    // What was cancelled the engine still has, for one step if it moves; conns_reap() waits, too.
+    if (c->state != WRITING || (c->n_live && !c->request.close)) return false;
+    if (!c->n_live) request_end(c);
     // Closed at once, with bytes of the client's unread, TCP would throw away our answer too.
     if (c->request.close) shutdown(c->fd, SHUT_WR);
     conn_state(c, c->request.close ? LINGER : IDLE);
@@ -1306,7 +1301,7 @@ static void conn_run(Conn *c) {
     while (conn_send(c) && conn_advance(c)) {}
     buf_shift(&c->in, NULL, c->in_at);
     c->in_at = 0;
-    if (!c->in.len) buf_free(&c->in);
+    if (!c->in.len) buf_free(&c->in);  // thousands of connections may be idle
 }
 
 // One read for each connection and round. The end of the stream ends the connection: in these
@@ -1335,8 +1330,11 @@ static double conn_deadline(const Conn *c) {
 static void conn_expire(Conn *c) {
     const HttpLimits *l = &http_limits;
     if (c->out.len || c->state == IDLE || c->state == LINGER) { conn_drop(c); return; }
-    if (c->state == COMPUTING) call_cancel(c), refuse(c, 503, NULL, "no token in time");
-    else if (c->state == BODY)
+    if (c->state == COMPUTING) {  // the engine may be stuck: nothing can follow on this connection
+        call_cancel(c);
+        c->request.close = true;
+        refuse(c, 503, NULL, "no token in time");
+    } else if (c->state == BODY)
         refuse(c, 408, NULL, "request not complete: no byte for %g s", l->body_gap_s);
     else refuse(c, 408, NULL, "request not complete: no header after %g s", l->header_s);
     conn_run(c);
@@ -1367,7 +1365,7 @@ static bool conns_accept(int listen_fd) {
         if (oldest) conn_drop(oldest);
         bool full = n_open >= most;
         if (n_open >= most + GOODBYES) { close(fd); continue; }
-        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));  // a token is not to wait
         Conn *c = xcalloc(1, sizeof *c);
         *c = (Conn){.fd = fd, .since = now, .next = conns};
         conns = c;
@@ -1394,7 +1392,7 @@ static void conns_reap(void) {
 // Each event goes out by itself where the client keeps up: a chunk for each token and sequence.
 static void take_events(void) {
     char bytes[SHOWN];
-    while (read(server.wake_fd, bytes, sizeof bytes) > 0) {}
+    while (read(server.wake_fd, bytes, sizeof bytes) > 0) {}  // first: no event is missed so
     for (Event *e = engine_events(), *next; e; e = next) {
         Conn *c = e->seq->owner;
         next = e->next;
@@ -1417,7 +1415,7 @@ int http_listen(const char *host, int port) {
     if (error) die("cannot listen on %s:%d: %s", host, port, gai_strerror(error));
     int fd = socket(a->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
     const int backlog = 4096;
-    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));  // a restart needn't wait
     setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &(int){0}, sizeof(int));  // :: takes IPv4, too
     if (fd < 0 || bind(fd, a->ai_addr, a->ai_addrlen) || listen(fd, backlog))
         die("cannot listen on %s:%d: %s", host, port, strerror(errno));
@@ -1430,7 +1428,7 @@ int http_listen(const char *host, int port) {
 }
 
 void http_stop(void) {
-    int saved = errno;
+    int saved = errno;  // of what the signal interrupted
     stops_called++;
     (void)!write(server.wake_fd, &(uint64_t){1}, sizeof(uint64_t));
     errno = saved;
@@ -1469,13 +1467,14 @@ void http_serve(int listen_fd) {
         if (poll(p, polls.len / sizeof *p, (int)ceil(fmax(0, wake - now) * 1000)) < 0) continue;
         now = now_seconds();
         if (p[1].revents) take_events();  // before the sockets: tokens first
-        for (; stops_called; stops_called--) {
+        for (; stops_called; stops_called--) {  // the first drains, the second aborts
             if (stops++) give_up = now + http_limits.linger_s;
             else log_line(-1, "SIGTERM received. Draining requests and shutting down...");
             if (server.state != STATE_FAILED) server.state = STATE_DRAINING;
             engine_stop(stops > 1);
         }
         struct pollfd *next = p + 2;
+        // Until here nothing was added or freed: the list and `polls` have the same order.
         for (Conn *c = conns; c; c = c->next) conn_ready(c, next++->revents);
         if (p[0].revents && !conns_accept(listen_fd)) rest = now + pause;
         conns_reap();

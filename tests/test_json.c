@@ -306,6 +306,22 @@ static void test_json_int(void) {
     CHECK(!json_int(NULL, 0, 1, &out), "an absent value is no integer");
 }
 
+static void test_path(void) {
+    static const struct { int node; const char *path; } rows[] = {
+        {0, ""}, {2, "a"}, {3, "a[0]"}, {4, "a[1]"}, {6, "a[1].b"}, {7, "a[1].b[0]"},
+        {8, "a[1].b[1]"}, {10, "last"},
+    };
+    Doc d = doc_of("{\"a\":[1,{\"b\":[[],2]}],\"last\":3}");
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        Buf b = {0};
+        buf_str(&b, "");
+        json_path(&b, d.root, d.root + rows[i].node);
+        CHECK(!strcmp(b.data, rows[i].path), "node %d: %s", rows[i].node, b.data);
+        buf_free(&b);
+    }
+    doc_free(&d);
+}
+
 static void test_strings(void) {
     static const struct { const char *text, *want; } rows[] = {
         {"\"\\\"\\\\\\/\\b\\f\\n\\r\\t\"", "\"\\/\b\f\n\r\t"}, {"\"\\u0041\\u007f\"", "A\x7f"},
@@ -792,6 +808,7 @@ int main(void) {
     test_reject();
     test_numbers();
     test_json_int();
+    test_path();
     test_strings();
     test_utf8();
     test_depth();
