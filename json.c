@@ -26,19 +26,31 @@ enum {
 // The letters behind a backslash, and what they mean.
 static const char escape_letter[] = "\"\\/bfnrt", escape_byte[] = "\"\\/\b\f\n\r\t";
 
-// Bytes of the character at s, 1..4, or 0 where no valid UTF-8 stands. Checking the second byte by
-// the first leaves out overlong forms, surrogates and all beyond U+10FFFF. (Unicode, table 3-7)
-static size_t utf8_length(const char *s, size_t left) {
+// The code point at s (len > 0) and how many bytes it takes. Bytes that can't begin one, or begin
+// one and break off, are UTF8_INVALID, or UTF8_PARTIAL where the text ends first: as many as a
+// valid sequence could begin with, which become one U+FFFD. The second byte's bounds leave out
+// overlong forms, surrogates and all beyond U+10FFFF. (Unicode, table 3-7)
+size_t utf8_decode(uint32_t *code, const char *s, size_t len) {
     const uint8_t *p = (const uint8_t *)s;
+    *code = p[0];
     if (p[0] < 0x80) return 1;
-    size_t n = p[0] < 0xE0 ? 2 : p[0] < 0xF0 ? 3 : 4;
-    if (p[0] < 0xC2 || p[0] > 0xF4 || left < n) return 0;
+    size_t n = p[0] < 0xC2 || p[0] > 0xF4 ? 1 : p[0] < 0xE0 ? 2 : p[0] < 0xF0 ? 3 : 4;
     uint8_t low = p[0] == 0xE0 ? 0xA0 : p[0] == 0xF0 ? 0x90 : 0x80;
     uint8_t high = p[0] == 0xED ? 0x9F : p[0] == 0xF4 ? 0x8F : 0xBF;
-    if (p[1] < low || p[1] > high) return 0;
-    for (size_t i = 2; i < n; i++)
-        if ((p[i] & 0xC0) != 0x80) return 0;
+    *code = n == 1 ? UTF8_INVALID : p[0] & 0x7Fu >> n;
+    for (size_t i = 1; i < n; i++, low = 0x80, high = 0xBF) {
+        if (i == len) return *code = UTF8_PARTIAL, i;
+        if (p[i] < low || p[i] > high) return *code = UTF8_INVALID, i;
+        *code = *code << 6 | (p[i] & 0x3F);
+    }
     return n;
+}
+
+// Bytes of the character at s, 1..4, or 0 where no valid UTF-8 stands.
+static size_t utf8_length(const char *s, size_t left) {
+    uint32_t code;
+    size_t n = utf8_decode(&code, s, left);
+    return code < UTF8_INVALID ? n : 0;
 }
 
 // ------------------------------------------------------------------------------------------------

@@ -72,6 +72,11 @@ bool str_equal(Str a, const char *b);            // b is a C string
 // The whole file as a NUL-terminated malloc'ed string, *len its bytes; NULL where it can't be read.
 char *read_file(const char *path, size_t *len);
 
+// Code points behind the last one, for bytes that aren't UTF-8, and for a text's last bytes where
+// more of them could make a character.
+enum { UTF8_INVALID = 0x110000, UTF8_PARTIAL };
+size_t utf8_decode(uint32_t *code, const char *s, size_t len);  // len > 0; bytes of the character
+
 void buf_add(Buf *b, const void *data, size_t len);
 void buf_str(Buf *b, const char *text);
 void buf_printf(Buf *b, const char *format, ...) __attribute__((format(printf, 2, 3)));

@@ -16,8 +16,6 @@
 enum {
     MAX_TOKENS = 1 << 20,   // eight times R1's; bounds what an id in a file makes us allocate
     CODE_POINTS = 0x110000,
-    INVALID = CODE_POINTS,  // stands for bytes that aren't UTF-8, and PARTIAL for the last bytes
-    PARTIAL,                // of a text where more could make them a character
 };
 
 // Classes of characters. PUNCT is \p{P} and \p{S} together: R1's regexes never tell them apart.
@@ -54,7 +52,7 @@ struct Tokenizer {
     int bos;               // goes before raw text; -1: nothing does
     char *config_path;     // tokenizer_config.json
     char *jinja;           // its chat_template
-    uint8_t class_of[CODE_POINTS + 2];  // by code point, INVALID and PARTIAL included
+    uint8_t class_of[UTF8_PARTIAL + 1];  // by code point, UTF8_INVALID and UTF8_PARTIAL included
 };
 
 // ---- Characters ---------------------------------------------------------------------------------
@@ -127,26 +125,6 @@ static void classes_expand(uint8_t *class_of) {
     assert(at <= CODE_POINTS);
     for (uint32_t c = 0x3040; c <= 0x30FF; c++) class_of[c] |= CJK;  // the second regex
     for (uint32_t c = 0x4E00; c <= 0x9FA5; c++) class_of[c] |= CJK;
-}
-
-// The code point at s (len > 0) and how many bytes it takes. Bytes that can't begin one, or begin
-// one and break off, are INVALID, or PARTIAL where the text ends first: as many as a valid sequence
-// could begin with, which become one U+FFFD. The second byte's bounds leave out overlong forms,
-// surrogates and all beyond U+10FFFF. (Unicode, table 3-7)
-static size_t utf8_decode(uint32_t *code, const char *s, size_t len) {
-    const uint8_t *p = (const uint8_t *)s;
-    *code = p[0];
-    if (p[0] < 0x80) return 1;
-    size_t n = p[0] < 0xC2 || p[0] > 0xF4 ? 1 : p[0] < 0xE0 ? 2 : p[0] < 0xF0 ? 3 : 4;
-    uint8_t low = p[0] == 0xE0 ? 0xA0 : p[0] == 0xF0 ? 0x90 : 0x80;
-    uint8_t high = p[0] == 0xED ? 0x9F : p[0] == 0xF4 ? 0x8F : 0xBF;
-    *code = n == 1 ? INVALID : p[0] & 0x7Fu >> n;
-    for (size_t i = 1; i < n; i++, low = 0x80, high = 0xBF) {
-        if (i == len) return *code = PARTIAL, i;
-        if (p[i] < low || p[i] > high) return *code = INVALID, i;
-        *code = *code << 6 | (p[i] & 0x3F);
-    }
-    return n;
 }
 
 // The class of the character at i, and in *n its bytes. The end of the text has neither.
@@ -751,8 +729,8 @@ bool text_push(TextStream *s, Buf *out, int id, bool match) {
     size_t n, done = 0;
     for (uint32_t code; done < s->bytes.len; done += n) {
         n = utf8_decode(&code, s->bytes.data + done, s->bytes.len - done);
-        if (code == PARTIAL) break;  // the next token may complete it
-        Str text = code == INVALID ? REPLACEMENT : (Str){s->bytes.data + done, n};
+        if (code == UTF8_PARTIAL) break;  // the next token may complete it
+        Str text = code == UTF8_INVALID ? REPLACEMENT : (Str){s->bytes.data + done, n};
         buf_add(&s->held, text.data, text.len);
         s->matched = match ? stop_ending(s) : -1;
         if (s->matched < 0) continue;
