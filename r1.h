@@ -511,10 +511,10 @@ typedef struct {  // api.md 0; the tests make them smaller
 extern HttpLimits http_limits;
 // Binds options.host:port and returns the listening socket; dies with one line where it can't.
 int http_listen(const char *host, int port);
-// Serves until http_stop's pipe says drain and all requests are answered. Runs in the calling
+// Serves until http_stop() was called and all requests are answered. Runs in the calling
 // thread.
 void http_serve(int listen_fd);
-// From a signal handler: first call drains, second aborts. Async-signal-safe.
+// From a signal handler: first call drains, second aborts. Async-signal-safe; needs wake_fd.
 void http_stop(void);
 
 #endif
