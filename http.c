@@ -62,7 +62,7 @@ typedef struct Call Call;
 typedef struct {
     const char *path;         // with a slash at its end: all that begins so
     const char *method, *also;  // what it takes; `also` may be NULL
-    enum { OPENAI, GENERATE, HEALTH } shape;  // of its errors: F, G, H of api.md 11
+    enum { OPENAI, GENERATE, HEALTH } shape;  // of its errors' JSON
     bool (*handler)(Conn *c);                 // false when it refused
 } Route;
 
@@ -141,10 +141,10 @@ static Str text_cut(Str s, size_t most) {  // between two characters
 }
 static void conn_state(Conn *c, ConnState state) { c->state = state, c->since = now; }
 
-// ------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Answers. respond() is the only way to a complete answer, refuse() the only way to an error.
 
-typedef struct { int code; const char *reason, *type; } Status;  // type: api.md 11's T
+typedef struct { int code; const char *reason, *type; } Status;  // type: in an error's JSON
 
 static const Status *status_find(int code) {
     static const Status list[] = {
@@ -209,7 +209,7 @@ static int server_state(void) {
     return stops && server.state != STATE_FAILED ? STATE_DRAINING : server.state;
 }
 
-// The JSON of /health (api.md 7). It asks no other thread and waits for nothing.
+// The JSON of /health. It asks no other thread and waits for nothing.
 static const char *health_json(void) {
     int state = server_state();
     uint64_t loaded = server.progress.loaded_bytes, total = server.progress.total_bytes;
@@ -241,7 +241,7 @@ static void stream_end(Conn *c) {
     conn_state(c, WRITING);
 }
 
-// Answers with an error, in the shape that api.md 11 gives to the route. The text begins with the
+// Answers with an error, in the route's shape. The text begins with the
 // field's path, where there is one (else param is NULL). Behind a stream's head it is a last event.
 // Always false, so that whoever parses can say `return refuse(...)`.
 #define refuse(c, code, param, ...) refuse_text(c, code, param, at(__VA_ARGS__))
@@ -267,7 +267,7 @@ static bool refuse_text(Conn *c, int code, const char *param, const char *text) 
     return false;
 }
 
-// ------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Fields of a JSON body. A rule stands once, in a table that drives parsing and the error's text.
 
 typedef struct {        // the strings lie in the request's body
@@ -303,6 +303,7 @@ struct Call {
     Buf head;          // {"id":...,"choices":[: how each object of the answer begins
     Answer *answers;
     int n_answers, n_prompt, n_completion;
+    size_t held;       // bytes of the prompts' copies, of bodies_held
     double deadline;
 };
 
@@ -477,7 +478,7 @@ static bool field_parse(Conn *c, Params *p, const Field *f, const Json *v) {
 #define NOT_YET(name) {name, SHARED, LATER, 0, 0, 0, NULL}
 #define COUNT "an integer in 0..2147483647"
 
-// SHARED: what all generating endpoints understand (api.md 3). USAGE: what stream_options holds. In
+// SHARED: what all generating endpoints understand. USAGE: what stream_options holds. In
 // this order errors are reported. A positive number is a positive f32: that the engine gets.
 static const Field fields[] = {
     {"max_tokens", SHARED, INT, AT(seq.max_tokens), 0, INT_MAX, COUNT},
@@ -525,7 +526,7 @@ static bool fields_parse(Conn *c, Params *p, const Json *object, int where) {
     return true;
 }
 
-// ------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Calls: what the engine computes for a connection. An endpoint that generates parses into a new
 // Call, adds its prompts and starts it; then its Api says how tokens, events, answers are written.
 
@@ -557,7 +558,12 @@ static Call *call_new(Conn *c, const Api *api) {
 // Nobody waits for what still runs: it ends with the next step.
 static void call_cancel(Conn *c) {
     for (int i = 0; c->n_live && i < c->call->n_answers; i++)
-        if (!c->call->answers[i].finish) c->call->answers[i].seq->cancelled = true;
+        if (!c->call->answers[i].finish) engine_cancel(c->call->answers[i].seq);
+}
+
+static size_t prompt_bytes(const Conn *c) {
+    const Params *p = &c->call->params;
+    return (size_t)p->n * p->seq.tokens.len * sizeof(int);
 }
 
 // Whether P + C tokens can ever be held, and the queue has room; settles C where it was left open.
@@ -583,6 +589,9 @@ static bool call_fits(Conn *c, Seq *s) {
     if (s->min_tokens > s->max_tokens)
         return refuse(c, 400, "min_tokens", "got %d, want an integer in 0..%d", s->min_tokens,
                       s->max_tokens);
+    // Each choice has the prompt for itself: 128 of a long one are much more than their body.
+    if (bodies_held + prompt_bytes(c) > http_limits.all_bodies_bytes)
+        return refuse(c, 503, NULL, "too many request bodies");
     if (most <= 0 || waiting < most) return true;
     c->request.extra = "Retry-After: 1\r\n";
     return refuse(c, 503, NULL, "the request queue is full: %d waiting, limit %d", waiting, most);
@@ -596,6 +605,7 @@ static void call_add(Conn *c) {
     size_t n = (size_t)call->n_answers + (size_t)p->n;
     call->answers = xrealloc(call->answers, n * sizeof *call->answers);
     call->n_prompt += (int)prompt->len;
+    call->held += prompt_bytes(c), bodies_held += prompt_bytes(c);
     for (int i = 0; i < p->n; i++, call->n_answers++) {
         Seq *s = seq_new();
         uint64_t random[2];
@@ -681,7 +691,7 @@ static bool stream_fill(Conn *c) {
     return true;
 }
 
-// ------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // POST /v1/chat/completions
 
 #define THINK "<think>\n"
@@ -839,7 +849,7 @@ static void chat_answer(Conn *c) {
     respond(c, 200);
 }
 
-// Everything that can be wrong with a chat request, in the order of api.md 3 and 4.
+// Everything that can be wrong with a chat request, in the order of the fields' table.
 static bool chat_parse(Conn *c) {
     Params *p = &c->call->params;
     const Json *json = c->request.json, *options = field(json, "stream_options");
@@ -868,7 +878,7 @@ static bool chat_complete(Conn *c) {
     return call_start(c);
 }
 
-// ------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // The other endpoints
 
 static bool health(Conn *c) {
@@ -993,7 +1003,7 @@ static bool detokenize(Conn *c) {
     return ok && respond(c, 200);
 }
 
-// ------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Routes, and what may come in
 
 static const Route routes[] = {
@@ -1077,7 +1087,7 @@ static void request_handle(Conn *c) {
     free(json);
 }
 
-// ------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Requests: from bytes to Request and body. What could be read in two ways is refused.
 
 static bool malformed(Conn *c, const char *what) {
@@ -1243,7 +1253,7 @@ static bool body_read(Conn *c) {
     return true;
 }
 
-// ------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // Connections
 
 // An idle connection holds no memory but itself.
@@ -1253,6 +1263,7 @@ static void request_end(Conn *c) {
         seq_free(call->answers[i].seq);
         buf_free(&call->answers[i].text), buf_free(&call->answers[i].entries);
     }
+    if (call) bodies_held -= call->held;
     if (call) free(call->params.seq.tokens.data), free(call->answers), buf_free(&call->head);
     free(call);
     c->call = NULL;
@@ -1317,7 +1328,7 @@ static void conn_read(Conn *c) {
     conn_run(c);
 }
 
-// When the state has lasted too long (api.md 0).
+// When the state has lasted too long.
 static double conn_deadline(const Conn *c) {
     static const double *const seconds[] = {
         [IDLE] = &http_limits.idle_s, [HEADER] = &http_limits.header_s,
@@ -1386,7 +1397,7 @@ static void conns_reap(void) {
     }
 }
 
-// ------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 // The loop
 
 // Each event goes out by itself where the client keeps up: a chunk for each token and sequence.

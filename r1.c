@@ -902,7 +902,7 @@ Seq *seq_new(void) {
 
 void seq_free(Seq *s) {
     if (!s) return;
-    free(s->tokens.data), free(s->bias_id), free(s->bias), free(s->stop_text);
+    free(s->tokens.data);
     text_free(&s->text);
     free(s);
 }

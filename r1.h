@@ -132,7 +132,7 @@ typedef struct {  // a growing list of token ids
 
 void ids_add(Ids *ids, int id);
 
-// tokenizer.json and tokenizer_config.json of `dir`; dies on what it can't do exactly. (model.md 6)
+// tokenizer.json and tokenizer_config.json of `dir`; dies on what it can't do exactly.
 Tokenizer *tokenizer_load(const char *dir);
 void tokenizer_free(Tokenizer *t);
 int tokenizer_vocab(const Tokenizer *t);         // ids 0..this-1 may have a token
@@ -159,12 +159,12 @@ ChatTemplate tokenizer_template(const Tokenizer *t);
 // True when the template's own generation prompt ends in <think>\n.
 bool template_forces_think(ChatTemplate kind);
 // Appends the rendered text, BOS first. With generation_prompt the answer's head follows: where
-// `think`, "<think>\n" after <Assistant>. (model.md 7.1, 7.2; the original's quirks kept)
+// `think`, "<think>\n" after <Assistant>. (The original's quirks are kept.)
 void chat_render(Buf *out, ChatTemplate kind, const Message *messages, int n,
                  bool generation_prompt, bool think);
 
 // From tokens to text: bytes, whole code points, stop strings. What can't be decided yet is held
-// back. The joined deltas never depend on where tokens were cut. (api.md 9)
+// back. The joined deltas never depend on where tokens were cut.
 typedef struct {
     const Tokenizer *tokenizer;
     bool skip_special, no_stop_trim;
@@ -291,7 +291,7 @@ typedef struct {  // where a step's rows go in a MoE layer
     float *sum;             // [n][hidden] the twin's scratch
 } Routing;
 
-typedef struct {  // how one row's token is chosen (api.md 8)
+typedef struct {  // how one row's token is chosen
     float temperature, top_p, min_p;
     int top_k;              // -1: all
     float repetition_penalty, frequency_penalty, presence_penalty;
@@ -322,7 +322,7 @@ void act_free(Act *a);
 Routing routing_new(int rows, const Config *c);
 void routing_free(Routing *r);
 
-// cos, sin [n][32][2] f32 of the rows' rotary angles: f32(position) x inv_freq. (model.md 3.3)
+// cos, sin [n][32][2] f32 of the rows' rotary angles: f32(position) x inv_freq. (YaRN's inv_freq)
 void rope_angles(float *rope, const float *inv_freq, const int *position, int n);
 
 // x [n][hidden] = table[id]. (model.py ParallelEmbedding)
@@ -376,7 +376,10 @@ void logits(float *out, const Act *a, const Linear *lm_head, const int *rows, in
 void philox(uint32_t out[4], uint64_t key, const uint32_t counter[4]);
 
 // Chooses one token for each row of l [n][stride] (overwritten), of whose entries the first `vocab`
-// are tokens. The order of its steps is fixed. (api.md 8)
+// are tokens. In this order: logprobs of the model's own l; banned ids; repetition, frequency and
+// presence penalty; bias; greedy where temperature is 0 or top_k 1; temperature; top_k, top_p and
+// min_p, all on the same probabilities; argmax of l + Gumbel noise of (seed, n_tokens, id). Ties go
+// to the lowest id.
 void sample(Choice *out, float *l, const Sampling *s, int vocab, int stride, int n);
 
 // -------------------------------------------------------------------------------------------------
@@ -421,13 +424,10 @@ typedef struct Seq {
     Ids tokens;             // the prompt; the engine appends the answer
     int n_prompt;
     Sampling sampling;      // its tokens, n_tokens, n_prompt and banned are the engine's
-    int *bias_id;           // owned, behind sampling.bias_id
-    float *bias;
     int max_tokens, min_tokens;
     bool ignore_eos, has_seed;
     bool probe;             // /health_generate's: ahead of the queue, neither logged nor counted
     int stop_id[MAX_STOPS], n_stop_id;
-    char *stop_text;        // owned, behind text.stop
     TextStream text;
     atomic_bool cancelled;  // set by the HTTP thread: the next step is without it
     // The engine's.
@@ -456,7 +456,7 @@ typedef enum {
     STATE_FAILED
 } State;
 
-typedef struct {  // the flags by their long names (api.md 12)
+typedef struct {  // the flags by their long names
     const char *model_path, *tokenizer_path, *served_model_name, *load_format, *host, *api_key;
     const char *chat_template, *think, *log_level;
     int port, tensor_parallel_size, nnodes, context_length, max_total_tokens, chunked_prefill_size;
@@ -495,14 +495,14 @@ Event *engine_events(void);  // the waiting events, oldest first, a list to free
 void engine_cancel(Seq *s);
 void engine_stop(
     bool abort_all);  // drain: finish what is queued (or abort it), then the thread ends
-Seq *seq_new(void);                  // with the defaults of api.md 3
+Seq *seq_new(void);                  // with the API's defaults
 void seq_free(Seq *s);
 void event_free(Event *e);
 
 // -------------------------------------------------------------------------------------------------
 // http.c: sockets, HTTP/1.1, SSE, the endpoints
 
-typedef struct {  // api.md 0; the tests make them smaller
+typedef struct {  // the tests make them smaller
     int connections, header_bytes, header_fields;
     size_t body_bytes, all_bodies_bytes;     // of one request; of all that are held at once
     double header_s, body_gap_s, idle_s, stall_s, linger_s, probe_s;

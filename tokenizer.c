@@ -288,7 +288,7 @@ static void added_load(Tokenizer *t, const char *file, const Json *root) {
 
 // JSON's strings can't hold any bytes, so the file has a character for each: printable Latin-1 is
 // itself, U+0100 and on are the other 68 in order. Turns such a text into its bytes in the place
-// where it lies: they are fewer. (model.md 6.4)
+// where it lies: they are fewer.
 static Str symbols_decode(const char *file, Str symbols) {
     Str bytes = {symbols.data, 0};
     uint32_t c;
@@ -512,7 +512,7 @@ static bool line_end(Str s, size_t i) {
 }
 
 // Where the third regex's match that begins at i ends; i: there is none. The first alternative that
-// fits counts, and takes as much as it can; they follow in the regex's order. (model.md 6.3)
+// fits counts, and takes as much as it can; they follow in the regex's order.
 static size_t word_match(const Tokenizer *t, Str s, size_t i) {
     size_t n, next_n, end = i;
     int class = class_at(t, &n, s, i), next = class_at(t, &next_n, s, i + n);

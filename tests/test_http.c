@@ -46,6 +46,8 @@ static atomic_int step_us, cancelled_seen, submitted, steps_done;
 static float last_temperature, last_bias;
 static uint64_t last_seed[4];
 
+void engine_cancel(Seq *s) { s->cancelled = true; }
+
 void engine_submit(Seq *s) {
     last_temperature = s->sampling.temperature;
     last_seed[s->index % 4] = s->sampling.seed;
@@ -72,7 +74,7 @@ Event *engine_events(void) {
 Seq *seq_new(void) { return xcalloc(1, sizeof(Seq)); }
 
 void seq_free(Seq *s) {
-    free(s->tokens.data), free(s->bias_id), free(s->bias), free(s->stop_text);
+    free(s->tokens.data);
     text_free(&s->text);
     free(s);
 }
