@@ -111,16 +111,16 @@ static void check_usage(void) {
     } cases[] = {
         {"--tensor-paralel-size", "2",
          "unknown flag --tensor-paralel-size, did you mean --tensor-parallel-size?", 2},
-        {"--tp", "16",
-         "--tp 16 (ranks): this version of r1 can't do that; it takes only 1",
-         2},
+        {"--tp", "16", "--tp 16 (ranks): this version of r1 can't do that; it takes only 1", 2},
         {"--port", "x", "--port: got \"x\", want an integer in 0..65535", 2},
         {"--port", "70000", "--port: got \"70000\", want an integer in 0..65535", 2},
-        {"--m", "3", "--m could be any of --model-path, --max-total-tokens, ",
-         2},
+        {"--m", "3", "--m could be any of --model-path, --max-total-tokens, ", 2},
         {"--is-embedding", "1",
          "--is-embedding: not supported, since it would change what is served", 2},
         {"--chat-template", "x", "--chat-template: got \"x\", want one of auto r1 r1-0528", 2},
+        {"--max-total-tokens", "1e3", "--max-total-tokens: got \"1e3\", want an integer in 64..",
+         2},
+        {"--api-key", "", "--api-key: got nothing, want a key", 2},
         {"--model-path", "/nonexistent", "--model-path /nonexistent: no such directory", 1},
         {"--model-path", "tests", "tests/tokenizer.json: ", 1},
     };
@@ -132,10 +132,22 @@ static void check_usage(void) {
         CHECK(strstr(err.data, cases[i].message), "%s: got %s", cases[i].flag, err.data);
         buf_free(&out), buf_free(&err);
     }
+    Buf out, err;
+    int status = RUN(&out, &err, "run", "--model-path", "tiny-r1", "--stop", "", "Hello");
+    CHECK(status == 2 && strstr(err.data, "--stop: got nothing, want a text"), "%s", err.data);
+    buf_free(&out), buf_free(&err);
+    // A context that is no multiple of a page is still all there; what it can't hold is refused.
+    status = RUN(&out, &err, "run", "--model-path", "tiny-r1", "--context-length", "100",
+                 "--max-tokens", "90", "--raw", "Hello");
+    CHECK(status == 0 && strstr(err.data, "output: "), "%s", err.data);
+    buf_free(&out), buf_free(&err);
+    status = RUN(&out, &err, "run", "--model-path", "tiny-r1", "--context-length", "100",
+                 "--max-tokens", "100", "--raw", "Hello");
+    CHECK(status == 1 && strstr(err.data, "want at most 100 in all"), "%s", err.data);
+    buf_free(&out), buf_free(&err);
     const char *commands[] = {"serve", "run", "tokenize"};
     for (int i = 0; i < 3; i++) {
-        Buf out, err;
-        int status = RUN(&out, &err, (char *)commands[i], "--help");
+        status = RUN(&out, &err, (char *)commands[i], "--help");
         CHECK(status == 0 && strstr(out.data, "--model-path"), "%s --help: %d", commands[i],
               status);
         buf_free(&out), buf_free(&err);
@@ -262,6 +274,76 @@ static void check_serve(void) {
     close(c.log);
 }
 
+static int get(const Child *c, const char *path, Buf *response) {
+    int fd = connect_to(c);
+    char *request = format_string("GET %s HTTP/1.0\r\n\r\n", path);
+    if (write(fd, request, strlen(request)) < 0) die("write: %s", strerror(errno));
+    free(request);
+    *response = read_all(fd);
+    return response->len > 9 ? atoi(response->data + 9) : 0;
+}
+
+// While one answer goes on and on: a probe is computed all the same, and who leaves the queue makes
+// room in it.
+static void check_busy(void) {
+    char rest[200], byte;
+    Buf response;
+    Child c = serve();
+    CHECK(wait_log(&c, "ready to roll", rest, sizeof rest));
+    const char *endless =
+        "{\"messages\":[{\"role\":\"user\",\"content\":\"Hello\"}],\"stream\":true,"
+        "\"ignore_eos\":true,\"max_tokens\":100000}";
+    int fd = send_chat(&c, endless);
+    CHECK(read(fd, &byte, 1) == 1);
+    double begin = now_seconds();
+    CHECK(get(&c, "/health_generate", &response) == 200, "got %s", response.data);
+    CHECK(now_seconds() - begin < 5);
+    buf_free(&response);
+    int waiting[4];
+    for (int i = 0; i < 4; i++) waiting[i] = send_chat(&c, endless);
+    bool queued = false, left = false;
+    for (int i = 0; i < 100 && !queued; i++) {
+        get(&c, "/health", &response);
+        queued = strstr(response.data, "\"running\":1,\"queued\":4");
+        buf_free(&response);
+        usleep(20000);
+    }
+    CHECK(queued);
+    for (int i = 0; i < 4; i++) close(waiting[i]);
+    for (int i = 0; i < 100 && !left; i++) {
+        get(&c, "/health", &response);
+        left = strstr(response.data, "\"running\":1,\"queued\":0");
+        buf_free(&response);
+        usleep(20000);
+    }
+    CHECK(left);
+    close(fd);
+    kill(c.pid, SIGTERM);
+    CHECK(exit_status(c.pid) == 0);
+    close(c.log);
+}
+
+// A signal while a long prompt is in its step is not waited for when a second one comes.
+static void check_signal_in_prompt(void) {
+    char rest[200];
+    Child c = serve();
+    Buf body = {0};
+    CHECK(wait_log(&c, "ready to roll", rest, sizeof rest));
+    buf_str(&body, "{\"messages\":[{\"role\":\"user\",\"content\":\"");
+    for (int i = 0; i < 16000; i++) buf_str(&body, "a ");
+    buf_str(&body, "\"}]}");
+    int fd = send_chat(&c, body.data);
+    CHECK(wait_log(&c, "Prefill batch", rest, sizeof rest));
+    kill(c.pid, SIGTERM);
+    CHECK(wait_log(&c, "SIGTERM", rest, sizeof rest));
+    double begin = now_seconds();
+    kill(c.pid, SIGTERM);
+    CHECK(exit_status(c.pid) == 130);
+    CHECK(now_seconds() - begin < 5);
+    buf_free(&body);
+    close(fd), close(c.log);
+}
+
 // A second signal ends an endless answer at once, with 130.
 static void check_second_signal(void) {
     char rest[200], byte;
@@ -288,6 +370,8 @@ int main(void) {
     check_tokenize();
     check_usage();
     check_serve();
+    check_busy();
     check_second_signal();
+    check_signal_in_prompt();
     return test_end();
 }
