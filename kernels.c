@@ -400,29 +400,31 @@ static void decode_block(float *out, const uint8_t *w, DType dtype) {
 static void product(float out[ROWS][TILE], const Linear *w, int row, const View *a, int first,
                     int n) {
     float decoded[TILE][BLOCK], scale[TILE], scaled[TILE];
-    const uint8_t *block[TILE];
+    const uint8_t *data[TILE], *scales[TILE], *block[TILE];
     Lanes sum[ROWS][TILE];
-    size_t bytes = row_bytes(w), block_bytes = bytes / (w->in / BLOCK);
-    bool share = n > 1 && w->dtype != DTYPE_F32;
-    for (int i = 0; i < n; i++)
-        for (int t = 0; t < TILE; t++) sum[i][t] = lanes_zero();
-
-    for (int b = 0; b < w->in / BLOCK; b++) {
+    int blocks = w->in / BLOCK;
+    size_t bytes = row_bytes(w), block_bytes = bytes / blocks;
+    bool fp8 = w->dtype == DTYPE_F8_E4M3, share = n > 1 && w->dtype != DTYPE_F32;
+    for (int t = 0; t < TILE; t++) {
+        size_t r = min(row + t, w->out - 1);
+        data[t] = w->data + bytes * r;
+        scales[t] = fp8 ? w->scale + r / BLOCK * blocks * sizeof(float) : NULL;
+        for (int i = 0; i < n; i++) sum[i][t] = lanes_zero();
+    }
+    for (int b = 0; b < blocks; b++) {
         for (int t = 0; t < TILE; t++) {
-            int r = min(row + t, w->out - 1);
-            block[t] = w->data + bytes * r + block_bytes * b;
-            scale[t] = block_scale(w, r, b);
+            block[t] = data[t] + block_bytes * b;
+            scale[t] = fp8 ? load_f32(scales[t] + b * sizeof(float)) : 1;
+            // The next tile's block is asked for now; past the matrix's end that does no harm.
             for (size_t line = 0; line < block_bytes; line += 64)
-                __builtin_prefetch(block[t] + TILE * bytes +
-                                   line);  // the next tile's; harmless past the end
-            if (share) {
-                decode_block(decoded[t], block[t], w->dtype);
-                block[t] = (const uint8_t *)decoded[t];
-            }
+                __builtin_prefetch(block[t] + TILE * bytes + line);
+            if (!share) continue;
+            decode_block(decoded[t], block[t], w->dtype);
+            block[t] = (const uint8_t *)decoded[t];
         }
         for (int i = 0; i < n; i++) {
             size_t r = a->index ? a->index[first + i] : first + i;
-            float x_scale = a->scale ? a->scale[r * (w->in / BLOCK) + b] : 1;
+            float x_scale = a->scale ? a->scale[r * blocks + b] : 1;
             for (int t = 0; t < TILE; t++) scaled[t] = x_scale * scale[t];
             block_product(sum[i], block, share ? DTYPE_F32 : w->dtype,
                           a->value + r * a->stride + b * BLOCK, scaled);

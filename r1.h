@@ -1,9 +1,8 @@
-// r1.h: the map of r1, DeepSeek R1 inference in plain C and CUDA.
+// r1.h: the map of r1, DeepSeek R1 inference in plain C.
 //
 // One section per file that implements it, in the order in which a reader wants them: json.c and
 // tokenizer.c turn bytes into ids, r1.c turns a checkpoint into a model and ids into tokens,
-// kernels.c (or kernels.cu, which has the same symbols) does the arithmetic, http.c speaks to the
-// world.
+// kernels.c does the arithmetic, http.c speaks to the world.
 //
 // Conventions: outputs first, then inputs, then dims. [n][hidden] is row-major. Sizes are in
 // elements unless a name says bytes. A function that can fail on a user's input returns false or
@@ -105,14 +104,13 @@ typedef struct {
 // overwritten and must outlive the result). One malloc'ed array, to be freed with free(). On an
 // error NULL, and in err a text like: invalid JSON at byte 17: got 'x', want ',' or '}'
 Json *json_parse(char *text, size_t len, char *err, size_t err_size);
-const Json *json_get(const Json *object,
-                     const char *key);  // the LAST of equal keys; NULL if absent
+const Json *json_get(const Json *object, const char *key);  // the LAST of equal keys; NULL: none
 const Json *json_next(const Json *value);                   // the node behind a whole value
 const Json *json_duplicate_key(const Json *object);  // the second of two equal keys' nodes, or NULL
 // True and *out when the value is an integer in lo..hi; 16.0 counts as 16.
 bool json_int(const Json *value, int64_t lo, int64_t hi, int64_t *out);
-const char *
-json_type_name(const Json *value);  // "null", "bool", "number", "string", "array", "object"
+// "null", "bool", "number", "string", "array" or "object"
+const char *json_type_name(const Json *value);
 
 // Appends where a value stands in the document: messages[2].content[0].text
 void json_path(Buf *b, const Json *root, const Json *value);
@@ -138,8 +136,7 @@ void tokenizer_free(Tokenizer *t);
 int tokenizer_vocab(const Tokenizer *t);         // ids 0..this-1 may have a token
 // Appends the ids of any bytes (invalid UTF-8 too). Added tokens' texts are matched. Adds no BOS.
 void tokenizer_encode(const Tokenizer *t, Ids *out, Str text);
-Str tokenizer_bytes(const Tokenizer *t,
-                    int id);  // a token's own bytes; {NULL, 0} for an id without one
+Str tokenizer_bytes(const Tokenizer *t, int id);  // a token's own bytes; {NULL, 0}: none
 bool tokenizer_special(const Tokenizer *t, int id);  // dropped by skip_special_tokens
 int tokenizer_find(const Tokenizer *t, const char *added);  // id of an added token's text, or -1
 int tokenizer_bos(const Tokenizer *t);  // the BOS id where tokenizer_config.json wants it, else -1
@@ -255,7 +252,7 @@ Checkpoint *checkpoint_open(const char *dir, bool dummy);
 void checkpoint_close(Checkpoint *c);
 
 // -------------------------------------------------------------------------------------------------
-// kernels.c and kernels.cu: the stages. Two twins of the same symbols; the Makefile links one.
+// kernels.c: the stages. What is declared here is all that a version for a GPU has to implement.
 
 // A bf16 in memory. Built with -DEXACT (tests only) it is a float and nothing is rounded or
 // quantised, so that the maths can be compared with an oracle in f32 to 1e-4 instead of bf16's
@@ -493,8 +490,8 @@ Event *engine_events(void);  // the waiting events, oldest first, a list to free
 // The HTTP thread no longer wants s: no step after the running one is for it. Its finish event
 // comes.
 void engine_cancel(Seq *s);
-void engine_stop(
-    bool abort_all);  // drain: finish what is queued (or abort it), then the thread ends
+// Finishes what runs and waits, or aborts it; then the engine's thread ends.
+void engine_stop(bool abort_all);
 Seq *seq_new(void);                  // with the API's defaults
 void seq_free(Seq *s);
 void event_free(Event *e);
