@@ -1281,7 +1281,8 @@ static const Flag flags[] = {
      "--speculative-eagle-topk --speculative-num-draft-tokens --dist-timeout "
      "--watchdog-timeout --max-running-requests --max-prefill-tokens --mem-fraction-static "
      "--base-gpu-id --schedule-policy --log-level-http --cuda-graph-max-bs --kv-cache-dtype "
-     "--tool-call-parser --ds- --dp-size --dp --data-parallel-size --ep-size --ep --expert-parallel-size",
+     "--tool-call-parser --ds- --dp-size --dp --data-parallel-size --ep-size --ep "
+     "--expert-parallel-size",
      SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
     {"--is-embedding --skip-tokenizer-init --lora-paths --enable-double-sparsity "
      "--json-model-override-args --return-hidden-states --enable-custom-logit-processor "

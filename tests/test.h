@@ -15,7 +15,7 @@ static int test_passed, test_failed, test_skipped;
         if (condition) { test_passed++; break; }                                                   \
         test_failed++;                                                                             \
         printf("%s:%d: failed: %s: ", __FILE__, __LINE__, #condition);                             \
-        printf(" " __VA_ARGS__);                                                                    \
+        printf(" " __VA_ARGS__);                                                                   \
         printf("\n");                                                                              \
     } while (0)
 

@@ -202,7 +202,8 @@ static int send_chat(const Child *c, const char *body) {
 
 // The recipe's request, and the same with more keys.
 #define RECIPE(more)                                                                               \
-    "{\"model\":\"default\",\"messages\":[{\"role\":\"system\",\"content\":\"You are a helpful AI assistant\"}," \
+    "{\"model\":\"default\",\"messages\":["                                                        \
+    "{\"role\":\"system\",\"content\":\"You are a helpful AI assistant\"},"                        \
     "{\"role\":\"user\",\"content\":\"How many r are there in strawberry ?\"}]," more              \
     "\"top_p\":0.95,\"max_tokens\":2048}"
 
@@ -283,6 +284,19 @@ static int get(const Child *c, const char *path, Buf *response) {
     return response->len > 9 ? atoi(response->data + 9) : 0;
 }
 
+// Whether /health says so within two seconds.
+static bool health_says(const Child *c, const char *text) {
+    for (int i = 0; i < 100; i++) {
+        Buf response;
+        get(c, "/health", &response);
+        bool says = strstr(response.data, text);
+        buf_free(&response);
+        if (says) return true;
+        usleep(20000);
+    }
+    return false;
+}
+
 // While one answer goes on and on: a probe is computed all the same, and who leaves the queue makes
 // room in it.
 static void check_busy(void) {
@@ -301,22 +315,9 @@ static void check_busy(void) {
     buf_free(&response);
     int waiting[4];
     for (int i = 0; i < 4; i++) waiting[i] = send_chat(&c, endless);
-    bool queued = false, left = false;
-    for (int i = 0; i < 100 && !queued; i++) {
-        get(&c, "/health", &response);
-        queued = strstr(response.data, "\"running\":1,\"queued\":4");
-        buf_free(&response);
-        usleep(20000);
-    }
-    CHECK(queued);
+    CHECK(health_says(&c, "\"running\":1,\"queued\":4"));
     for (int i = 0; i < 4; i++) close(waiting[i]);
-    for (int i = 0; i < 100 && !left; i++) {
-        get(&c, "/health", &response);
-        left = strstr(response.data, "\"running\":1,\"queued\":0");
-        buf_free(&response);
-        usleep(20000);
-    }
-    CHECK(left);
+    CHECK(health_says(&c, "\"running\":1,\"queued\":0"));
     close(fd);
     kill(c.pid, SIGTERM);
     CHECK(exit_status(c.pid) == 0);
