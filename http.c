@@ -42,7 +42,7 @@ enum {
     EVENT_TEXT = 4 << 10,      // text in one event, which JSON makes six times as long at most, and
     EVENT_ENTRIES = 32 << 10,  // logprobs in one event: together they stay below 64 KiB
     SHOWN = 64, LINE = 1024,   // bytes repeated of a wrong value; of a target or a model's name
-    STOP_BYTES = 1024, MAX_BIAS = 1024, MAX_RID = 128,
+    STOP_BYTES = 1024, MAX_BIAS = 1024, MAX_PROMPTS = 1024, MAX_RID = 128,
 };
 
 typedef enum {
@@ -953,6 +953,8 @@ static bool tokenize(Conn *c) {
         return refuse(c, 400, NULL, "prompt, messages: got %s, want exactly one",
                       messages ? "both" : "neither");
     if (!fields_parse(c, &p, json, TOKENIZE)) return false;
+    if (list && text->count > MAX_PROMPTS)
+        return refuse(c, 400, "prompt", "got %u texts, want at most %d", text->count, MAX_PROMPTS);
     uint32_t n = list ? text++->count : 1;
     int bos = p.add_special_tokens ? tokenizer_bos(server.tokenizer) : -1;
     Str head = tokenizer_bytes(server.tokenizer, bos);
@@ -986,6 +988,9 @@ static bool detokenize(Conn *c) {
     const Json *json = c->request.json, *v = required(c, json, "tokens", JSON_ARRAY, "an array");
     if (!v || !fields_parse(c, &p, json, DETOKENIZE)) return false;
     bool list = v->count && v[1].type == JSON_ARRAY, ok = true;
+    if (v->skip - 1 > max_req_len())  // ids are short and their text may be long
+        return refuse(c, 400, "tokens", "got %u values, want at most %ld", v->skip - 1,
+                      max_req_len());
     uint32_t n = list ? v++->count : 1;
     buf_str(&c->out, list ? "{\"text\":[" : "{\"text\":");
     for (uint32_t i = 0; i < n && ok; i++, v = json_next(v)) {

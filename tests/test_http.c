@@ -1230,6 +1230,18 @@ static void test_tokenizer(void) {
     buf_str(&body, "-1]]}");
     check_ask(post_text("/detokenize", body.data), 400,
               REFUSED("tokens[1][39]", "got -1, want a token id in 0..261"));
+    body.len = 0;  // more than any sequence can have, and more texts than a request may
+    buf_str(&body, "{\"tokens\":[78");
+    for (int i = 0; i < 1000; i++) buf_str(&body, ",78");
+    buf_str(&body, "]}");
+    check_ask(post_text("/detokenize", body.data), 400,
+              REFUSED("tokens", "got 1001 values, want at most 1000"));
+    body.len = 0;
+    buf_str(&body, "{\"prompt\":[\"\"");
+    for (int i = 0; i < 1024; i++) buf_str(&body, ",\"\"");
+    buf_str(&body, "]}");
+    check_ask(post_text("/tokenize", body.data), 400,
+              REFUSED("prompt", "got 1025 texts, want at most 1024"));
     body.len = 0;
     buf_str(&body, "{\"messages\":[{\"role\":\"user\",\"content\":[");
     for (int i = 0; i < 39; i++) buf_str(&body, "{\"type\":\"text\",\"text\":\"x\"},");
