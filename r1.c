@@ -235,7 +235,7 @@ struct Checkpoint {
     File *files;
     int n_files;
     Tensor *slots;          // open addressing by the name's hash, at most half full
-    size_t n_slots, n_tensors;
+    size_t n_slots;
     char *index_text;
     Progress *progress;     // told of dummy tensors as they are made
 };
@@ -371,7 +371,7 @@ static void file_open(Checkpoint *c, File *f, bool indexed) {
         tensor_parse(t, f, key + 1, end);
         t->file = f;
         Tensor *slot = checkpoint_slot(c, t->name);
-        if (indexed ? slot->file == f : true) *slot = *t, c->n_tensors += !indexed;
+        if (!indexed || slot->file == f) *slot = *t;
     }
     file_check_layout(f, tensors, n, end);
     free(tensors);
@@ -407,7 +407,6 @@ static bool index_read(Checkpoint *c) {
         if (slot->file)
             die("%s: weight_map: %.*s: stands twice", path, (int)key->string.len, key->string.data);
         *slot = (Tensor){.name = key->string, .file = f};
-        c->n_tensors++;
     }
     free(root);
     free(path);
@@ -769,7 +768,7 @@ Model *model_load(const char *dir, bool dummy, int max_rows, int max_out, int n_
     const Config *c = &m->config;
     size_t rows = max_rows, half = sizeof(bf16);
     int heads = c->num_attention_heads, k = c->num_experts_per_tok;
-    m->max_rows = max_rows, m->max_out = max_out, m->n_pages = n_pages;
+    m->max_rows = max_rows, m->max_out = max_out;
     m->cache = xcalloc(c->num_hidden_layers, sizeof *m->cache);
     for (int i = 0; i < c->num_hidden_layers; i++)
         m->cache[i] = device_alloc((size_t)n_pages * PAGE * CACHE_DIM * half);

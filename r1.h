@@ -138,10 +138,9 @@ int tokenizer_vocab(const Tokenizer *t);         // ids 0..this-1 may have a tok
 void tokenizer_encode(const Tokenizer *t, Ids *out, Str text);
 Str tokenizer_bytes(const Tokenizer *t, int id);  // a token's own bytes; {NULL, 0}: none
 bool tokenizer_special(const Tokenizer *t, int id);  // dropped by skip_special_tokens
-int tokenizer_find(const Tokenizer *t, const char *added);  // id of an added token's text, or -1
 int tokenizer_bos(const Tokenizer *t);  // the BOS id where tokenizer_config.json wants it, else -1
 
-typedef enum { TEMPLATE_AUTO, TEMPLATE_R1, TEMPLATE_R1_0528 } ChatTemplate;
+typedef enum { TEMPLATE_R1, TEMPLATE_R1_0528 } ChatTemplate;
 
 typedef enum { ROLE_SYSTEM, ROLE_USER, ROLE_ASSISTANT, ROLE_TOOL } Role;
 
@@ -391,7 +390,7 @@ typedef struct {
     float inv_freq[ROPE_DIM / 2];
     float softmax_scale;
     // Everything that a step writes, allocated once.
-    int max_rows, max_out, n_pages;
+    int max_rows, max_out;
     bf16 **cache;           // [layers] of [n_pages][64][576]
     float *rope, *logits;
     bf16 *x, *y, *q_a, *kv_a, *q, *query, *u;
@@ -456,7 +455,7 @@ typedef enum {
 typedef struct {  // the flags by their long names
     const char *model_path, *tokenizer_path, *served_model_name, *load_format, *host, *api_key;
     const char *chat_template, *think, *log_level;
-    int port, tensor_parallel_size, nnodes, context_length, max_total_tokens, chunked_prefill_size;
+    int port, context_length, max_total_tokens, chunked_prefill_size;
     int max_queued_requests, random_seed, stream_interval, decode_log_interval;
     bool allow_auto_truncate, enable_cache_report, log_requests, skip_server_warmup;
     // r1 run and r1 tokenize

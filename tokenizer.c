@@ -420,10 +420,6 @@ bool tokenizer_special(const Tokenizer *t, int id) {
     return id >= 0 && id < t->n_tokens && t->tokens[id].special;
 }
 
-int tokenizer_find(const Tokenizer *t, const char *added) {
-    return names_find(t->added, t->n_added, (Str){added, strlen(added)});
-}
-
 // ---- Encoding: byte pairs -----------------------------------------------------------------------
 // A piece is a list of symbols, at first its bytes. Neighbours that may merge wait in a heap, the
 // lowest rank first, of equal ones the leftmost. A merge removes a symbol and makes at most two new
