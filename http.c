@@ -609,7 +609,7 @@ static void call_add(Conn *c) {
     for (int i = 0; i < p->n; i++, call->n_answers++) {
         Seq *s = seq_new();
         uint64_t random[2];
-        getrandom(random, sizeof random, 0);  // so few bytes never fail
+        if (getrandom(random, sizeof random, 0) < 0) die("getrandom: %s", strerror(errno));
         *s = p->seq;  // borrows strings and the bias of the call, which is freed later
         s->owner = c, s->index = call->n_answers;
         s->sampling.seed += (uint64_t)i;

@@ -254,8 +254,7 @@ void checkpoint_close(Checkpoint *c);
 // kernels.c: the stages. What is declared here is all that a version for a GPU has to implement.
 
 // A bf16 in memory. Built with -DEXACT (tests only) it is a float and nothing is rounded or
-// quantised, so that the maths can be compared with an oracle in f32 to 1e-4 instead of bf16's
-// 4e-3.
+// quantised, so that the maths can be compared with an oracle in f32 to 2e-5.
 #ifdef EXACT
 typedef float bf16;
 #else
@@ -425,7 +424,7 @@ typedef struct Seq {
     bool probe;             // /health_generate's: ahead of the queue, neither logged nor counted
     int stop_id[MAX_STOPS], n_stop_id;
     TextStream text;
-    atomic_bool cancelled;  // set by the HTTP thread: the next step is without it
+    atomic_bool cancelled;  // set by engine_cancel: the next step is without it
     // The engine's.
     int n_computed;         // tokens whose latents are in the cache
     int n_cached;           // prompt tokens that an earlier request had left there
@@ -443,13 +442,8 @@ typedef struct Event {  // one token of one sequence, or its end, or both
     Buf text;               // what became certain; owned
 } Event;
 
-typedef enum {
-    STATE_STARTING,
-    STATE_LOADING,
-    STATE_WARMUP,
-    STATE_READY,
-    STATE_DRAINING,
-    STATE_FAILED
+typedef enum {  // /health's status; failed: a lost rank, which one process alone never has
+    STATE_STARTING, STATE_LOADING, STATE_WARMUP, STATE_READY, STATE_DRAINING, STATE_FAILED
 } State;
 
 typedef struct {  // the flags by their long names
@@ -486,8 +480,7 @@ typedef struct {  // what both threads see; no lock but the two queues'
 extern Server server;
 void engine_submit(Seq *s);          // any thread; ownership passes until its finish event
 Event *engine_events(void);  // the waiting events, oldest first, a list to free; never blocks
-// The HTTP thread no longer wants s: no step after the running one is for it. Its finish event
-// comes.
+// The HTTP thread no longer wants s: no step after the running one is for it. Its last event comes.
 void engine_cancel(Seq *s);
 // Finishes what runs and waits, or aborts it; then the engine's thread ends.
 void engine_stop(bool abort_all);
@@ -507,8 +500,7 @@ typedef struct {  // the tests make them smaller
 extern HttpLimits http_limits;
 // Binds options.host:port and returns the listening socket; dies with one line where it can't.
 int http_listen(const char *host, int port);
-// Serves until http_stop() was called and all requests are answered. Runs in the calling
-// thread.
+// Serves until http_stop() was called and all requests are answered. Runs in the calling thread.
 void http_serve(int listen_fd);
 // From a signal handler: first call drains, second aborts. Async-signal-safe; needs wake_fd.
 void http_stop(void);

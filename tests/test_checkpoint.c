@@ -102,7 +102,8 @@ static Outcome run_child(void (*action)(void)) {
         _exit(0);
     }
     close(fd[1]);
-    for (ssize_t n; (n = read(fd[0], o.text + len, sizeof o.text - 1 - len)) > 0;) len += n;
+    for (ssize_t n = 1; n > 0 && len < sizeof o.text - 1; len += n > 0 ? n : 0)
+        n = read(fd[0], o.text + len, sizeof o.text - 1 - len);
     close(fd[0]);
     waitpid(child, &o.status, 0);
     return o;

@@ -324,6 +324,17 @@ static void check_busy(void) {
     close(c.log);
 }
 
+// The first signal lets it finish, the second one does not wait for that.
+static void check_two_signals(const Child *c) {
+    char rest[200];
+    kill(c->pid, SIGTERM);
+    CHECK(wait_log(c, "SIGTERM", rest, sizeof rest));
+    double begin = now_seconds();
+    kill(c->pid, SIGTERM);
+    CHECK(exit_status(c->pid) == 130);
+    CHECK(now_seconds() - begin < 5);
+}
+
 // A signal while a long prompt is in its step is not waited for when a second one comes.
 static void check_signal_in_prompt(void) {
     char rest[200];
@@ -335,12 +346,7 @@ static void check_signal_in_prompt(void) {
     buf_str(&body, "\"}]}");
     int fd = send_chat(&c, body.data);
     CHECK(wait_log(&c, "Prefill batch", rest, sizeof rest));
-    kill(c.pid, SIGTERM);
-    CHECK(wait_log(&c, "SIGTERM", rest, sizeof rest));
-    double begin = now_seconds();
-    kill(c.pid, SIGTERM);
-    CHECK(exit_status(c.pid) == 130);
-    CHECK(now_seconds() - begin < 5);
+    check_two_signals(&c);
     buf_free(&body);
     close(fd), close(c.log);
 }
@@ -354,12 +360,7 @@ static void check_second_signal(void) {
         send_chat(&c, "{\"messages\":[{\"role\":\"user\",\"content\":\"Hello\"}],\"stream\":true,"
                       "\"ignore_eos\":true,\"max_tokens\":100000}");
     CHECK(read(fd, &byte, 1) == 1);
-    kill(c.pid, SIGTERM);
-    CHECK(wait_log(&c, "SIGTERM", rest, sizeof rest));
-    double begin = now_seconds();
-    kill(c.pid, SIGTERM);
-    CHECK(exit_status(c.pid) == 130);
-    CHECK(now_seconds() - begin < 5);
+    check_two_signals(&c);
     close(fd), close(c.log);
 }
 
