@@ -1131,6 +1131,8 @@ static void engine_load(void) {
     engine.seq = xcalloc(engine.chunk, sizeof(int));
 }
 
+void engine_flush(void) {}
+
 static void engine_free(void) {
     model_free(engine.model);
     free(engine.pages), free(engine.id), free(engine.position), free(engine.seq);
@@ -1218,8 +1220,18 @@ static const Flag flags[] = {
     {"--context-length", MODEL, INTEGER, AT(context_length), 2, 1 << 24, NULL, "config.json's"},
     {"--max-total-tokens", MODEL, INTEGER, AT(max_total_tokens), PAGE, 1 << 30, NULL,
      "tokens that the cache holds; default: what fits"},
+    {"--mem-fraction-static", MODEL, NUMBER, AT(mem_fraction_static), 1e-6, 1, "0.1",
+     "part of the memory for the cache, where --max-total-tokens doesn't say"},
     {"--chunked-prefill-size", MODEL, INTEGER, AT(chunked_prefill_size), -1, 1 << 20, "8192",
-     "prompt tokens of a step, at most; -1: 16384"},
+     "prompt tokens of a step, at most; -1: --max-prefill-tokens"},
+    {"--max-prefill-tokens", MODEL, INTEGER, AT(max_prefill_tokens), 1, 1 << 20, "16384",
+     "prompt tokens of a step where prompts aren't chunked"},
+    {"--max-running-requests", SERVE, INTEGER, AT(max_running_requests), 1, 1 << 16, NULL,
+     "sequences in a step; default: 2048 to 4096, by what the cache holds"},
+    {"--schedule-policy", SERVE, WORD, AT(schedule_policy), 0, 0, "fcfs",
+     "fcfs lpm random dfs-weight: all of them mean first come, first served"},
+    {"--disable-radix-cache", SERVE, SWITCH, AT(disable_radix_cache), 0, 0, NULL,
+     "no request finds another's prefix in the cache"},
     {"--max-queued-requests", SERVE, INTEGER, AT(max_queued_requests), 1, 1 << 30, NULL,
      "sequences that may wait; beyond: 503"},
     {"--chat-template", ALL, WORD, AT(chat_template), 0, 0, "auto",
@@ -1232,6 +1244,12 @@ static const Flag flags[] = {
     {"--decode-log-interval", SERVE, INTEGER, AT(decode_log_interval), 1, 1 << 30, "40",
      "steps between two log lines"},
     {"--log-level", SERVE, WORD, AT(log_level), 0, 0, "info", "debug info warning error: access"},
+    {"--log-level-http", SERVE, WORD, AT(log_level_http), 0, 0, NULL,
+     "debug info warning error: default: as --log-level"},
+    {"--watchdog-timeout", SERVE, INTEGER, AT(watchdog_timeout), 1, 1 << 30, "300",
+     "seconds that a step may take; then r1 ends with 1"},
+    {"--reasoning-parser", SERVE, WORD, AT(reasoning_parser), 0, 0, NULL,
+     "deepseek-r1: gives reasoning_content beside content"},
     {"--allow-auto-truncate", SERVE, SWITCH, AT(allow_auto_truncate), 0, 0, NULL,
      "cut prompts that are too long instead of refusing them"},
     {"--enable-cache-report", SERVE, SWITCH, AT(enable_cache_report), 0, 0, NULL,
@@ -1257,7 +1275,6 @@ static const Flag flags[] = {
     {"--nnodes", SERVE, ONLY, 0, 0, 0, "1", "nodes"},
     {"--node-rank", SERVE, ONLY, 0, 0, 0, "0", "which of them this is"},
     {"--dist-init-addr --nccl-init-addr", SERVE, ONLY, 0, 0, 0, NULL, "the leader's HOST:PORT"},
-    {"--reasoning-parser", SERVE, ONLY, 0, 0, 0, NULL, "reasoning_content in answers"},
     {"--quantization", SERVE, ONLY, 0, 0, 0, "fp8", "config.json says how"},
     {"--dtype", SERVE, ONLY, 0, 0, 0, "auto bfloat16", "of activations"},
     {"--cpu-offload-gb", SERVE, ONLY, 0, 0, 0, "0", "weights off the GPU"},
@@ -1268,7 +1285,7 @@ static const Flag flags[] = {
      "--disable-cuda-graph-padding --enable-nccl-nvls --disable-outlines-disk-cache "
      "--enable-p2p-check --triton-attention-reduce-in-fp32 --enable-memory-saver "
      "--show-time-cost --prefill-only-one-req --enable-hierarchical-cache "
-     "--disable-radix-cache --disable-custom-all-reduce --disable-cuda-graph "
+     "--disable-custom-all-reduce --disable-cuda-graph "
      "--enable-dp-attention --enable-ep-moe",
      SERVE, IGNORED, 0, 0, 0, NULL, NULL},
     {"--device --tokenizer-mode --quantization-param-path --revision --download-dir "
@@ -1278,8 +1295,7 @@ static const Flag flags[] = {
      "--schedule-conservativeness --max-loras-per-batch --lora-backend --cuda-graph-bs "
      "--speculative-draft-model-path --speculative-algorithm --speculative-num-steps "
      "--speculative-eagle-topk --speculative-num-draft-tokens --dist-timeout "
-     "--watchdog-timeout --max-running-requests --max-prefill-tokens --mem-fraction-static "
-     "--base-gpu-id --schedule-policy --log-level-http --cuda-graph-max-bs --kv-cache-dtype "
+     "--base-gpu-id --cuda-graph-max-bs --kv-cache-dtype "
      "--tool-call-parser --ds- --dp-size --dp --data-parallel-size --ep-size --ep "
      "--expert-parallel-size",
      SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
@@ -1512,22 +1528,34 @@ static void server_size(const Options *o) {
     server.max_total_tokens = pool_size(&server.config, o, server.context_len);
 }
 
-// What every flag came to, as SGLang logs it; the key stays secret.
-static void log_options(const Options *o) {
-    Buf b = {0};
+// What every flag of serve came to, as name=value: for the log as Python writes it, or as JSON. The
+// key stays secret: the log hides it, JSON leaves it out.
+static void options_write(Buf *b, const Options *o, bool json) {
     for (const Flag *f = flags; f < flags + COUNT(flags); f++) {
         const void *field = (const char *)o + f->offset;
         bool text = f->kind == TEXT || f->kind == WORD, secret = field == &o->api_key;
-        if (!(f->commands & SERVE) || f->kind > SWITCH) continue;
-        buf_str(&b, b.len ? ", " : "");
+        if (!(f->commands & SERVE) || f->kind > SWITCH || (secret && json)) continue;
+        buf_str(b, !b->len ? "" : json ? "," : ", ");
+        if (json) buf_str(b, "\"");
         for (const char *p = f->names + 2; *p && *p != ' '; p++)
-            buf_add(&b, *p == '-' ? "_" : p, 1);
+            buf_add(b, *p == '-' ? "_" : p, 1);
+        buf_str(b, json ? "\":" : "=");
         const char *value = text ? *(const char *const *)field : NULL;
-        if (f->kind == SWITCH) buf_str(&b, *(const bool *)field ? "=True" : "=False");
-        else if (f->kind == INTEGER) buf_printf(&b, "=%d", *(const int *)field);
-        else if (value) buf_printf(&b, "='%s'", secret ? "***" : value);
-        else buf_str(&b, "=None");
+        bool on = f->kind == SWITCH && *(const bool *)field;
+        if (f->kind == SWITCH) buf_str(b, json ? on ? "true" : "false" : on ? "True" : "False");
+        else if (f->kind == INTEGER) buf_printf(b, "%d", *(const int *)field);
+        else if (f->kind == NUMBER) buf_printf(b, "%g", *(const double *)field);
+        else if (value && json) json_write_string(b, (Str){value, strlen(value)});
+        else if (value) buf_printf(b, "'%s'", secret ? "***" : value);
+        else buf_str(b, json ? "null" : "None");
     }
+}
+
+void options_json(Buf *b) { options_write(b, &server.options, true); }
+
+static void log_options(const Options *o) {
+    Buf b = {0};
+    options_write(&b, o, false);
     log_line(-1, "server_args=ServerArgs(%s)", b.data);
     buf_free(&b);
 }

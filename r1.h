@@ -299,6 +299,7 @@ typedef struct {  // how one row's token is chosen
     const float *bias;      // [n_bias]
     int n_bias;
     int top_logprobs;  // how many of the likeliest ids are wanted with their logprobs; -1: none
+    int given;         // -1: draw; else no draw, this id's logprob is wanted (a prompt's token)
 } Sampling;
 
 typedef struct {
@@ -420,21 +421,27 @@ typedef struct Seq {
     int n_prompt;
     Sampling sampling;      // its tokens, n_tokens, n_prompt and banned are the engine's
     int max_tokens, min_tokens;
+    int score_from;         // prompt tokens from this one (>= 1) come as events, too, with logprobs
     bool ignore_eos, has_seed;
     bool probe;             // /health_generate's: ahead of the queue, neither logged nor counted
     int stop_id[MAX_STOPS], n_stop_id;
     TextStream text;
     atomic_bool cancelled;  // set by engine_cancel: the next step is without it
+    double arrival;
     // The engine's.
     int n_computed;         // tokens whose latents are in the cache
-    int n_cached;           // prompt tokens that an earlier request had left there
-    double arrival;
+    int n_cached;           // prompt tokens that it found there
+    int n_scored;           // prompt tokens whose events are out, those that need none included
+    int row;                // of the page table
+    uint64_t chain;         // the content of its full pages so far, as the prefix cache names it
+    double first_token;     // when it came; 0: not yet
 } Seq;
 
 typedef struct Event {  // one token of one sequence, or its end, or both
     struct Event *next;
     Seq *seq;
     bool has_token;
+    bool prompt;            // has_token, and it is the prompt's: in order, before all of the answer
     Choice choice;          // with has_token
     Finish finish;
     int stop_id;            // FINISH_STOP: the token id that ended it, or -1 and
@@ -448,10 +455,14 @@ typedef enum {  // /health's status; failed: a lost rank, which one process alon
 
 typedef struct {  // the flags by their long names
     const char *model_path, *tokenizer_path, *served_model_name, *load_format, *host, *api_key;
-    const char *chat_template, *think, *log_level;
-    int port, context_length, max_total_tokens, chunked_prefill_size;
-    int max_queued_requests, random_seed, stream_interval, decode_log_interval;
-    bool allow_auto_truncate, enable_cache_report, log_requests, skip_server_warmup;
+    const char *chat_template, *think, *reasoning_parser, *log_level, *log_level_http;
+    const char *schedule_policy;
+    int port, context_length, max_total_tokens, max_running_requests, max_queued_requests;
+    int chunked_prefill_size, max_prefill_tokens, random_seed, stream_interval;
+    int decode_log_interval, watchdog_timeout;
+    double mem_fraction_static;
+    bool allow_auto_truncate, disable_radix_cache, enable_cache_report, log_requests;
+    bool skip_server_warmup;
     // r1 run and r1 tokenize
     const char *system, *stop[MAX_STOPS];
     int n_stop, max_tokens, top_k;
@@ -471,9 +482,16 @@ typedef struct {  // what both threads see; no lock but the two queues'
     double boot;            // now_seconds() at start
     long created;           // Unix time at start
     _Atomic int state;      // State
+    uint64_t fingerprint;   // of config.json, the weight index and r1's version
     Progress progress;
-    _Atomic uint64_t steps;
-    _Atomic int running, queued;
+    // What the engine tells of itself. Probes and the warm-up don't count, but for their steps.
+    _Atomic uint64_t steps, preempted;      // since boot
+    _Atomic uint64_t prompt_tokens, cached_tokens;  // prefilled; those that were in the cache
+    _Atomic int running, queued;            // sequences
+    _Atomic int used_tokens;                // of the cache, in pages that live sequences hold
+    _Atomic double cache_hit_rate;          // 0..1, since boot or flush
+    _Atomic double gen_throughput;          // tokens/s, of the last "Decode batch" line
+    _Atomic double step_start;              // now_seconds() of the running step; 0: none runs
     int wake_fd;            // the HTTP thread polls it: readable when events wait
 } Server;
 
@@ -484,6 +502,9 @@ Event *engine_events(void);  // the waiting events, oldest first, a list to free
 void engine_cancel(Seq *s);
 // Finishes what runs and waits, or aborts it; then the engine's thread ends.
 void engine_stop(bool abort_all);
+void engine_flush(void);  // forgets all cached prefixes, before anything that is submitted later
+// The flags of serve, but for the API key, as members of a JSON object: "host":"0.0.0.0",...
+void options_json(Buf *b);
 Seq *seq_new(void);                  // with the API's defaults
 void seq_free(Seq *s);
 void event_free(Event *e);
