@@ -41,6 +41,8 @@ $(BUILD)/r1: $(SOURCES:%=$(BUILD)/%.o)
 $(BUILD)/%.o: %.c r1.h Makefile $(FLAGS)
 	$(CC) $(CFLAGS) -c $< -o $@
 
+$(BUILD)/http.o: chat.html
+
 # r1.c without its main, for test programs; and the twin without any rounding.
 $(BUILD)/r1_test.o: r1.c r1.h Makefile $(FLAGS)
 	$(CC) $(CFLAGS) -Dmain=r1_main -c $< -o $@

@@ -189,17 +189,19 @@ static void respond_head(Conn *c, int code, const char *type, long length) {
     buf_printf(&c->out, "%s\r\n", r->extra ? r->extra : "");
 }
 
-// Answers with the JSON that the handler has written into `out`: the head goes in front of it. HEAD
-// gets its length and not its bytes. Always true, so that a handler can say `return respond(...)`.
-static bool respond(Conn *c, int code) {
+// Answers with what the handler has written into `out`: the head goes in front of it. HEAD gets its
+// length and not its bytes. Always true, so that a handler can say `return respond(...)`.
+static bool respond_as(Conn *c, int code, const char *type) {
     Buf body = c->out;
     c->out = (Buf){0};
-    respond_head(c, code, "application/json", (long)body.len);
+    respond_head(c, code, type, (long)body.len);
     if (!str_equal(c->request.method, "HEAD")) buf_add(&c->out, body.data, body.len);
     buf_free(&body);
     conn_state(c, WRITING);
     return true;
 }
+
+static bool respond(Conn *c, int code) { return respond_as(c, code, "application/json"); }
 
 static const char *const state_names[] = {"starting", "loading",  "warmup",
                                           "ready",    "draining", "failed"};
@@ -944,6 +946,18 @@ static bool model_info(Conn *c) {
     return respond(c, 200);
 }
 
+// The page to talk to is a part of the program: the assembler copies the file in.
+__asm__(".section .rodata\n"
+        "chat_html: .incbin \"chat.html\"\n"
+        "chat_html_end: .byte 0\n"
+        ".previous");
+extern const char chat_html[], chat_html_end[];
+
+static bool page(Conn *c) {
+    buf_add(&c->out, chat_html, (size_t)(chat_html_end - chat_html));
+    return respond_as(c, 200, "text/html; charset=utf-8");
+}
+
 // Arrays in give arrays out: of ids, and of their counts.
 static bool tokenize(Conn *c) {
     Params p = {.add_special_tokens = true};
@@ -1015,6 +1029,7 @@ static const Route routes[] = {
     {"/v1/chat/completions", "POST", NULL, OPENAI, chat_complete},
     {"/v1/models", "GET", "HEAD", OPENAI, models},
     {"/v1/models/", "GET", "HEAD", OPENAI, models},
+    {"/", "GET", "HEAD", OPENAI, page},
     {"/health", "GET", "HEAD", HEALTH, health},
     {"/health_generate", "GET", "HEAD", HEALTH, health_generate},
     {"/get_model_info", "GET", "HEAD", GENERATE, model_info},
@@ -1027,7 +1042,7 @@ static const Route routes[] = {
 
 static const Route *route_find(Str path) {
     for (const Route *r = routes; r < routes + sizeof routes / sizeof *routes; r++) {
-        bool prefix = r->path[strlen(r->path) - 1] == '/';
+        bool prefix = r->path[1] && r->path[strlen(r->path) - 1] == '/';
         if (prefix ? str_begins(path, str_of(r->path)) : str_equal(path, r->path)) return r;
     }
     return NULL;
