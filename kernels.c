@@ -1056,6 +1056,11 @@ static void sample_row(const struct Sample *task, SampleRoom *room, int row) {
     }
     if (!finite) return;
     if (s->top_logprobs >= 0) memcpy(room->model, l, vocab * sizeof *l);
+    if (s->given) {
+        c->id = *s->given;
+        list_logprobs(c, s, room, vocab);
+        return;
+    }
     for (int i = 0; i < s->n_banned; i++)
         if (s->banned[i] < vocab) l[s->banned[i]] = -INFINITY;
     penalise(l, s, room);

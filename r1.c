@@ -858,43 +858,165 @@ void model_step(Model *m, const Batch *b) {
 }
 
 // ==== Many at once ===============================================================================
-// The engine thread owns the model. Sequences reach it through one queue and leave, a token at a
-// time, as events through another; nothing else is shared but the atomics of `server`. Today it
-// computes one sequence after the other, a step at a time: a prompt in chunks, then token by token.
-// Between two steps it looks whether the client is still there, and which requests ask to go first.
-
-enum { MAX_PREFILL_TOKENS = 16384 };  // prompt rows of a step where --chunked-prefill-size is -1
+// Steps are shared: each one takes a row of every sequence that decodes and, up to a chunk, rows of
+// the prompts that are not through yet. Sequences join and leave between two steps. The cache is
+// cut into pages of 64 tokens, and a sequence needs no neighbouring ones, so that nothing is
+// reserved for tokens that may never come. When pages run out, the youngest sequence gives its own
+// back, waits, and is computed again later. A row's bits never depend on the rows beside it, so
+// none of this can be seen in an answer.
 
 Server server = {.wake_fd = -1};
 
-static struct {
-    pthread_mutex_t mutex;
-    pthread_cond_t wake;
-    Seq *first;
-    bool draining;
-} inbox = {.mutex = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+// A full page has a name: a number for "these 64 tokens behind the page that has that name". So a
+// name stands for everything from the first token on, and equal beginnings have equal names. Names
+// are never given twice, which makes a chain that lost its head harmless: nobody gets there.
+typedef struct {
+    int held;               // by how many sequences; 0: it is in the free list
+    int next, prev;         // there: the least recently used first
+    uint64_t name;          // 0: nobody can find it, since it is not full or its content is gone
+    uint64_t parent;        // the name of the page before it; 0: it holds a text's first tokens
+    int token[PAGE];
+    int chain;              // the next page in its hash bucket, or -1
+} Page;
 
-static struct {
-    pthread_mutex_t mutex;
-    Event *first, *last;
-} outbox = {.mutex = PTHREAD_MUTEX_INITIALIZER};
+enum { MAX_OUT = 256 };     // rows whose logits are in memory at once
+
+typedef struct {  // what a step does, for the log: sequences that decode; of prompts, all others
+    int decoding, sequences, rows, cached, unfinished;
+} Plan;
 
 static struct {
     Model *model;
-    int chunk;                  // prompt rows in a step, at most
-    int *pages, max_pages;      // [2][max_pages] page tables: the running sequence's, and a probe's
-    int *id, *position, *seq;   // [chunk] the step's rows
-    atomic_bool abort_all, serving;
+    int chunk, max_running;     // prompt rows in a step; sequences in a step, one probe not counted
+    int n_pages, n_free, max_pages;  // of the cache; of one sequence
+    Page *pages;                // [n_pages + 1] the last one is head and tail of the free list
+    int *bucket, n_buckets;     // the first page of each hash, or -1
+    uint64_t names;             // how many were given
+    int *table;                 // [max_running + 1][max_pages] which pages a running sequence has
+    int *free_rows, n_free_rows;     // of the table
+    Seq **running;              // [max_running + 1] in order of arrival
+    int n_running;
+    Seq *waiting, **waiting_end;     // what came and what was put back
+    int *id, *position, *seq;   // [chunk + max_running + 1] the step's rows
+    Seq **out_seq;              // and the rows whose logits are wanted, at most as many: whose,
+    int *out;                   // which row,
+    const int **out_given;      // and which token is known to follow; NULL: it is to be chosen
+    Batch batch;
+    Plan plan;
+    Event *events, **events_end;     // of this step
+    atomic_bool abort_all, serving, flush;
     bool quiet;                 // no log lines: r1 run
-    double decode_start;        // when the running "Decode batch" interval began
-    int decode_steps;
-} engine;
+    uint64_t hit, computed;     // prompt tokens from the cache and from steps, since boot or flush
+    int decode_steps;           // since the last "Decode batch" line, and
+    uint64_t decode_tokens;
+    double decode_start;        // when its interval began
+} engine = {.waiting_end = &engine.waiting, .events_end = &engine.events};
+
+// ---- Pages
+
+static void page_link(int page, int before) {
+    Page *p = engine.pages;
+    p[page].next = before, p[page].prev = p[before].prev;
+    p[p[before].prev].next = page, p[before].prev = page;
+    engine.n_free++;
+}
+
+static void page_unlink(int page) {
+    Page *p = engine.pages;
+    p[p[page].prev].next = p[page].next, p[p[page].next].prev = p[page].prev;
+    engine.n_free--;
+}
+
+static int *page_bucket(uint64_t parent, const int *token) {
+    uint64_t hash = hash_bytes((const char *)token, PAGE * sizeof *token);
+    return &engine.bucket[(hash + parent * 0x9E3779B97F4A7C15ull) % engine.n_buckets];
+}
+
+// The page that holds these 64 tokens behind `parent`, compared one by one; -1: none.
+static int page_find(uint64_t parent, const int *token) {
+    int i = *page_bucket(parent, token);
+    while (i >= 0 && (engine.pages[i].parent != parent ||
+                      memcmp(engine.pages[i].token, token, sizeof engine.pages[i].token)))
+        i = engine.pages[i].chain;
+    return i;
+}
+
+static void page_hold(int page) {
+    if (!engine.pages[page].held++) page_unlink(page);
+}
+
+// What can still be found is used up last, and the longest unused first.
+static void page_release(int page) {
+    Page *p = &engine.pages[page];
+    int end = engine.n_pages;
+    if (!--p->held) page_link(page, p->name ? end : engine.pages[end].next);
+}
+
+static void page_forget(int page) {
+    Page *p = &engine.pages[page];
+    if (!p->name) return;
+    int *link = page_bucket(p->parent, p->token);
+    while (*link != page) link = &engine.pages[*link].chain;
+    *link = p->chain;
+    p->name = 0;
+}
+
+// The sequence's page `index` is full: from now on others find it. Where its content has a name
+// already, since two sequences computed it side by side, only the name is taken over.
+static void page_name(Seq *s, int index) {
+    const int *token = s->tokens.data + (size_t)index * PAGE;
+    int page = engine.table[s->row * engine.max_pages + index], same = page_find(s->chain, token);
+    Page *p = &engine.pages[page];
+    if (same < 0) {
+        int *bucket = page_bucket(s->chain, token);
+        *p = (Page){.held = p->held, .name = ++engine.names, .parent = s->chain, .chain = *bucket};
+        memcpy(p->token, token, sizeof p->token);
+        *bucket = same = page;
+    }
+    s->chain = engine.pages[same].name;
+}
+
+// Where a sequence's names begin. Without a prefix cache each request has a beginning of its own,
+// which its choices still share; no page's name is that large.
+static uint64_t chain_start(const Seq *s) {
+    return server.options.disable_radix_cache ? UINT64_MAX - s->request : 0;
+}
+
+static int pages_for(int tokens) { return (tokens + PAGE - 1) / PAGE; }
+
+// Gives the sequence pages for its first `tokens` tokens. False when there are too few. The last
+// free page is a probe's, so that /health_generate never waits for an answer to end.
+static bool pages_reserve(Seq *s, int tokens) {
+    int *pages = engine.table + s->row * engine.max_pages, n = pages_for(tokens);
+    if (n - s->n_pages > engine.n_free - !s->probe) return false;
+    for (; s->n_pages < n; s->n_pages++) {
+        int page = pages[s->n_pages] = engine.pages[engine.n_pages].next;
+        page_forget(page);
+        page_hold(page);
+    }
+    return true;
+}
+
+// Deeper pages go first into the free list: without those before them nobody would find them.
+static void pages_release(Seq *s) {
+    while (s->n_pages) page_release(engine.table[s->row * engine.max_pages + --s->n_pages]);
+    engine.free_rows[engine.n_free_rows++] = s->row;
+    s->n_computed = 0;
+}
+
+static void pages_flush(void) {
+    for (int i = 0; i < engine.n_pages; i++) page_forget(i);
+    engine.hit = engine.computed = 0;
+}
+
+// ---- Sequences
 
 Seq *seq_new(void) {
     Seq *s = xcalloc(1, sizeof *s);
     s->sampling = (Sampling){.temperature = server.config.temperature, .top_p = server.config.top_p,
                              .top_k = -1, .repetition_penalty = 1, .top_logprobs = -1};
     s->arrival = now_seconds();
+    s->score_from = INT_MAX;
     text_init(&s->text, server.tokenizer, true);
     return s;
 }
@@ -911,69 +1033,49 @@ void event_free(Event *e) {
     free(e);
 }
 
-// In order of arrival, probes before all others.
-void engine_submit(Seq *s) {
-    pthread_mutex_lock(&inbox.mutex);
-    Seq **place = &inbox.first;
-    while (*place && !(s->probe && !(*place)->probe)) place = &(*place)->next;
-    s->next = *place;
-    *place = s;
-    server.queued++;
-    pthread_cond_signal(&inbox.wake);
-    pthread_mutex_unlock(&inbox.mutex);
+static Event *event_add(Seq *s) {
+    Event *e = *engine.events_end = xcalloc(1, sizeof *e);
+    *e = (Event){.seq = s, .stop_id = -1, .stop_string = -1};
+    engine.events_end = &e->next;
+    return e;
 }
 
-// The next sequence: waits for one, or takes no more than a probe that is there. NULL: there is
-// none, or the server drains and none is left.
-static Seq *inbox_take(bool wait) {
-    pthread_mutex_lock(&inbox.mutex);
-    while (wait && !inbox.first && !inbox.draining) pthread_cond_wait(&inbox.wake, &inbox.mutex);
-    Seq *s = inbox.first;
-    if (s && !wait && !s->probe) s = NULL;
-    if (s) inbox.first = s->next, server.queued--;
-    pthread_mutex_unlock(&inbox.mutex);
-    return s;
+// Rows that the sequence still needs: all its tokens but those that are cached. Who wants no answer
+// needs its prompt for logprobs only, and those of the last token's row are none of the prompt's.
+static int rows_left(const Seq *s) {
+    int last = s->max_tokens ? (int)s->tokens.len : s->n_scored < s->n_prompt ? s->n_prompt - 1 : 0;
+    return last > s->n_computed ? last - s->n_computed : 0;
 }
 
-void engine_stop(bool abort_all) {
-    if (abort_all) engine.abort_all = true;
-    pthread_mutex_lock(&inbox.mutex);
-    inbox.draining = true;
-    pthread_cond_signal(&inbox.wake);
-    pthread_mutex_unlock(&inbox.mutex);
+static bool decodes(const Seq *s) { return s->n_computed >= s->n_prompt && rows_left(s) == 1; }
+
+static void waiting_add(Seq *s, bool first) {
+    if (first) {
+        if (!engine.waiting) engine.waiting_end = &s->next;
+        s->next = engine.waiting, engine.waiting = s;
+    } else {
+        s->next = NULL, *engine.waiting_end = s, engine.waiting_end = &s->next;
+    }
 }
 
-// The eventfd wakes the HTTP thread's poll; its count does not matter.
-static void outbox_add(Event *e) {
-    pthread_mutex_lock(&outbox.mutex);
-    if (outbox.first) outbox.last->next = e;
-    else outbox.first = e;
-    outbox.last = e;
-    pthread_mutex_unlock(&outbox.mutex);
-    if (write(server.wake_fd, &(uint64_t){1}, 8) < 0 && errno != EAGAIN)
-        die("eventfd: %s", strerror(errno));
+static void waiting_remove(Seq **link) {
+    Seq *s = *link;
+    if (!(*link = s->next)) engine.waiting_end = link;
+    server.queued -= !s->probe;
 }
 
-void engine_cancel(Seq *s) {
-    s->cancelled = true;
-    pthread_mutex_lock(&inbox.mutex);
-    Seq **place = &inbox.first;
-    while (*place && *place != s) place = &(*place)->next;
-    bool waiting = *place;
-    if (waiting) *place = s->next, server.queued--;
-    pthread_mutex_unlock(&inbox.mutex);
-    if (!waiting) return;  // the engine has it, and sees `cancelled` before its next step
-    Event *e = xcalloc(1, sizeof *e);
-    *e = (Event){.seq = s, .finish = FINISH_ABORT, .stop_id = -1, .stop_string = -1};
-    outbox_add(e);
+static void running_remove(Seq *s) {
+    int i = 0;
+    while (engine.running[i] != s) i++;
+    memmove(&engine.running[i], &engine.running[i + 1],
+            (--engine.n_running - i) * sizeof *engine.running);
+    server.running -= !s->probe;
+    pages_release(s);
 }
 
-Event *engine_events(void) {
-    pthread_mutex_lock(&outbox.mutex);
-    Event *list = outbox.first;
-    outbox.first = outbox.last = NULL;
-    pthread_mutex_unlock(&outbox.mutex);
-    return list;
+// Whether s comes before r: probes do, then who arrived earlier.
+static bool older(const Seq *s, const Seq *r) {
+    return s->probe != r->probe ? s->probe : s->arrival < r->arrival;
 }
 
 static bool is_stop_id(const Seq *s, int id) {
@@ -990,6 +1092,7 @@ static void seq_take(Seq *s, Event *e) {
         e->finish = FINISH_ERROR;
         return;
     }
+    if (!s->first_token) s->first_token = now_seconds();
     ids_add(&s->tokens, e->choice.id);
     int generated = (int)s->tokens.len - s->n_prompt;
     bool stop = is_stop_id(s, e->choice.id);
@@ -1002,76 +1105,14 @@ static void seq_take(Seq *s, Event *e) {
     if (e->finish && e->stop_string < 0) text_flush(&s->text, &e->text);
 }
 
-// Both lines are SGLang's to the letter: dashboards read them.
-static void log_prefill(const Seq *s, int rows) {
-    log_line(0,
-             "Prefill batch. #new-seq: 1, #new-token: %d, #cached-token: 0, cache hit rate: "
-             "0.00%%, token "
-             "usage: %.2f, #running-req: 0, #queue-req: %d",
-             rows, (double)s->n_computed / server.max_total_tokens,
-             server.queued + (s->n_computed + rows < (int)s->tokens.len));
-}
-
-static void log_decode(const Seq *s) {
-    if (++engine.decode_steps < server.options.decode_log_interval) return;
-    double now = now_seconds();
-    log_line(0,
-             "Decode batch. #running-req: 1, #token: %d, token usage: %.2f, gen throughput "
-             "(token/s): %.2f, "
-             "#queue-req: %d",
-             s->n_computed, (double)s->n_computed / server.max_total_tokens,
-             engine.decode_steps / (now - engine.decode_start), server.queued);
-    engine.decode_steps = 0;
-    engine.decode_start = now;
-}
-
-// One step of a sequence: the next chunk of its prompt, or one token. NULL while the prompt is not
-// through, else what happened.
-static Event *seq_step(Seq *s) {
-    Event *e = xcalloc(1, sizeof *e);
-    *e = (Event){.seq = s, .stop_id = -1, .stop_string = -1};
-    if (s->cancelled || engine.abort_all) {
-        e->finish = FINISH_ABORT;
-        text_flush(&s->text, &e->text);
-        return e;
-    }
-    if (s->max_tokens == 0) return e->finish = FINISH_LENGTH, e;
-    int left = (int)s->tokens.len - s->n_computed, n = left < engine.chunk ? left : engine.chunk;
-    bool prompt = s->n_computed < s->n_prompt, last = n == left;
-    bool log = !s->probe && !engine.quiet;
-    if (prompt && log) log_prefill(s, n);
-    for (int i = 0; i < n; i++) {
-        engine.id[i] = s->tokens.data[s->n_computed + i];
-        engine.position[i] = s->n_computed + i;
-        engine.seq[i] = s->probe;
-    }
-    model_step(engine.model, &(Batch){n, engine.id, engine.position, engine.seq, engine.pages,
-                                      engine.max_pages, &(int){n - 1}, last});
-    s->n_computed += n;
-    server.steps++;
-    if (!last) return event_free(e), NULL;
-    int banned[MAX_STOPS + 1], n_banned = 0, generated = (int)s->tokens.len - s->n_prompt;
-    if (generated < s->min_tokens) {
-        banned[n_banned++] = server.config.eos_token_id;
-        for (int i = 0; i < s->n_stop_id; i++) banned[n_banned++] = s->stop_id[i];
-    }
-    s->sampling.tokens = s->tokens.data, s->sampling.n_tokens = s->tokens.len;
-    s->sampling.n_prompt = s->n_prompt;
-    s->sampling.banned = banned, s->sampling.n_banned = n_banned;
-    sample(&e->choice, engine.model->logits, &s->sampling, tokenizer_vocab(server.tokenizer),
-           server.config.vocab_size, 1);
-    seq_take(s, e);
-    if (!prompt && log) log_decode(s);
-    return e;
-}
-
 // Without a seed of its own a request draws one from --random-seed and its number; its i-th choice
 // adds i.
 static void seq_seed(Seq *s) {
     static uint32_t requests;
     uint32_t word[4];
-    if (s->has_seed || s->probe) return;
-    requests += s->index == 0;
+    if (s->probe) return;
+    s->request = requests += s->index == 0;
+    if (s->has_seed) return;
     philox(word, server.options.random_seed, (uint32_t[4]){requests, 0, 0, 0});
     s->sampling.seed = (word[0] | (uint64_t)word[1] << 32) + s->index;
 }
@@ -1083,63 +1124,381 @@ static void log_receive(const Seq *s) {
              p->top_p, p->top_k, p->min_p, p->seed);
 }
 
-static void log_finish(const Seq *s, Finish finish, double first) {
+static void log_finish(const Seq *s, Finish finish) {
     static const char *const names[] = {"", "stop", "length", "abort", "error"};
     double now = now_seconds();
     log_line(0, "Finish: rid=%s finish=%s completion_tokens=%d ttft=%.3f e2e=%.3f", s->rid,
-             names[finish], (int)s->tokens.len - s->n_prompt, (first ? first : now) - s->arrival,
-             now - s->arrival);
+             names[finish], (int)s->tokens.len - s->n_prompt,
+             (s->first_token ? s->first_token : now) - s->arrival, now - s->arrival);
 }
 
-// Runs a sequence to its end. After the event with its finish it is the HTTP thread's again.
-static void seq_run(Seq *s) {
-    bool log = server.options.log_requests && !s->probe;
-    double first = 0;
+// A sequence that comes to the engine, in order of arrival; probes go before all others.
+static void seq_arrive(Seq *s) {
     seq_seed(s);
-    if (log) log_receive(s);
-    if (!s->probe) server.running = 1;
-    if (!s->probe) engine.decode_start = now_seconds(), engine.decode_steps = 0;
-    for (bool done = false; !done;) {
-        for (Seq *probe; !s->probe && (probe = inbox_take(false));) seq_run(probe);
-        Event *e = seq_step(s);
-        if (!e) continue;
-        if (!first) first = now_seconds();
-        done = e->finish != FINISH_NONE;
-        if (done && !s->probe) server.running = 0;
-        if (done && log) log_finish(s, e->finish, first);
-        outbox_add(e);
+    s->n_scored = s->score_from < s->n_prompt ? s->score_from : s->n_prompt;
+    if (server.options.log_requests && !s->probe) log_receive(s);
+    waiting_add(s, s->probe);
+}
+
+// ---- One step for all
+
+// True when a running sequence is about to compute the page that s needs next. Then s waits for it
+// and finds it in the cache: so all choices of a prompt, and all that begin alike, compute it once.
+static bool page_comes(const Seq *s) {
+    int tokens = s->n_computed + PAGE;
+    for (int i = 0; i < engine.n_running && tokens < (int)s->tokens.len; i++) {
+        const Seq *r = engine.running[i];
+        if (r->n_computed < tokens && tokens <= (int)r->tokens.len &&
+            chain_start(r) == chain_start(s) &&
+            !memcmp(r->tokens.data, s->tokens.data, tokens * sizeof(int)))
+            return true;
+    }
+    return false;
+}
+
+// Tries to let a waiting sequence run. It takes what the cache has of its tokens, except the last
+// one, whose row must be computed, and those whose logprobs are wanted. False when it has to wait:
+// for memory, and then nobody may overtake it, or, with *later, for a page that comes.
+static bool seq_admit(Seq *s, bool *later) {
+    int scores = s->n_scored < s->n_prompt, page;
+    int cached = scores ? s->n_scored - 1 : (int)s->tokens.len - 1;
+    *later = false;
+    if (engine.n_free_rows <= !s->probe) return false;
+    s->row = engine.free_rows[--engine.n_free_rows];
+    s->chain = chain_start(s);
+    for (; s->n_computed + PAGE <= cached; s->n_computed += PAGE) {
+        if ((page = page_find(s->chain, s->tokens.data + s->n_computed)) < 0) break;
+        page_hold(page);
+        engine.table[s->row * engine.max_pages + s->n_pages++] = page;
+        s->chain = engine.pages[page].name;
+    }
+    // Room for its tokens, and a page more for each that runs: else it would soon be put back.
+    int need = pages_for((int)s->tokens.len) - s->n_pages + engine.n_running;
+    *later = !scores && page_comes(s);
+    if (*later || (need > engine.n_free - 1 && !s->probe)) return pages_release(s), false;
+    int i = engine.n_running++;
+    for (; i > 0 && older(s, engine.running[i - 1]); i--) engine.running[i] = engine.running[i - 1];
+    engine.running[i] = s;
+    if (s->probe) return true;
+    server.running++;
+    engine.hit += s->n_computed;
+    if (s->admitted) return true;
+    s->admitted = true, s->n_cached = s->n_computed;
+    server.prompt_tokens += s->n_prompt;
+    server.cached_tokens += s->n_cached;
+    return true;
+}
+
+// Ends a sequence without a token.
+static void seq_end(Seq *s, Finish finish) {
+    Event *e = event_add(s);
+    e->finish = finish;
+    text_flush(&s->text, &e->text);
+    if (server.options.log_requests && !s->probe) log_finish(s, finish);
+}
+
+// Why a sequence needs no further step: its client has left, or it has all that it wanted.
+static Finish seq_over(const Seq *s) {
+    if (s->cancelled || engine.abort_all) return FINISH_ABORT;
+    return rows_left(s) ? FINISH_NONE : FINISH_LENGTH;
+}
+
+static void sweep(void) {
+    Finish finish;
+    for (int i = engine.n_running; i-- > 0;) {
+        Seq *s = engine.running[i];
+        if ((finish = seq_over(s))) running_remove(s), seq_end(s, finish);
+    }
+    for (Seq **link = &engine.waiting, *s; (s = *link);) {
+        if ((finish = seq_over(s))) waiting_remove(link), seq_end(s, finish);
+        else link = &s->next;
     }
 }
 
-// Room for one sequence as long as the context, and for steps of one chunk.
-static void engine_load(void) {
+// Appends the sequence's next n rows to the batch, and says which of their logits are wanted.
+static void batch_add(Seq *s, int n) {
+    Batch *b = &engine.batch;
+    s->n_rows = n;
+    for (int i = 0; i < n; i++) {
+        int at = s->n_computed + i, row = b->n++;
+        engine.id[row] = s->tokens.data[at];
+        engine.position[row] = at, engine.seq[row] = s->row;
+        bool scored = at + 1 == s->n_scored && at + 1 < s->n_prompt;
+        if (!scored && (at + 1 < (int)s->tokens.len || !s->max_tokens)) continue;
+        engine.out[b->n_out] = row;
+        engine.out_seq[b->n_out] = s;
+        engine.out_given[b->n_out++] = scored ? &s->tokens.data[s->n_scored++] : NULL;
+    }
+}
+
+// The rows that the sequence gets in this step: one where it decodes, else as many as are left of
+// the chunk. Who finds no page makes the youngest wait, in the end itself.
+static void seq_plan(Seq *s) {
+    bool decode = decodes(s);
+    int left = rows_left(s), room = engine.chunk - engine.plan.rows, put_back = 0;
+    int n = decode || left < room ? left : room;
+    while (n && !pages_reserve(s, s->n_computed + n)) {
+        Seq *youngest = engine.running[engine.n_running - 1];
+        if (youngest == s) n = 0;
+        running_remove(youngest);
+        waiting_add(youngest, true);
+        server.queued++;
+        server.preempted++;
+        put_back++;
+    }
+    if (put_back && !engine.quiet)
+        log_line(0, "Decode out of memory happened. #retracted_reqs: %d", put_back);
+    if (!n) return;
+    batch_add(s, n);
+    if (s->probe) return;
+    if (decode) engine.plan.decoding++;
+    else engine.plan.rows += n, engine.plan.sequences++, engine.plan.unfinished += n < left;
+}
+
+static int tokens_held(void) { return (engine.n_pages - engine.n_free) * PAGE; }
+static double usage(void) { return (double)tokens_held() / server.max_total_tokens; }
+
+// First everything that runs goes on, the oldest first; then others may join, in order of arrival.
+static void step_plan(void) {
+    bool later;
+    engine.batch.n = engine.batch.n_out = 0;
+    engine.plan = (Plan){0};
+    for (int i = 0; i < engine.n_running; i++) engine.running[i]->n_rows = 0;
+    for (int i = 0; i < engine.n_running; i++) seq_plan(engine.running[i]);
+    for (Seq **link = &engine.waiting, *s; (s = *link) && engine.plan.rows < engine.chunk;) {
+        if (seq_admit(s, &later)) {
+            waiting_remove(link);
+            engine.plan.cached += s->n_computed;
+            seq_plan(s);
+        } else if (later) link = &s->next;
+        else break;
+    }
+    engine.computed += engine.plan.rows;
+    uint64_t tokens = engine.hit + engine.computed;
+    server.cache_hit_rate = tokens ? (double)engine.hit / tokens : 0;
+}
+
+// This line and the next are SGLang's to the letter: dashboards read them.
+static void log_prefill(const Plan *p) {
+    if (!p->rows || engine.quiet) return;
+    log_line(0, "Prefill batch. #new-seq: %d, #new-token: %d, #cached-token: %d, "
+             "cache hit rate: %.2f%%, token usage: %.2f, #running-req: %d, #queue-req: %d",
+             p->sequences, p->rows, p->cached, 100 * server.cache_hit_rate, usage(), p->decoding,
+             server.queued + !!p->unfinished);
+}
+
+// Every --decode-log-interval steps that decode.
+static void log_decode(const Plan *p) {
+    double now = now_seconds();
+    if (!p->decoding || engine.quiet) return;
+    if (++engine.decode_steps < server.options.decode_log_interval) return;
+    server.gen_throughput = engine.decode_tokens / (now - engine.decode_start);
+    log_line(0, "Decode batch. #running-req: %d, #token: %d, token usage: %.2f, "
+             "gen throughput (token/s): %.2f, #queue-req: %d", p->decoding, tokens_held(), usage(),
+             server.gen_throughput, server.queued);
+    engine.decode_steps = engine.decode_tokens = 0;
+    engine.decode_start = now;
+}
+
+// After the layers the rows' latents are in the cache, so full pages can be found from now on.
+static void seq_computed(Seq *s) {
+    int full = s->n_computed / PAGE;
+    s->n_computed += s->n_rows;
+    for (; full < s->n_computed / PAGE && !s->probe; full++) page_name(s, full);
+}
+
+// What sample() is to do for one of the wanted rows.
+static Sampling seq_sampling(Seq *s, const int *given) {
+    Sampling p = s->sampling;
+    p.tokens = s->tokens.data, p.n_tokens = s->tokens.len, p.n_prompt = s->n_prompt;
+    p.given = given;
+    if (given && p.top_logprobs < 0) p.top_logprobs = 0;
+    if ((int)s->tokens.len - s->n_prompt < s->min_tokens) {
+        s->stop_id[s->n_stop_id] = server.config.eos_token_id;  // there is room for one more
+        p.banned = s->stop_id, p.n_banned = s->n_stop_id + 1;
+    }
+    return p;
+}
+
+// Tells what came of one of the wanted rows: a token's logprob, or a new token and perhaps the end.
+static void seq_result(Seq *s, const int *given, const Choice *choice) {
+    if (!s->n_rows) return;  // it ended with an earlier row
+    Event *e = event_add(s);
+    e->choice = *choice;
+    e->prompt = e->has_token = given != NULL;
+    if (!given) seq_take(s, e);
+    else if (choice->id < 0) e->finish = FINISH_ERROR;
+    engine.decode_tokens += !given && !s->probe;
+    if (!e->finish) return;
+    s->n_rows = 0;
+    running_remove(s);
+    if (server.options.log_requests && !s->probe) log_finish(s, e->finish);
+}
+
+// Runs the batch: the layers once, then logits and choices for as many rows as fit at once.
+static void step_compute(void) {
+    static Choice choice[MAX_OUT];
+    Sampling sampling[MAX_OUT];
+    Batch *b = &engine.batch;
+    Model *m = engine.model;
+    int n_out = b->n_out;
+    b->n_out = n_out < MAX_OUT ? n_out : MAX_OUT;
+    model_step(m, b);
+    server.steps++;
+    for (int i = 0; i < engine.n_running; i++) seq_computed(engine.running[i]);
+    for (int first = 0; first < n_out; first += MAX_OUT) {
+        int n = n_out - first < MAX_OUT ? n_out - first : MAX_OUT;
+        Seq **s = engine.out_seq + first;
+        const int **given = engine.out_given + first;
+        if (first) logits(m->logits, m->normed, &m->lm_head, b->out + first, n);
+        for (int i = 0; i < n; i++) sampling[i] = seq_sampling(s[i], given[i]);
+        sample(choice, m->logits, sampling, tokenizer_vocab(server.tokenizer),
+               server.config.vocab_size, n);
+        for (int i = 0; i < n; i++) seq_result(s[i], given[i], &choice[i]);
+    }
+}
+
+// One step for everything that runs. What happened, as a list of events.
+static Event *engine_step(void) {
+    if (atomic_exchange(&engine.flush, false)) pages_flush();
+    if (!engine.n_running) engine.decode_steps = engine.decode_tokens = 0,
+                           engine.decode_start = now_seconds();
+    sweep();
+    step_plan();
+    log_prefill(&engine.plan);
+    server.step_start = now_seconds();
+    if (engine.batch.n) step_compute();
+    server.step_start = 0;
+    log_decode(&engine.plan);
+    server.used_tokens = tokens_held();
+    Event *list = engine.events;
+    engine.events = NULL, engine.events_end = &engine.events;
+    return list;
+}
+
+// ---- The engine's thread, and the two queues to and from it
+
+static struct {
+    pthread_mutex_t mutex;
+    pthread_cond_t wake;
+    Seq *first, **end;
+    bool draining;
+} inbox = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, NULL, &inbox.first, false};
+
+static struct {
+    pthread_mutex_t mutex;
+    Event *first, **end;
+} outbox = {PTHREAD_MUTEX_INITIALIZER, NULL, &outbox.first};
+
+void engine_submit(Seq *s) {
+    pthread_mutex_lock(&inbox.mutex);
+    s->next = NULL;
+    *inbox.end = s, inbox.end = &s->next;
+    server.queued += !s->probe;
+    pthread_cond_signal(&inbox.wake);
+    pthread_mutex_unlock(&inbox.mutex);
+}
+
+void engine_cancel(Seq *s) { s->cancelled = true; }
+
+void engine_flush(void) { engine.flush = true; }
+
+void engine_stop(bool abort_all) {
+    if (abort_all) engine.abort_all = true;
+    pthread_mutex_lock(&inbox.mutex);
+    inbox.draining = true;
+    pthread_cond_signal(&inbox.wake);
+    pthread_mutex_unlock(&inbox.mutex);
+}
+
+// Lets in what came; sleeps where there is nothing else to do. False: all is done, and no more is
+// to come.
+static bool inbox_take(void) {
+    bool busy = engine.n_running || engine.waiting;
+    pthread_mutex_lock(&inbox.mutex);
+    while (!busy && !inbox.first && !inbox.draining) pthread_cond_wait(&inbox.wake, &inbox.mutex);
+    Seq *list = inbox.first;
+    inbox.first = NULL, inbox.end = &inbox.first;
+    pthread_mutex_unlock(&inbox.mutex);
+    for (Seq *s = list, *next; s; s = next) {
+        next = s->next;
+        seq_arrive(s);
+    }
+    return list || busy;
+}
+
+// The eventfd wakes the HTTP thread's poll; its count does not matter.
+static void outbox_add(Event *list) {
+    Event **end = &list;
+    while (*end) end = &(*end)->next;
+    if (end == &list) return;
+    pthread_mutex_lock(&outbox.mutex);
+    *outbox.end = list, outbox.end = end;
+    pthread_mutex_unlock(&outbox.mutex);
+    if (write(server.wake_fd, &(uint64_t){1}, 8) < 0 && errno != EAGAIN)
+        die("eventfd: %s", strerror(errno));
+}
+
+Event *engine_events(void) {
+    pthread_mutex_lock(&outbox.mutex);
+    Event *list = outbox.first;
+    outbox.first = NULL, outbox.end = &outbox.first;
+    pthread_mutex_unlock(&outbox.mutex);
+    return list;
+}
+
+// As many sequences as may ever run beside each other, SGLang's rule; --max-running-requests says
+// otherwise.
+static int running_limit(void) {
+    enum { PER_CONTEXT = 512, LEAST = 2048, MOST = 4096 };
+    int64_t n = (int64_t)PER_CONTEXT * server.max_total_tokens / server.context_len;
+    if (server.options.max_running_requests) return server.options.max_running_requests;
+    return n < LEAST ? LEAST : n > MOST ? MOST : (int)n;
+}
+
+// All memory that steps need; none is allocated later, but for tokens, texts and events.
+static void engine_load(int max_running) {
     const Options *o = &server.options;
-    bool dummy = !strcmp(o->load_format, "dummy");
-    int n_pages = server.max_total_tokens / PAGE, chunk = o->chunked_prefill_size;
-    if (chunk < 1) chunk = MAX_PREFILL_TOKENS;
-    engine.chunk = chunk < server.context_len ? chunk : server.context_len;
-    engine.model =
-        model_load(server.model_dir, dummy, engine.chunk, 1, n_pages + 1, &server.progress);
-    engine.max_pages = n_pages;
-    engine.pages = xcalloc(2 * n_pages, sizeof(int));
-    for (int i = 0; i < n_pages; i++) {
-        engine.pages[i] = i;
-        engine.pages[n_pages + i] = n_pages;  // a probe is two tokens: one page is enough
-    }
-    engine.id = xcalloc(engine.chunk, sizeof(int));
-    engine.position = xcalloc(engine.chunk, sizeof(int));
-    engine.seq = xcalloc(engine.chunk, sizeof(int));
+    bool dummy = !strcmp(o->load_format, "dummy"), chunked = o->chunked_prefill_size > 0;
+    int longest = server.context_len < server.max_total_tokens ? server.context_len
+                                                               : server.max_total_tokens;
+    engine.chunk = o->max_prefill_tokens;
+    if (chunked && o->chunked_prefill_size < engine.chunk) engine.chunk = o->chunked_prefill_size;
+    engine.max_running = max_running;
+    engine.n_pages = server.max_total_tokens / PAGE + 1;  // a probe's
+    engine.max_pages = pages_for(longest);
+    int rows = engine.chunk + max_running + 1, seqs = max_running + 1;
+    int max_out = rows < MAX_OUT ? rows : MAX_OUT;
+    engine.model = model_load(server.model_dir, dummy, rows, max_out, engine.n_pages,
+                              &server.progress);
+    engine.pages = xcalloc(engine.n_pages + 1, sizeof *engine.pages);
+    engine.n_buckets = 2 * engine.n_pages;
+    engine.bucket = xcalloc(engine.n_buckets, sizeof *engine.bucket);
+    for (int i = 0; i < engine.n_buckets; i++) engine.bucket[i] = -1;
+    engine.pages[engine.n_pages].next = engine.pages[engine.n_pages].prev = engine.n_pages;
+    for (int i = 0; i < engine.n_pages; i++) page_link(i, engine.n_pages);
+    engine.table = xcalloc(seqs, engine.max_pages * sizeof *engine.table);
+    engine.free_rows = xcalloc(seqs, sizeof *engine.free_rows);
+    while (engine.n_free_rows < seqs)
+        engine.free_rows[engine.n_free_rows] = engine.n_free_rows, engine.n_free_rows++;
+    engine.running = xcalloc(seqs, sizeof *engine.running);
+    engine.id = xcalloc(rows, sizeof(int)), engine.position = xcalloc(rows, sizeof(int));
+    engine.seq = xcalloc(rows, sizeof(int)), engine.out = xcalloc(rows, sizeof(int));
+    engine.out_seq = xcalloc(rows, sizeof(Seq *)), engine.out_given = xcalloc(rows, sizeof(int *));
+    engine.batch = (Batch){.id = engine.id, .position = engine.position, .seq = engine.seq,
+                           .pages = engine.table, .max_pages = engine.max_pages,
+                           .out = engine.out};
 }
-
-void engine_flush(void) {}
 
 static void engine_free(void) {
     model_free(engine.model);
-    free(engine.pages), free(engine.id), free(engine.position), free(engine.seq);
+    free(engine.pages), free(engine.bucket), free(engine.table), free(engine.free_rows);
+    free(engine.running), free(engine.id), free(engine.position), free(engine.seq);
+    free(engine.out), free(engine.out_seq), free(engine.out_given);
 }
 
 // "The capital city of France is", 8 tokens, greedily: what a first request would wait for happens
-// now.
+// now. Then it is as if it had never been.
 static void engine_warmup(void) {
     Seq *s = seq_new();
     if (tokenizer_bos(server.tokenizer) >= 0) ids_add(&s->tokens, tokenizer_bos(server.tokenizer));
@@ -1147,12 +1506,13 @@ static void engine_warmup(void) {
     s->n_prompt = s->tokens.len;
     s->max_tokens = 8;
     s->sampling.temperature = 0;
-    for (bool done = false; !done;) {
-        Event *e = seq_step(s);
-        done = e && e->finish;
-        event_free(e);
-    }
+    s->has_seed = true;
+    waiting_add(s, false), server.queued++;
+    while (engine.waiting || engine.n_running)
+        for (Event *e = engine_step(), *next; e; e = next) next = e->next, event_free(e);
     seq_free(s);
+    pages_flush();
+    server.prompt_tokens = 0;
 }
 
 static double free_memory(void) {  // GB
@@ -1164,13 +1524,13 @@ static void *engine_main(void *unused) {
     int from = STATE_STARTING;  // a signal may have made it draining meanwhile, and that stays
     atomic_compare_exchange_strong(&server.state, &from, STATE_LOADING);
     log_line(0, "Load weight begin. avail mem=%.2f GB", free_memory());
-    engine_load();
+    engine_load(running_limit());
     log_line(0,
              "Load weight end. type=DeepseekV3ForCausalLM, dtype=torch.bfloat16, avail mem=%.2f GB",
              free_memory());
     log_line(0, "max_total_num_tokens=%d, chunked_prefill_size=%d, max_prefill_tokens=%d, "
-             "max_running_requests=1, context_len=%d",
-             server.max_total_tokens, engine.chunk, engine.chunk, server.context_len);
+             "max_running_requests=%d, context_len=%d", server.max_total_tokens, engine.chunk,
+             server.options.max_prefill_tokens, engine.max_running, server.context_len);
     from = STATE_LOADING;
     atomic_compare_exchange_strong(&server.state, &from, STATE_WARMUP);
     if (!server.options.skip_server_warmup && server.state == STATE_WARMUP) engine_warmup();
@@ -1178,7 +1538,7 @@ static void *engine_main(void *unused) {
     if (atomic_compare_exchange_strong(&server.state, &from, STATE_READY))
         log_line(-1, "The server is fired up and ready to roll!");
     engine.serving = true;
-    for (Seq *s; (s = inbox_take(true));) seq_run(s);
+    while (inbox_take()) outbox_add(engine_step());
     return NULL;
 }
 
@@ -1491,13 +1851,13 @@ static const char *model_directory(const char *path) {
     return directory;
 }
 
-// The tokens that fit: half of the memory, and no more than one sequence can be long.
-static int pool_size(const Config *c, const Options *o, int context_len) {
+// How many tokens the cache holds: as asked for, or --mem-fraction-static of the memory, in pages.
+static int pool_size(const Config *c, const Options *o) {
     double bytes = (double)c->num_hidden_layers * CACHE_DIM * sizeof(bf16);
-    double fit = 0.5 * sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE) / bytes;
-    if (o->max_total_tokens) return o->max_total_tokens / PAGE * PAGE;
-    if (fit >= context_len) return (context_len + PAGE - 1) / PAGE * PAGE;
-    return fit < PAGE ? PAGE : (int)fit / PAGE * PAGE;
+    double memory = (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
+    double tokens = o->max_total_tokens ? o->max_total_tokens
+                                        : o->mem_fraction_static * memory / bytes;
+    return (int)fmax(1, fmin(tokens / PAGE, 1 << 24)) * PAGE;
 }
 
 // Everything but the weights: config, tokenizer, template, sizes.
@@ -1525,7 +1885,7 @@ static void server_size(const Options *o) {
             server.model_dir, ids - 1, server.config.vocab_size);
     server.context_len =
         o->context_length && o->context_length < longest ? o->context_length : longest;
-    server.max_total_tokens = pool_size(&server.config, o, server.context_len);
+    server.max_total_tokens = pool_size(&server.config, o);
 }
 
 // What every flag of serve came to, as name=value: for the log as Python writes it, or as JSON. The
@@ -1646,7 +2006,7 @@ static int run_main(char **argv) {
     server_size(&o);
     device_init();
     Buf text = text_or_stdin(argument);
-    engine_load();
+    engine_load(1);
     Seq *s = seq_new();
     encode_prompt(&s->tokens, o.system, (Str){text.data, text.len}, !o.raw, true);
     s->n_prompt = s->tokens.len;
@@ -1669,15 +2029,18 @@ static int run_main(char **argv) {
     if (server.think && !o.raw) printf("<think>\n");
     double start = now_seconds(), first = 0;
     Finish finish = FINISH_NONE;
+    s->has_seed = true;
+    seq_arrive(s);
     while (!finish) {
         s->cancelled = interrupted;
-        Event *e = seq_step(s);
-        if (!e) continue;
-        if (!first) first = now_seconds();
-        fwrite(e->text.data ? e->text.data : "", 1, e->text.len, stdout);
-        stdout_check();
-        finish = e->finish;
-        event_free(e);
+        for (Event *e = engine_step(), *next; e; e = next) {
+            if (!first) first = now_seconds();
+            fwrite(e->text.data ? e->text.data : "", 1, e->text.len, stdout);
+            stdout_check();
+            finish = e->finish;
+            next = e->next;
+            event_free(e);
+        }
     }
     printf("\n");
     stdout_check();

@@ -299,7 +299,7 @@ typedef struct {  // how one row's token is chosen
     const float *bias;      // [n_bias]
     int n_bias;
     int top_logprobs;  // how many of the likeliest ids are wanted with their logprobs; -1: none
-    int given;         // -1: draw; else no draw, this id's logprob is wanted (a prompt's token)
+    const int *given;  // NULL: draw; else no draw, this id's logprob is wanted (a prompt's token)
 } Sampling;
 
 typedef struct {
@@ -424,16 +424,19 @@ typedef struct Seq {
     int score_from;         // prompt tokens from this one (>= 1) come as events, too, with logprobs
     bool ignore_eos, has_seed;
     bool probe;             // /health_generate's: ahead of the queue, neither logged nor counted
-    int stop_id[MAX_STOPS], n_stop_id;
+    int stop_id[MAX_STOPS + 1], n_stop_id;  // one more for the engine
     TextStream text;
     atomic_bool cancelled;  // set by engine_cancel: the next step is without it
     double arrival;
     // The engine's.
+    uint64_t request;       // its number since boot; its choices share it
     int n_computed;         // tokens whose latents are in the cache
-    int n_cached;           // prompt tokens that it found there
-    int n_scored;           // prompt tokens whose events are out, those that need none included
-    int row;                // of the page table
-    uint64_t chain;         // the content of its full pages so far, as the prefix cache names it
+    int n_cached;           // prompt tokens that it found there when it first ran
+    int n_scored;           // prompt tokens whose events are out, or need none
+    int n_rows;             // in this step
+    int row, n_pages;       // of the page table; pages in it
+    uint64_t chain;         // the name of its last full page
+    bool admitted;          // it has run before
     double first_token;     // when it came; 0: not yet
 } Seq;
 
@@ -498,7 +501,8 @@ typedef struct {  // what both threads see; no lock but the two queues'
 extern Server server;
 void engine_submit(Seq *s);          // any thread; ownership passes until its finish event
 Event *engine_events(void);  // the waiting events, oldest first, a list to free; never blocks
-// The HTTP thread no longer wants s: no step after the running one is for it. Its last event comes.
+// The HTTP thread no longer wants s, which it has submitted: no step after the running one is for
+// it. Its last event comes.
 void engine_cancel(Seq *s);
 // Finishes what runs and waits, or aborts it; then the engine's thread ends.
 void engine_stop(bool abort_all);
