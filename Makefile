@@ -26,7 +26,7 @@ $(shell mkdir -p $(BUILD); echo '$(CC) $(CFLAGS)' | cmp -s - $(FLAGS) || \
     echo '$(CC) $(CFLAGS)' >$(FLAGS))
 
 SOURCES := r1 kernels tokenizer json http
-TESTS := json tokenizer kernels checkpoint sample http oracle oracle_exact end_to_end
+TESTS := json tokenizer kernels checkpoint sample scheduler http oracle oracle_exact end_to_end
 
 ifeq ($(SAN),1)
 r1: build/san/r1
@@ -58,7 +58,10 @@ $(BUILD)/test_%: tests/test_%.c tests/test.h r1.h $(PARTS)
 $(BUILD)/test_http: tests/test_http.c tests/test.h r1.h $(patsubst %,$(BUILD)/%.o,tokenizer json http)
 	$(CC) $(CFLAGS) $< $(patsubst %,$(BUILD)/%.o,tokenizer json http) -o $@ $(LIBS)
 
-# It includes kernels.c, to reach what is static there.
+# These include r1.c and kernels.c, to reach what is static there.
+$(BUILD)/test_scheduler: tests/test_scheduler.c tests/test.h r1.c r1.h $(PARTS)
+	$(CC) $(CFLAGS) $< $(filter-out %/r1_test.o,$(PARTS)) -o $@ $(LIBS)
+
 $(BUILD)/test_kernels: tests/test_kernels.c tests/test.h kernels.c r1.h $(BUILD)/json.o
 	$(CC) $(CFLAGS) $< $(BUILD)/json.o -o $@ $(LIBS)
 

@@ -1234,7 +1234,7 @@ static void batch_add(Seq *s, int n) {
 // The rows that the sequence gets in this step: one where it decodes, else as many as are left of
 // the chunk. Who finds no page makes the youngest wait, in the end itself.
 static void seq_plan(Seq *s) {
-    bool decode = decodes(s);
+    bool decode = decodes(s) || s->probe;  // a probe's prompt is one token
     int left = rows_left(s), room = engine.chunk - engine.plan.rows, put_back = 0;
     int n = decode || left < room ? left : room;
     while (n && !pages_reserve(s, s->n_computed + n)) {
@@ -1265,7 +1265,7 @@ static void step_plan(void) {
     engine.plan = (Plan){0};
     for (int i = 0; i < engine.n_running; i++) engine.running[i]->n_rows = 0;
     for (int i = 0; i < engine.n_running; i++) seq_plan(engine.running[i]);
-    for (Seq **link = &engine.waiting, *s; (s = *link) && engine.plan.rows < engine.chunk;) {
+    for (Seq **link = &engine.waiting, *s; (s = *link) && (s->probe || engine.plan.rows < engine.chunk);) {
         if (seq_admit(s, &later)) {
             waiting_remove(link);
             engine.plan.cached += s->n_computed;
@@ -1875,6 +1875,20 @@ static void server_setup(Options *o) {
                                              : !strcmp(o->think, "force");
 }
 
+// A hash of what is served: of config.json, of the list of weights, where there is one, and of r1.
+static uint64_t fingerprint(void) {
+    static const char *const names[] = {"config.json", "model.safetensors.index.json"};
+    uint64_t hash = hash_bytes(R1_VERSION, strlen(R1_VERSION));
+    for (size_t i = 0; i < COUNT(names); i++) {
+        size_t len = 0;
+        char *path = format_string("%s/%s", server.model_dir, names[i]);
+        char *text = read_file(path, &len);
+        hash = mix(hash ^ (text ? hash_bytes(text, len) : 0));
+        free(text), free(path);
+    }
+    return hash;
+}
+
 // The config, and the two sizes that bound a request: how long a sequence can be, and how much
 // fits.
 static void server_size(const Options *o) {
@@ -1886,6 +1900,7 @@ static void server_size(const Options *o) {
     server.context_len =
         o->context_length && o->context_length < longest ? o->context_length : longest;
     server.max_total_tokens = pool_size(&server.config, o);
+    server.fingerprint = fingerprint();
 }
 
 // What every flag of serve came to, as name=value: for the log as Python writes it, or as JSON. The
@@ -1903,7 +1918,8 @@ static void options_write(Buf *b, const Options *o, bool json) {
         const char *value = text ? *(const char *const *)field : NULL;
         bool on = f->kind == SWITCH && *(const bool *)field;
         if (f->kind == SWITCH) buf_str(b, json ? on ? "true" : "false" : on ? "True" : "False");
-        else if (f->kind == INTEGER) buf_printf(b, "%d", *(const int *)field);
+        else if (f->kind == INTEGER && (f->fallback || *(const int *)field))
+            buf_printf(b, "%d", *(const int *)field);
         else if (f->kind == NUMBER) buf_printf(b, "%g", *(const double *)field);
         else if (value && json) json_write_string(b, (Str){value, strlen(value)});
         else if (value) buf_printf(b, "'%s'", secret ? "***" : value);
