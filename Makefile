@@ -1,5 +1,6 @@
 # make          builds ./r1 (on the CPU; gcc and make are all it needs)
 # make test     runs every test and adds up what they say; make test SAN=1 under ASan and UBSan
+# make soak     minutes of load on the real server; needs Python 3
 # make bench    prints how near the CPU's matrix product comes to the memory's speed
 #
 # ARCH chooses the processor: the machine's own by default, ARCH=-march=x86-64-v3 for a binary that
@@ -78,8 +79,12 @@ test: $(BUILD)/r1 $(TESTS:%=$(BUILD)/test_%)
 bench: $(BUILD)/bench_linear
 	$(BUILD)/bench_linear
 
+# Minutes of load, and Python 3.
+soak: r1
+	python3 tests/soak.py
+
 clean:
 	rm -rf build r1
 
-.PHONY: test bench clean
+.PHONY: test bench soak clean
 .SECONDARY:
