@@ -1967,6 +1967,7 @@ static int serve_main(char **argv) {
     pthread_t thread;
     if (pthread_create(&thread, NULL, engine_main, NULL) != 0) die("can't start the engine thread");
     http_serve(listener);
+    if (server.state == STATE_FAILED) _exit(1);
     // All is answered or given up; a step or a load that still runs is not waited for.
     if (engine.abort_all || !engine.serving) _exit(engine.abort_all ? 130 : 0);
     pthread_join(thread, NULL);

@@ -1,6 +1,6 @@
 // tests/test_http.c: http.c over real sockets on 127.0.0.1, with the real json.c and tokenizer.c
-// and a fake engine: a thread that repeats the last user message, one byte and one token a step,
-// then EOS. A message may also be an order: "many N" gives N times 'x', "hang" gives nothing until
+// and a fake engine: a thread that repeats the last user message, or the prompt where there is none,
+// one byte and one token a step, then EOS. A message may also be an order: "many N" gives N times 'x', "hang" gives nothing until
 // it is cancelled, "nan" gives two tokens and then a value that is not a number.
 //   gcc -std=gnu11 -O2 -o test_http tests/test_http.c http.c tokenizer.c json.c -lpthread -lm &&
 // ./test_http
@@ -45,7 +45,11 @@ static atomic_bool abort_all, quit;
 static atomic_int step_us, cancelled_seen, submitted, steps_done;
 static float last_temperature, last_bias;
 static uint64_t last_seed[4];
+static atomic_int flushes;
+static int cached;  // tokens of each prompt that the engine says it had
 
+void engine_flush(void) { flushes++; }
+void options_json(Buf *b) { buf_str(b, "\"host\":\"0.0.0.0\",\"port\":30000"); }
 void engine_cancel(Seq *s) { s->cancelled = true; }
 
 void engine_submit(Seq *s) {
@@ -97,6 +101,9 @@ static Job *job_new(Seq *s) {
     j->seq = s;
     buf_str(&j->script, "");
     while (user > 0 && s->tokens.data[user - 1] != USER) user--;
+    if (!user && s->n_prompt && s->tokens.data[0] == BOS) user++;
+    s->n_cached = cached;
+    s->n_scored = s->score_from;
     for (int i = user; i < s->n_prompt && s->tokens.data[i] != ASSISTANT; i++) {
         Str text = tokenizer_bytes(server.tokenizer, s->tokens.data[i]);
         buf_add(&j->script, text.data, text.len);
@@ -111,9 +118,22 @@ static Job *job_new(Seq *s) {
     return j;
 }
 
-// One token of one sequence, in the engine's order of checks. True when it was the last.
+static void choose(Choice *c, const Seq *s, int id, float logprob) {
+    *c = (Choice){.id = id, .logprob = logprob};
+    for (int i = 0; i < s->sampling.top_logprobs; i++, c->n_top++)
+        c->top_id[i] = (id + i) % VOCAB, c->top_logprob[i] = logprob - (float)i;
+}
+
+// One token of one sequence, in the engine's order of checks, behind those of the prompt that are to
+// be scored. True when it was the last.
 static bool job_step(Job *j) {
     Seq *s = j->seq;
+    for (; s->n_scored && s->n_scored < s->n_prompt; s->n_scored++) {
+        Event *e = xcalloc(1, sizeof *e);
+        *e = (Event){.seq = s, .has_token = true, .prompt = true, .stop_id = -1, .stop_string = -1};
+        choose(&e->choice, s, s->tokens.data[s->n_scored], -0.25f * (float)s->n_scored);
+        post(e);
+    }
     Event *e = xcalloc(1, sizeof *e);
     *e = (Event){.seq = s, .stop_id = -1, .stop_string = -1};
     if (s->cancelled || abort_all) {
@@ -132,9 +152,7 @@ static bool job_step(Job *j) {
         ids_add(&s->tokens, id);
         n = (int)s->tokens.len - s->n_prompt;
         e->has_token = true;
-        e->choice = (Choice){.id = id, .logprob = -0.5f};
-        for (int i = 0; i < s->sampling.top_logprobs; i++, e->choice.n_top++)
-            e->choice.top_id[i] = (id + i) % VOCAB, e->choice.top_logprob[i] = -0.5f - (float)i;
+        choose(&e->choice, s, id, -0.5f);
         if (id == EOS && !s->ignore_eos) stop = 1;
         for (int i = 0; i < s->n_stop_id; i++) stop |= s->stop_id[i] == id;
         if (stop) e->finish = FINISH_STOP, e->stop_id = id;
