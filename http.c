@@ -795,7 +795,7 @@ static void params_init(Params *p, const Api *api) {
     p->seq.sampling = (Sampling){
         .temperature = native ? 1 : (float)server.config.temperature,
         .top_p = native ? 1 : (float)server.config.top_p,
-        .top_k = -1, .repetition_penalty = 1, .top_logprobs = -1, .given = -1};
+        .top_k = -1, .repetition_penalty = 1, .top_logprobs = -1};
     text_init(&p->seq.text, server.tokenizer, true);
 }
 
