@@ -621,17 +621,17 @@ typedef struct {
 } Histogram;
 
 static Histogram first_token = {
-    "time_to_first_token_seconds", "From a request's arrival to its first token.",
+    "sglang:time_to_first_token_seconds", "From a request's arrival to its first token.",
     {.1, .25, .5, .75, 1, 2, 5, 10, 20, 40, 60, 80, 120, 160}, {0}, 0};
 static Histogram per_token = {
-    "time_per_output_token_seconds", "A sequence's mean time between two tokens.",
+    "sglang:time_per_output_token_seconds", "A sequence's mean time between two tokens.",
     {.005, .01, .015, .02, .025, .03, .04, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5}, {0}, 0};
 static Histogram between_tokens = {
-    "inter_token_latency_seconds", "The time from one token to the next.",
+    "sglang:inter_token_latency_seconds", "The time from one token to the next.",
     {.002, .004, .006, .008, .01, .015, .02, .025, .03, .035, .04, .05, .075, .1, .15, .2, .3, .4,
      .5, .75, 1, 2}, {0}, 0};
 static Histogram whole_request = {
-    "e2e_request_latency_seconds", "From a request's arrival to its end.",
+    "sglang:e2e_request_latency_seconds", "From a request's arrival to its end.",
     {.1, .25, .5, 1, 2, 5, 10, 20, 40, 60, 80, 120, 160}, {0}, 0};
 static uint64_t tokens_generated, sequences_finished, aborted[FAULT + 1];
 
@@ -663,15 +663,14 @@ static void sample_write(Buf *b, const char *name, const char *label, double val
 }
 
 static void histogram_write(Buf *b, const Histogram *h) {
-    const char *name = at("sglang:%s", h->name);
     double count = 0;
-    family_write(b, name, "histogram", h->help);
+    family_write(b, h->name, "histogram", h->help);
     for (int i = 0; !i || h->le[i - 1] > 0; i++)
-        sample_write(b, at("%s_bucket", name),
+        sample_write(b, at("%s_bucket", h->name),
                      h->le[i] > 0 ? at(",le=\"%g\"", h->le[i]) : ",le=\"+Inf\"",
                      count += (double)h->count[i]);
-    sample_write(b, at("%s_sum", name), "", h->sum);
-    sample_write(b, at("%s_count", name), "", count);
+    sample_write(b, at("%s_sum", h->name), "", h->sum);
+    sample_write(b, at("%s_count", h->name), "", count);
 }
 
 static bool metrics(Conn *c) {
@@ -1014,10 +1013,10 @@ static bool native_params(Conn *c, uint32_t prompt, uint32_t prompts) {
     params_init(p, c->call->api);
     p->prompt = prompt, p->prompts = prompts;
     if (v && !(v = each(c, p, v))) return false;
-    if (v && v->type == JSON_NULL) v = NULL;
-    if (v && (!typed(c, v, JSON_OBJECT) || !fields_parse(c, p, v, PARAMS))) return false;
+    bool given = v && v->type != JSON_NULL;
+    if (given && (!typed(c, v, JSON_OBJECT) || !fields_parse(c, p, v, PARAMS))) return false;
     if (prompt && p->n != n)
-        return refuse(c, 400, "sampling_params", "got n %d and %d, want equal ones", n, p->n);
+        return refuse(c, 400, path_of(c, v, "n"), "got %d, want %d, as for the first prompt", p->n, n);
     p->object = v;
     p->sharers = p->n * (rid && rid->type == JSON_ARRAY ? 1 : (int)prompts);
     if (!fields_parse(c, p, json, NATIVE) || !fields_parse(c, p, json, EACH)) return false;
@@ -1055,7 +1054,7 @@ static bool prompts_add(Conn *c, const Json *v, bool texts, bool ids) {
     bool list = array && (!as_ids || first == JSON_ARRAY);
     if (!array && !(texts && v->type == JSON_STRING))
         return wrong_type(c, v, texts ? "string or array" : "array");
-    if (list && !v->count) return refuse(c, 400, path_of(c, v, NULL), "got an empty array");
+    if (list && !v->count) return refuse(c, 400, path_of(c, v, NULL), "got an empty array, want at least one prompt");
     const Json *one = list ? v + 1 : v;
     int64_t n = list ? v->count : 1;
     p->sharers = (int)n * p->n;
@@ -2079,11 +2078,11 @@ void http_serve(int listen_fd) {
     Buf polls = {0};
     const double pause = 0.1, most = 1;  // without files to accept with; between two looks around
     double give_up = INFINITY, rest = 0, report = 0;
-    int patience = server.options.watchdog_timeout;
     stops = 0, *failure = 0;
     for (;;) {
         now = now_seconds();
         double step = server.step_start;
+        int patience = server.options.watchdog_timeout;
         if (!*failure && patience > 0 && step > 0 && now - step > patience)
             server_fail(patience), give_up = now + most;
         double wake = now + most;
