@@ -180,7 +180,7 @@ static void respond_head(Conn *c, int code, const char *type, long length) {
     Request *r = &c->request;
     const Status *s = status_find(code);
     const Options *o = &server.options;
-    const char *level = o->log_level_http ? o->log_level_http : o->log_level ? o->log_level : "info";
+    const char *level = o->log_level_http ? o->log_level_http : o->log_level;
     bool quiet = code == 200 && r->route->quiet;
     responses[s - statuses]++;
     if (!strcmp(level, "debug") || (!strcmp(level, "info") && !quiet))  // SGLang's form
@@ -938,11 +938,12 @@ static void object_end(Buf *b, const Conn *c, bool usage) {
     const Call *call = c->call;
     int prompt = call->n_prompt, completion = call->n_completion;
     const char *details = call->params.stream ? "" : ",\"prompt_tokens_details\":null";
-    int cached = 0;
-    for (int i = 0; i < call->n_answers; i += call->params.n)
-        cached += call->answers[i].seq->n_cached;
-    if (server.options.enable_cache_report && !c->n_live)
+    if (server.options.enable_cache_report && !c->n_live) {
+        int cached = 0;
+        for (int i = 0; i < call->n_answers; i += call->params.n)
+            cached += call->answers[i].seq->n_cached;
         details = at(",\"prompt_tokens_details\":{\"cached_tokens\":%d}", cached);
+    }
     if (!usage) buf_str(b, "],\"usage\":null}");
     else buf_printf(b, "],\"usage\":{\"prompt_tokens\":%d,\"total_tokens\":%d,"
                     "\"completion_tokens\":%d%s}}", prompt, prompt + completion, completion,
@@ -1008,7 +1009,6 @@ static bool ids_parse(Conn *c, Ids *ids, const Json *list) {
 static bool native_params(Conn *c, uint32_t prompt, uint32_t prompts) {
     Params *p = &c->call->params;
     const Json *json = c->request.json, *v = field(json, "sampling_params");
-    const Json *rid = field(json, "rid");
     int n = p->n;
     params_init(p, c->call->api);
     p->prompt = prompt, p->prompts = prompts;
@@ -1016,9 +1016,9 @@ static bool native_params(Conn *c, uint32_t prompt, uint32_t prompts) {
     bool given = v && v->type != JSON_NULL;
     if (given && (!typed(c, v, JSON_OBJECT) || !fields_parse(c, p, v, PARAMS))) return false;
     if (prompt && p->n != n)
-        return refuse(c, 400, path_of(c, v, "n"), "got %d, want %d, as for the first prompt", p->n, n);
+        return refuse(c, 400, path_of(c, v, "n"), "got %d, want %d, as for the first prompt", p->n,
+                      n);
     p->object = v;
-    p->sharers = p->n * (rid && rid->type == JSON_ARRAY ? 1 : (int)prompts);
     if (!fields_parse(c, p, json, NATIVE) || !fields_parse(c, p, json, EACH)) return false;
     if (p->logprobs) p->seq.sampling.top_logprobs = p->top_logprobs;
     if (p->logprobs) p->seq.score_from = p->start_len + 1;
@@ -1044,7 +1044,7 @@ static bool prompt_parse(Conn *c, const Json *v, bool as_ids) {
     return call_fits(c);
 }
 
-// Adds the sequences of one prompt or of a list of them. Those may be texts, arrays of ids, or both.
+// Adds the sequences of one prompt or of a list of them: texts, arrays of ids, or either.
 static bool prompts_add(Conn *c, const Json *v, bool texts, bool ids) {
     Call *call = c->call;
     Params *p = &call->params;
@@ -1054,15 +1054,16 @@ static bool prompts_add(Conn *c, const Json *v, bool texts, bool ids) {
     bool list = array && (!as_ids || first == JSON_ARRAY);
     if (!array && !(texts && v->type == JSON_STRING))
         return wrong_type(c, v, texts ? "string or array" : "array");
-    if (list && !v->count) return refuse(c, 400, path_of(c, v, NULL), "got an empty array, want at least one prompt");
-    const Json *one = list ? v + 1 : v;
+    if (list && !v->count)
+        return refuse(c, 400, path_of(c, v, NULL), "got an empty array, want at least one prompt");
+    const Json *one = list ? v + 1 : v, *rid = field(c->request.json, "rid");
     int64_t n = list ? v->count : 1;
-    p->sharers = (int)n * p->n;
     for (int64_t i = 0; i < n; i++, one = json_next(one)) {
         if (call->api->where == PARAMS && !native_params(c, (uint32_t)i, (uint32_t)n)) return false;
         if (n * p->n > MAX_SEQS)
             return refuse(c, 400, path_of(c, v, NULL), "got %ld sequences, want at most %d",
                           n * p->n, MAX_SEQS);
+        p->sharers = p->n * (rid && rid->type == JSON_ARRAY ? 1 : (int)n);
         if (!prompt_parse(c, one, as_ids)) return false;
         call_add(c);
     }
@@ -1260,9 +1261,9 @@ static bool chat_prompt(Conn *c, Params *p) {
         p->forced_tag = think && !strcmp(text.data + text.len - strlen(THINK), THINK);
         if (prefill) {
             Str s = m[n - 1].content;
-            const char *open = memmem(s.data, s.len, "<think>", strlen("<think>"));
-            p->thinking = open && !memmem(open, s.len - (size_t)(open - s.data), "</think>",
-                                          strlen("</think>"));
+            size_t open = tag_find(s, OPEN_TAG);
+            size_t close = open + tag_find((Str){s.data + open, s.len - open}, CLOSE_TAG);
+            p->thinking = open + OPEN_TAG.len <= s.len && close + CLOSE_TAG.len > s.len;
             buf_add(&text, s.data, s.len);
         }
         p->thinking |= p->forced_tag;
