@@ -1999,16 +1999,21 @@ static void test_drain(void) {
 
 // A step that does not end: everybody is told why, and the server ends.
 static void test_watchdog(void) {
-    int plain = dial(), stream = dial(), native = dial(), sent = submitted;
+    int plain = dial(), stream = dial(), native = dial(), probe = dial(), sent = submitted;
     send_text(plain, post_text("/v1/chat/completions", "{" SAY("hang") "}"));
     send_text(stream, post_text("/v1/completions", "{\"stream\":true,\"prompt\":\"hang\"}"));
     send_text(native, post_text("/generate", "{\"stream\":true,\"text\":\"hang\"}"));
     CHECK(reaches(&submitted, sent + 3));
+    step_us = 700000;  // asleep the engine answers no probe
+    usleep(5000);
+    send_text(probe, "GET /health_generate HTTP/1.1\r\n\r\n");
+    CHECK(reaches(&submitted, sent + 4));
     server.options.watchdog_timeout = 7;
     server.step_start = now_seconds() - 5;  // not yet
     check_ask("GET /v1/models HTTP/1.1\r\n\r\n", 200, MODELS);
     server.step_start = now_seconds() - 8;
     double start = now_seconds();
+    int wake = dial();  // else the server looks around once a second
 #define LATE ERROR_F(503, "ServiceUnavailableError", "a step took longer than 7 s")
     Reply r = reply_read(plain, false);
     check_reply("plain", &r, 503, LATE);
@@ -2020,9 +2025,15 @@ static void test_watchdog(void) {
     r = reply_read(native, false);
     check_reply("native", &r, 200, "data: " REFUSED_G("a step took longer than 7 s") "\n\n" DONE);
     reply_free(&r);
+    r = reply_read(probe, false);
+    CHECK(r.status == 503 && strstr(r.body.data, "{\"status\":\"failed\",\"ready\":false,") &&
+          strstr(r.body.data, ",\"reason\":\"a step took longer than 7 s\",\"ranks\":"), "%s",
+          r.body.data);
+    reply_free(&r);
     server_wait();
     CHECK(server.state == STATE_FAILED && now_seconds() - start < 3, "%f", now_seconds() - start);
-    close(plain), close(stream), close(native);
+    close(plain), close(stream), close(native), close(probe), close(wake);
+    step_us = 0;
     server.step_start = 0;
     server.options.watchdog_timeout = 0;
 }
