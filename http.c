@@ -324,7 +324,7 @@ typedef struct {  // one sequence's part of an answer
 } Answer;
 
 typedef struct {
-    int where;          // which fields it has of its own, as in Field
+    int where;          // which fields are its own, as in Field; PARAMS: it is /generate
     int max_tokens;     // by default
     void (*token)(Conn *c, Answer *a, const Event *e);  // its logprobs go to the lists
     void (*event)(Conn *c, Answer *a);  // writes the sequence's next event into the stream
@@ -483,9 +483,10 @@ static int rid_find(Str rid, bool cancel) {
 static bool rid_parse(Conn *c, Params *p, const Field *f, const Json *v) {
     Str rid = p->rid = v->string;
     bool ok = rid.len >= f->lo && rid.len <= f->hi;
+    bool seen = p->prompt && v == field(c->request.json, "rid");  // with the first prompt
     for (size_t i = 0; ok && i < rid.len; i++) ok = rid.data[i] >= ' ' && rid.data[i] <= '~';
     if (!ok) return wrong(c, v, f->want);
-    return !rid_find(rid, false) ||
+    return seen || !rid_find(rid, false) ||
            refuse(c, 400, path_of(c, v, NULL), "got %s, which is still running", shown(v));
 }
 
@@ -951,7 +952,8 @@ static bool stream_fill(Conn *c) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// Prompts
+// Prompts of /v1/completions and /generate: texts or ids, one or many. The n sequences of each have
+// the parameters that the call has when they are added.
 
 // The text of n ids by themselves.
 static void ids_text(Buf *out, const int *id, size_t n, bool skip_special) {
@@ -1011,8 +1013,8 @@ static bool prompt_parse(Conn *c, const Json *v, bool as_ids) {
     Ids *ids = &p->seq.tokens;
     ids->len = 0;
     if (!typed(c, v, as_ids ? JSON_ARRAY : JSON_STRING)) return false;
+    if (as_ids && !ids_parse(c, ids, v)) return false;
     if (!as_ids) text_encode(ids, v->string, true);
-    else if (!ids_parse(c, ids, v)) return false;
     if (!ids->len)
         return refuse(c, 400, path_of(c, v, NULL), "got an empty %s, want at least one token id",
                       json_type_name(v));
@@ -1311,7 +1313,8 @@ static void completion_token(Conn *c, Answer *a, const Event *e) {
     logprob_write(&a->lists[1], choice->logprob), buf_str(&a->lists[1], "\n");
     text_write(&a->lists[2], &choice->id, 1, false), buf_str(&a->lists[2], "\n");
     if (!a->seq->sampling.top_logprobs) return;
-    buf_str(top, isnan(choice->logprob) ? "null" : "{");
+    bool none = isnan(choice->logprob);
+    buf_str(top, none ? "null" : "{");
     for (int i = 0; i < choice->n_top; i++) {
         Buf *name = scratch();
         text_write(name, &choice->top_id[i], 1, false);
@@ -1320,7 +1323,7 @@ static void completion_token(Conn *c, Answer *a, const Event *e) {
         buf_printf(top, i ? ",%s" : "%s", name->data);
         logprob_write(top, choice->top_logprob[i]);
     }
-    buf_str(top, isnan(choice->logprob) ? "\n" : "}\n");
+    buf_str(top, none ? "\n" : "}\n");
 }
 
 static bool complete(Conn *c) {
@@ -1353,12 +1356,13 @@ static void native_token(Conn *c, Answer *a, const Event *e) {
     Buf *list = &a->lists[!e->prompt], *top = &a->lists[2 + !e->prompt];
     entry_write(list, c, choice->id, choice->logprob), buf_str(list, "\n");
     if (!a->seq->sampling.top_logprobs) return;
-    buf_str(top, isnan(choice->logprob) ? "null" : "[");
+    bool none = isnan(choice->logprob);
+    buf_str(top, none ? "null" : "[");
     for (int i = 0; i < choice->n_top; i++) {
         if (i) buf_str(top, ",");
         entry_write(top, c, choice->top_id[i], choice->top_logprob[i]);
     }
-    buf_str(top, isnan(choice->logprob) ? "\n" : "]\n");
+    buf_str(top, none ? "\n" : "]\n");
 }
 
 static const char *native_finish(const Answer *a) {

@@ -1883,19 +1883,25 @@ static void test_many(void) {
 // Random bytes, and requests with random damage, never end the server.
 static void test_fuzz(void) {
     srand(1);
-    const char *good =
-        post_text("/v1/chat/completions",
-                  "{\"max_tokens\":1,\"stop\":[\"a\"],\"logit_bias\":{\"5\":1}," HELLO "}");
+    static const struct { const char *path, *body;
+    } good[] = {
+        {"/v1/chat/completions",
+         "{\"max_tokens\":1,\"stop\":[\"a\"],\"logit_bias\":{\"5\":1}," HELLO "}"},
+        {"/v1/completions", "{\"prompt\":[[1],[2,78]],\"logprobs\":2,\"echo\":true,\"stream\":true}"},
+        {"/generate", "{\"text\":[\"a\",\"b\"],\"sampling_params\":[{\"n\":2},{\"n\":2,\"stop\":\"a\"}],"
+         "\"rid\":[\"a\",\"b\"],\"return_logprob\":[true,false],\"logprob_start_len\":0}"},
+    };
     http_limits.header_s = http_limits.body_gap_s = http_limits.linger_s = 0.02;
     for (int i = 0; i < 1500; i++) {
         char text[512];
-        size_t n = strlen(good);
-        memcpy(text, good, n);
+        const char *request = post_text(good[i % 3].path, good[i % 3].body);
+        size_t n = strlen(request);
+        memcpy(text, request, n);
         for (int k = rand() % 4; k >= 0; k--) text[(size_t)rand() % n] = (char)rand();
         if (i % 10 == 0) for (size_t k = 0; k < n; k++) text[k] = (char)rand();
         int fd = dial();
         send_all(fd, text, n);
-        if (i % 3 == 0) shutdown(fd, SHUT_WR);
+        if (i % 4 == 0) shutdown(fd, SHUT_WR);
         char c;
         if (i % 2) while (recv(fd, &c, 1, 0) == 1 && c != '\n') {}
         close(fd);
