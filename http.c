@@ -1366,13 +1366,14 @@ static void native_token(Conn *c, Answer *a, const Event *e) {
 }
 
 static const char *native_finish(const Answer *a) {
-    static const char *const names[] = {"", "stop\",\"matched", "length\",\"length"};
-    if (a->finish == FINISH_NONE) return "null";
-    if (a->finish == FINISH_ABORT)
+    switch (a->finish) {
+    case FINISH_STOP: return at("{\"type\":\"stop\",\"matched\":%s}", matched(a));
+    case FINISH_LENGTH: return at("{\"type\":\"length\",\"length\":%d}", a->seq->max_tokens);
+    case FINISH_ABORT:
         return "{\"type\":\"abort\",\"message\":\"Aborted\",\"status_code\":null,"
                "\"err_type\":null}";
-    return at("{\"type\":\"%s\":%s}", names[a->finish],
-              a->finish == FINISH_STOP ? matched(a) : at("%d", a->seq->max_tokens));
+    default: return "null";
+    }
 }
 
 static void native_write(Buf *b, const Conn *c, const Answer *a) {
@@ -1396,7 +1397,7 @@ static void native_event(Conn *c, Answer *a) {
     Buf *b = scratch();
     native_write(b, c, a);
     stream_event(c, b->data);
-    a->started = true, a->waiting = false;
+    a->waiting = false;
 }
 
 static void native_answer(Conn *c) {
