@@ -180,7 +180,7 @@ static void respond_head(Conn *c, int code, const char *type, long length) {
     Request *r = &c->request;
     const Status *s = status_find(code);
     const Options *o = &server.options;
-    const char *level = o->log_level_http ? o->log_level_http : o->log_level ? o->log_level : "info";
+    const char *level = o->log_level_http ? o->log_level_http : o->log_level;
     bool quiet = code == 200 && r->route->quiet;
     responses[s - statuses]++;
     if (!strcmp(level, "debug") || (!strcmp(level, "info") && !quiet))  // SGLang's form
@@ -324,7 +324,7 @@ typedef struct {  // one sequence's part of an answer
 } Answer;
 
 typedef struct {
-    int where;          // which fields it has of its own, as in Field
+    int where;          // which fields are its own, as in Field; PARAMS: it is /generate
     int max_tokens;     // by default
     void (*token)(Conn *c, Answer *a, const Event *e);  // its logprobs go to the lists
     void (*event)(Conn *c, Answer *a);  // writes the sequence's next event into the stream
@@ -483,9 +483,10 @@ static int rid_find(Str rid, bool cancel) {
 static bool rid_parse(Conn *c, Params *p, const Field *f, const Json *v) {
     Str rid = p->rid = v->string;
     bool ok = rid.len >= f->lo && rid.len <= f->hi;
+    bool seen = p->prompt && v == field(c->request.json, "rid");  // with the first prompt
     for (size_t i = 0; ok && i < rid.len; i++) ok = rid.data[i] >= ' ' && rid.data[i] <= '~';
     if (!ok) return wrong(c, v, f->want);
-    return !rid_find(rid, false) ||
+    return seen || !rid_find(rid, false) ||
            refuse(c, 400, path_of(c, v, NULL), "got %s, which is still running", shown(v));
 }
 
@@ -592,9 +593,8 @@ static const Field fields[] = {
 static const Json *each(Conn *c, const Params *p, const Json *v) {
     if (v->type != JSON_ARRAY) return v;
     if (v->count != p->prompts)
-        refuse(c, 400, path_of(c, v, NULL), "got %u values, want one for each prompt, %u", v->count,
-               p->prompts);
-    if (v->count != p->prompts) return NULL;
+        return refuse(c, 400, path_of(c, v, NULL), "got %u values, want one for each prompt, %u",
+                      v->count, p->prompts), NULL;
     v++;
     for (uint32_t i = 0; i < p->prompt; i++) v = json_next(v);
     return v;
@@ -621,17 +621,18 @@ typedef struct {
 } Histogram;
 
 static Histogram first_token = {
-    "time_to_first_token_seconds", "From a request's arrival to its first token.",
+    "sglang:time_to_first_token_seconds", "From a request's arrival to its first token.",
     {.1, .25, .5, .75, 1, 2, 5, 10, 20, 40, 60, 80, 120, 160}, {0}, 0};
 static Histogram per_token = {
-    "time_per_output_token_seconds", "A sequence's mean time between two tokens.",
-    {.005, .01, .015, .02, .025, .03, .04, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5}, {0}, 0};
+    "sglang:time_per_output_token_seconds", "A sequence's mean time between two tokens.",
+    {.005, .01, .015, .02, .025, .03, .04, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5},
+    {0}, 0};
 static Histogram between_tokens = {
-    "inter_token_latency_seconds", "The time from one token to the next.",
+    "sglang:inter_token_latency_seconds", "The time from one token to the next.",
     {.002, .004, .006, .008, .01, .015, .02, .025, .03, .035, .04, .05, .075, .1, .15, .2, .3, .4,
      .5, .75, 1, 2}, {0}, 0};
 static Histogram whole_request = {
-    "e2e_request_latency_seconds", "From a request's arrival to its end.",
+    "sglang:e2e_request_latency_seconds", "From a request's arrival to its end.",
     {.1, .25, .5, 1, 2, 5, 10, 20, 40, 60, 80, 120, 160}, {0}, 0};
 static uint64_t tokens_generated, sequences_finished, aborted[FAULT + 1];
 
@@ -653,71 +654,56 @@ static void event_count(Answer *a, const Event *e, bool token) {
         aborted[e->finish == FINISH_ERROR ? FAULT : a->why]++;
 }
 
-static void family_write(Buf *b, const char *name, const char *type, const char *help) {
-    buf_printf(b, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, type);
-}
-
-// name{model_name="...",label="..."} value; label: none, or with a comma in front.
-static void sample_write(Buf *b, const char *name, const char *label, double value) {
-    buf_printf(b, "%s{model_name=%s%s} %.17g\n", name, quoted(served_name()), label, value);
+// name{model_name="...",label="..."} value, behind a family's head where there is a help.
+static void metric_write(Buf *b, const char *name, const char *type, const char *label,
+                         const char *help, double value) {
+    if (help) buf_printf(b, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, type);
+    buf_printf(b, "%s{model_name=%s%s} %.16g\n", name, quoted(served_name()), label, value);
 }
 
 static void histogram_write(Buf *b, const Histogram *h) {
-    const char *name = at("sglang:%s", h->name);
     double count = 0;
-    family_write(b, name, "histogram", h->help);
-    for (int i = 0; !i || h->le[i - 1] > 0; i++)
-        sample_write(b, at("%s_bucket", name),
-                     h->le[i] > 0 ? at(",le=\"%g\"", h->le[i]) : ",le=\"+Inf\"",
-                     count += (double)h->count[i]);
-    sample_write(b, at("%s_sum", name), "", h->sum);
-    sample_write(b, at("%s_count", name), "", count);
+    buf_printf(b, "# HELP %s %s\n# TYPE %s histogram\n", h->name, h->help, h->name);
+    for (int i = 0; !i || h->le[i - 1] > 0; i++) {
+        const char *label = h->le[i] > 0 ? at(",le=\"%g\"", h->le[i]) : ",le=\"+Inf\"";
+        metric_write(b, at("%s_bucket", h->name), NULL, label, NULL, count += (double)h->count[i]);
+    }
+    metric_write(b, at("%s_sum", h->name), NULL, "", NULL, h->sum);
+    metric_write(b, at("%s_count", h->name), NULL, "", NULL, count);
 }
 
 static bool metrics(Conn *c) {
     static const char *const reasons[] = {"shutdown", "disconnect", "api", "error"};
-    Server *s = &server;
-    Buf *b = &c->out;
-    const char *rank = ",rank=\"0\"";
-    const struct { const char *name, *type, *help, *label; double value; } singles[] = {
-        {"sglang:num_running_reqs", "gauge", "Sequences that run.", "", s->running},
-        {"sglang:num_queue_reqs", "gauge", "Sequences that wait.", "", s->queued},
-        {"sglang:num_used_tokens", "gauge", "Tokens of the cache that live sequences hold.", "",
-         s->used_tokens},
-        {"sglang:token_usage", "gauge", "The part of the cache that they hold.", "",
-         s->max_total_tokens ? (double)s->used_tokens / s->max_total_tokens : 0},
-        {"sglang:cache_hit_rate", "gauge", "Prompt tokens found in the cache, of all.", "",
-         s->cache_hit_rate},
-        {"sglang:gen_throughput", "gauge", "Tokens a second.", "", s->gen_throughput},
-        {"sglang:spec_accept_length", "gauge", "Tokens that speculation gains a step.", "", 0},
-        {"sglang:prompt_tokens_total", "counter", "Prompt tokens prefilled.", "",
-         (double)s->prompt_tokens},
-        {"sglang:cached_tokens_total", "counter", "Those of them found in the cache.", "",
-         (double)s->cached_tokens},
-        {"sglang:generation_tokens_total", "counter", "Tokens generated.", "",
-         (double)tokens_generated},
-        {"sglang:num_requests_total", "counter", "Sequences finished.", "",
-         (double)sequences_finished},
-        {"r1:ready", "gauge", "1 when requests are answered.", "", server_state() == STATE_READY},
-        {"r1:load_bytes", "gauge", "Bytes of weights loaded.", rank,
-         (double)s->progress.loaded_bytes},
-        {"r1:load_total_bytes", "gauge", "Bytes of weights to load.", rank,
-         (double)s->progress.total_bytes},
-        {"r1:steps_total", "counter", "Runs of the model.", "", (double)s->steps},
-        {"r1:preempted_total", "counter", "Sequences that had to give their pages back.", "",
-         (double)s->preempted},
+    const Server *s = &server;
+    const char *rank = ",rank=\"0\"", *g = "gauge", *n = "counter";
+    double usage = s->used_tokens / fmax(1, s->max_total_tokens);
+    const struct { const char *name, *type, *label, *help; double value; } rows[] = {
+        {"sglang:num_running_reqs", g, "", "Sequences that run.", s->running},
+        {"sglang:num_queue_reqs", g, "", "Sequences that wait.", s->queued},
+        {"sglang:num_used_tokens", g, "", "Tokens of the cache in use.", s->used_tokens},
+        {"sglang:token_usage", g, "", "The same as a part of the cache.", usage},
+        {"sglang:cache_hit_rate", g, "", "Prompt tokens found in the cache.", s->cache_hit_rate},
+        {"sglang:gen_throughput", g, "", "Tokens a second.", s->gen_throughput},
+        {"sglang:spec_accept_length", g, "", "Tokens that speculation gains a step.", 0},
+        {"sglang:prompt_tokens_total", n, "", "Prompt tokens prefilled.", s->prompt_tokens},
+        {"sglang:cached_tokens_total", n, "", "Those found in the cache.", s->cached_tokens},
+        {"sglang:generation_tokens_total", n, "", "Tokens generated.", tokens_generated},
+        {"sglang:num_requests_total", n, "", "Sequences finished.", sequences_finished},
+        {"r1:ready", g, "", "1 when requests are answered.", server_state() == STATE_READY},
+        {"r1:load_bytes", g, rank, "Bytes of weights loaded.", s->progress.loaded_bytes},
+        {"r1:load_total_bytes", g, rank, "Bytes of weights to load.", s->progress.total_bytes},
+        {"r1:steps_total", n, "", "Runs of the model.", s->steps},
+        {"r1:preempted_total", n, "", "Sequences that gave their pages back.", s->preempted},
     };
-    for (size_t i = 0; i < sizeof singles / sizeof *singles; i++) {
-        family_write(b, singles[i].name, singles[i].type, singles[i].help);
-        sample_write(b, singles[i].name, singles[i].label, singles[i].value);
-    }
-    family_write(b, "r1:aborted_total", "counter", "Sequences that did not end by themselves.");
+    Buf *b = &c->out;
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        metric_write(b, rows[i].name, rows[i].type, rows[i].label, rows[i].help, rows[i].value);
     for (int i = 0; i <= FAULT; i++)
-        sample_write(b, "r1:aborted_total", at(",reason=\"%s\"", reasons[i]), (double)aborted[i]);
-    family_write(b, "r1:http_responses_total", "counter", "Answers by status.");
+        metric_write(b, "r1:aborted_total", n, at(",reason=\"%s\"", reasons[i]),
+                     i ? NULL : "Sequences that did not end by themselves.", aborted[i]);
     for (int i = 0; i < STATUSES; i++)
-        sample_write(b, "r1:http_responses_total", at(",code=\"%d\"", statuses[i].code),
-                     (double)responses[i]);
+        metric_write(b, "r1:http_responses_total", n, at(",code=\"%d\"", statuses[i].code),
+                     i ? NULL : "Answers by status.", responses[i]);
     histogram_write(b, &first_token), histogram_write(b, &per_token);
     histogram_write(b, &between_tokens), histogram_write(b, &whole_request);
     return respond_as(c, 200, "text/plain; version=0.0.4; charset=utf-8");
@@ -734,13 +720,13 @@ static bool metrics(Conn *c) {
 // Where the tag begins in s, or what s ends in and may become it; s.len: nowhere.
 static size_t tag_find(Str s, Str tag) {
     size_t i = 0;
-    while (i < s.len && memcmp(s.data + i, tag.data, s.len - i < tag.len ? s.len - i : tag.len)) i++;
+    while (i < s.len && !str_begins(tag, str_cut((Str){s.data + i, s.len - i}, tag.len))) i++;
     return i;
 }
 
-static size_t blanks(Str s) {  // at its head
+static size_t blanks(const Buf *b) {  // white space at its head
     size_t n = 0;
-    while (n < s.len && isspace((uint8_t)s.data[n])) n++;
+    while (n < b->len && isspace((uint8_t)b->data[n])) n++;
     return n;
 }
 
@@ -750,17 +736,14 @@ static void reasoning_push(Answer *a, Str text, bool thinking) {
     bool end = a->finish;
     buf_add(h, text.data, text.len);
     if (a->part == HEAD) {
-        size_t blank = blanks(buf_text(h));
-        Str rest = {buf_text(h).data + blank, h->len - blank};
+        size_t blank = blanks(h);
+        Str rest = {h->data + blank, h->len - blank};
         bool tag = str_begins(rest, OPEN_TAG);
         if (!tag && !end && str_begins(OPEN_TAG, rest)) return;  // it may become one
         if (tag) buf_shift(h, NULL, blank + OPEN_TAG.len);
         a->part = tag || thinking ? OPENED : CONTENT;
     }
-    if (a->part == OPENED) {
-        buf_shift(h, NULL, blanks(buf_text(h)));
-        if (h->len) a->part = THINKING;
-    }
+    if (a->part == OPENED) buf_shift(h, NULL, blanks(h)), a->part += h->len > 0;
     if (a->part == THINKING) {
         size_t tag = tag_find(buf_text(h), CLOSE_TAG), n;
         bool whole = tag + CLOSE_TAG.len <= h->len;
@@ -769,10 +752,7 @@ static void reasoning_push(Answer *a, Str text, bool thinking) {
         buf_shift(h, &a->thought, n);
         if (whole) a->part = CLOSED, buf_shift(h, NULL, tag - n + CLOSE_TAG.len);
     }
-    if (a->part == CLOSED) {
-        buf_shift(h, NULL, blanks(buf_text(h)));
-        if (h->len) a->part = CONTENT;
-    }
+    if (a->part == CLOSED) buf_shift(h, NULL, blanks(h)), a->part += h->len > 0;
     if (a->part == CONTENT) buf_shift(h, &a->text, h->len);
 }
 
@@ -901,9 +881,9 @@ static bool call_start(Conn *c) {
     return true;
 }
 
-// Takes one event of the engine's into the answer that it belongs to. Where the client keeps up it is
-// written at once, so that a stream has a chunk for each token and sequence; conn_run() sends what
-// a round's events have made.
+// Takes one event of the engine's into the answer that it belongs to. Where the client keeps up it
+// is written at once, so that a stream has a chunk for each token and sequence; conn_run() sends
+// what a round's events have made.
 static void call_event(Conn *c, const Event *e) {
     Call *call = c->call;
     Answer *a = &call->answers[e->seq->index];
@@ -939,11 +919,12 @@ static void object_end(Buf *b, const Conn *c, bool usage) {
     const Call *call = c->call;
     int prompt = call->n_prompt, completion = call->n_completion;
     const char *details = call->params.stream ? "" : ",\"prompt_tokens_details\":null";
-    int cached = 0;
-    for (int i = 0; i < call->n_answers; i += call->params.n)
-        cached += call->answers[i].seq->n_cached;
-    if (server.options.enable_cache_report && !c->n_live)
+    if (server.options.enable_cache_report && !c->n_live) {
+        int cached = 0;
+        for (int i = 0; i < call->n_answers; i += call->params.n)
+            cached += call->answers[i].seq->n_cached;
         details = at(",\"prompt_tokens_details\":{\"cached_tokens\":%d}", cached);
+    }
     if (!usage) buf_str(b, "],\"usage\":null}");
     else buf_printf(b, "],\"usage\":{\"prompt_tokens\":%d,\"total_tokens\":%d,"
                     "\"completion_tokens\":%d%s}}", prompt, prompt + completion, completion,
@@ -971,7 +952,8 @@ static bool stream_fill(Conn *c) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// Prompts
+// Prompts of /v1/completions and /generate: texts or ids, one or many. The n sequences of each have
+// the parameters that the call has when they are added.
 
 // The text of n ids by themselves.
 static void ids_text(Buf *out, const int *id, size_t n, bool skip_special) {
@@ -1009,17 +991,16 @@ static bool ids_parse(Conn *c, Ids *ids, const Json *list) {
 static bool native_params(Conn *c, uint32_t prompt, uint32_t prompts) {
     Params *p = &c->call->params;
     const Json *json = c->request.json, *v = field(json, "sampling_params");
-    const Json *rid = field(json, "rid");
     int n = p->n;
     params_init(p, c->call->api);
     p->prompt = prompt, p->prompts = prompts;
     if (v && !(v = each(c, p, v))) return false;
-    if (v && v->type == JSON_NULL) v = NULL;
-    if (v && (!typed(c, v, JSON_OBJECT) || !fields_parse(c, p, v, PARAMS))) return false;
+    bool given = v && v->type != JSON_NULL;
+    if (given && (!typed(c, v, JSON_OBJECT) || !fields_parse(c, p, v, PARAMS))) return false;
     if (prompt && p->n != n)
-        return refuse(c, 400, "sampling_params", "got n %d and %d, want equal ones", n, p->n);
+        return refuse(c, 400, path_of(c, v, "n"), "got %d, want %d, as for the first prompt", p->n,
+                      n);
     p->object = v;
-    p->sharers = p->n * (rid && rid->type == JSON_ARRAY ? 1 : (int)prompts);
     if (!fields_parse(c, p, json, NATIVE) || !fields_parse(c, p, json, EACH)) return false;
     if (p->logprobs) p->seq.sampling.top_logprobs = p->top_logprobs;
     if (p->logprobs) p->seq.score_from = p->start_len + 1;
@@ -1032,8 +1013,8 @@ static bool prompt_parse(Conn *c, const Json *v, bool as_ids) {
     Ids *ids = &p->seq.tokens;
     ids->len = 0;
     if (!typed(c, v, as_ids ? JSON_ARRAY : JSON_STRING)) return false;
+    if (as_ids && !ids_parse(c, ids, v)) return false;
     if (!as_ids) text_encode(ids, v->string, true);
-    else if (!ids_parse(c, ids, v)) return false;
     if (!ids->len)
         return refuse(c, 400, path_of(c, v, NULL), "got an empty %s, want at least one token id",
                       json_type_name(v));
@@ -1045,7 +1026,7 @@ static bool prompt_parse(Conn *c, const Json *v, bool as_ids) {
     return call_fits(c);
 }
 
-// Adds the sequences of one prompt or of a list of them. Those may be texts, arrays of ids, or both.
+// Adds the sequences of one prompt or of a list of them: texts, arrays of ids, or either.
 static bool prompts_add(Conn *c, const Json *v, bool texts, bool ids) {
     Call *call = c->call;
     Params *p = &call->params;
@@ -1055,15 +1036,16 @@ static bool prompts_add(Conn *c, const Json *v, bool texts, bool ids) {
     bool list = array && (!as_ids || first == JSON_ARRAY);
     if (!array && !(texts && v->type == JSON_STRING))
         return wrong_type(c, v, texts ? "string or array" : "array");
-    if (list && !v->count) return refuse(c, 400, path_of(c, v, NULL), "got an empty array");
-    const Json *one = list ? v + 1 : v;
+    if (list && !v->count)
+        return refuse(c, 400, path_of(c, v, NULL), "got an empty array, want at least one prompt");
+    const Json *one = list ? v + 1 : v, *rid = field(c->request.json, "rid");
     int64_t n = list ? v->count : 1;
-    p->sharers = (int)n * p->n;
     for (int64_t i = 0; i < n; i++, one = json_next(one)) {
         if (call->api->where == PARAMS && !native_params(c, (uint32_t)i, (uint32_t)n)) return false;
         if (n * p->n > MAX_SEQS)
             return refuse(c, 400, path_of(c, v, NULL), "got %ld sequences, want at most %d",
                           n * p->n, MAX_SEQS);
+        p->sharers = p->n * (rid && rid->type == JSON_ARRAY ? 1 : (int)n);
         if (!prompt_parse(c, one, as_ids)) return false;
         call_add(c);
     }
@@ -1076,9 +1058,9 @@ static bool prompts_add(Conn *c, const Json *v, bool texts, bool ids) {
 
 #define THINK "<think>\n"
 
-typedef struct {  // what one choice tells, in a chunk or in the whole answer; a text's data may be NULL
+typedef struct {  // what a chunk or the whole answer tells of one choice
     const char *role;
-    Str text, thought;
+    Str text, thought;    // data NULL: null
     size_t lists[LISTS];  // bytes of each
     bool done;
 } Part;
@@ -1113,8 +1095,6 @@ static const char *matched(const Answer *a) {
         quoted(a->seq->text.stop[a->stop_string]);
 }
 
-static const char *quoted_or_null(Str s) { return s.data ? quoted(s) : "null"; }
-
 static void choice_write(Buf *b, const Call *call, const Answer *a, const Part *part) {
     static const char *const reasons[] = {"null", "\"stop\"", "\"length\"", "\"abort\""};
     const Params *p = &call->params;
@@ -1122,9 +1102,10 @@ static void choice_write(Buf *b, const Call *call, const Answer *a, const Part *
     buf_printf(b, "{\"index\":%d,", a->seq->index);
     if (call->api->where == CHAT) {
         buf_printf(b, "\"%s\":{\"role\":%s,\"content\":%s", p->stream ? "delta" : "message",
-                   part->role, quoted_or_null(part->text));
+                   part->role, part->text.data ? quoted(part->text) : "null");
         if (p->separate_reasoning)
-            buf_printf(b, ",\"reasoning_content\":%s", quoted_or_null(part->thought));
+            buf_printf(b, ",\"reasoning_content\":%s",
+                       part->thought.data ? quoted(part->thought) : "null");
         buf_str(b, ",\"tool_calls\":null}");
     } else buf_printf(b, "\"text\":%s", quoted(part->text));
     buf_str(b, list ? ",\"logprobs\":{" : ",\"logprobs\":null");
@@ -1188,8 +1169,8 @@ static void v1_answer(Conn *c) {
 static bool v1_fields(Conn *c) {
     Params *p = &c->call->params;
     const Json *json = c->request.json, *options = field(json, "stream_options");
-    if (!fields_parse(c, p, json, c->call->api->where)) return false;
-    return !options || (typed(c, options, JSON_OBJECT) && fields_parse(c, p, options, USAGE));
+    return fields_parse(c, p, json, c->call->api->where) &&
+           (!options || (typed(c, options, JSON_OBJECT) && fields_parse(c, p, options, USAGE)));
 }
 
 static bool v1_start(Conn *c, const char *object) {
@@ -1261,9 +1242,9 @@ static bool chat_prompt(Conn *c, Params *p) {
         p->forced_tag = think && !strcmp(text.data + text.len - strlen(THINK), THINK);
         if (prefill) {
             Str s = m[n - 1].content;
-            const char *open = memmem(s.data, s.len, "<think>", strlen("<think>"));
-            p->thinking = open && !memmem(open, s.len - (size_t)(open - s.data), "</think>",
-                                          strlen("</think>"));
+            size_t open = tag_find(s, OPEN_TAG);
+            size_t close = open + tag_find((Str){s.data + open, s.len - open}, CLOSE_TAG);
+            p->thinking = open + OPEN_TAG.len <= s.len && close + CLOSE_TAG.len > s.len;
             buf_add(&text, s.data, s.len);
         }
         p->thinking |= p->forced_tag;
@@ -1332,16 +1313,17 @@ static void completion_token(Conn *c, Answer *a, const Event *e) {
     logprob_write(&a->lists[1], choice->logprob), buf_str(&a->lists[1], "\n");
     text_write(&a->lists[2], &choice->id, 1, false), buf_str(&a->lists[2], "\n");
     if (!a->seq->sampling.top_logprobs) return;
-    buf_str(top, isnan(choice->logprob) ? "null" : "{");
+    bool none = isnan(choice->logprob);
+    buf_str(top, none ? "null" : "{");
     for (int i = 0; i < choice->n_top; i++) {
         Buf *name = scratch();
         text_write(name, &choice->top_id[i], 1, false);
         buf_str(name, ":");
-        if (i && strstr(top->data + from, name->data)) continue;  // the likelier of equal texts stays
+        if (i && strstr(top->data + from, name->data)) continue;  // of equal texts the first stays
         buf_printf(top, i ? ",%s" : "%s", name->data);
         logprob_write(top, choice->top_logprob[i]);
     }
-    buf_str(top, isnan(choice->logprob) ? "\n" : "}\n");
+    buf_str(top, none ? "\n" : "}\n");
 }
 
 static bool complete(Conn *c) {
@@ -1374,33 +1356,40 @@ static void native_token(Conn *c, Answer *a, const Event *e) {
     Buf *list = &a->lists[!e->prompt], *top = &a->lists[2 + !e->prompt];
     entry_write(list, c, choice->id, choice->logprob), buf_str(list, "\n");
     if (!a->seq->sampling.top_logprobs) return;
-    buf_str(top, isnan(choice->logprob) ? "null" : "[");
+    bool none = isnan(choice->logprob);
+    buf_str(top, none ? "null" : "[");
     for (int i = 0; i < choice->n_top; i++) {
         if (i) buf_str(top, ",");
         entry_write(top, c, choice->top_id[i], choice->top_logprob[i]);
     }
-    buf_str(top, isnan(choice->logprob) ? "\n" : "]\n");
+    buf_str(top, none ? "\n" : "]\n");
+}
+
+static const char *native_finish(const Answer *a) {
+    switch (a->finish) {
+    case FINISH_STOP: return at("{\"type\":\"stop\",\"matched\":%s}", matched(a));
+    case FINISH_LENGTH: return at("{\"type\":\"length\",\"length\":%d}", a->seq->max_tokens);
+    case FINISH_ABORT:
+        return "{\"type\":\"abort\",\"message\":\"Aborted\",\"status_code\":null,"
+               "\"err_type\":null}";
+    default: return "null";
+    }
 }
 
 static void native_write(Buf *b, const Conn *c, const Answer *a) {
-    const Call *call = c->call;
     const Seq *s = a->seq;
-    const char *finish = a->finish == FINISH_STOP ? at("{\"type\":\"stop\",\"matched\":%s}", matched(a)) :
-        a->finish == FINISH_LENGTH ? at("{\"type\":\"length\",\"length\":%d}", s->max_tokens) :
-        a->finish == FINISH_ABORT ? "{\"type\":\"abort\",\"message\":\"Aborted\",\"status_code\":null,"
-                                    "\"err_type\":null}" : "null";
     size_t bytes[LISTS];
     for (int i = 0; i < LISTS; i++) bytes[i] = a->lists[i].len;
     buf_str(b, "{\"text\":");
     json_write_string(b, buf_text(&a->text));
     buf_printf(b, ",\"meta_info\":{\"id\":%s,\"finish_reason\":%s,\"prompt_tokens\":%d,",
-               quoted(str_of(s->rid)), finish, s->n_prompt);
+               quoted(str_of(s->rid)), native_finish(a), s->n_prompt);
     if (s->sampling.top_logprobs >= 0) {
-        lists_write(b, call, a, bytes, s->sampling.top_logprobs ? LISTS : 2);
+        lists_write(b, c->call, a, bytes, s->sampling.top_logprobs ? LISTS : 2);
         buf_str(b, ",");
     }
     buf_printf(b, "\"completion_tokens\":%d,\"cached_tokens\":%d}", a->n_tokens, s->n_cached);
-    if (call->list && call->params.stream) buf_printf(b, ",\"index\":%d", s->index);
+    if (c->call->list && c->call->params.stream) buf_printf(b, ",\"index\":%d", s->index);
     buf_str(b, "}");
 }
 
@@ -1408,7 +1397,7 @@ static void native_event(Conn *c, Answer *a) {
     Buf *b = scratch();
     native_write(b, c, a);
     stream_event(c, b->data);
-    a->started = true, a->waiting = false;
+    a->waiting = false;
 }
 
 static void native_answer(Conn *c) {
@@ -2027,8 +2016,8 @@ static void take_events(void) {
     }
 }
 
-// A step that does not end can't be taken back. All who wait are told; then the program ends, so that
-// whoever watches it starts it anew.
+// A step that does not end can't be taken back. All who wait are told; then the program ends, so
+// that whoever watches it starts it anew.
 static void server_fail(int seconds) {
     log_line(0, "Watchdog timeout (self.watchdog_timeout=%d)", seconds);
     snprintf(failure, sizeof failure, "a step took longer than %d s", seconds);
@@ -2079,11 +2068,11 @@ void http_serve(int listen_fd) {
     Buf polls = {0};
     const double pause = 0.1, most = 1;  // without files to accept with; between two looks around
     double give_up = INFINITY, rest = 0, report = 0;
-    int patience = server.options.watchdog_timeout;
     stops = 0, *failure = 0;
     for (;;) {
         now = now_seconds();
         double step = server.step_start;
+        int patience = server.options.watchdog_timeout;
         if (!*failure && patience > 0 && step > 0 && now - step > patience)
             server_fail(patience), give_up = now + most;
         double wake = now + most;
