@@ -26,8 +26,8 @@ FLAGS := $(BUILD)/flags
 $(shell mkdir -p $(BUILD); echo '$(CC) $(CFLAGS)' | cmp -s - $(FLAGS) || \
     echo '$(CC) $(CFLAGS)' >$(FLAGS))
 
-SOURCES := r1 kernels tokenizer json http
-TESTS := json tokenizer kernels checkpoint sample scheduler http oracle oracle_exact end_to_end
+SOURCES := r1 kernels tokenizer json http bench
+TESTS := json tokenizer kernels checkpoint sample scheduler http bench oracle oracle_exact end_to_end
 
 ifeq ($(SAN),1)
 r1: build/san/r1
@@ -51,7 +51,7 @@ $(BUILD)/r1_test.o: r1.c r1.h Makefile $(FLAGS)
 $(BUILD)/%_exact.o: %.c r1.h Makefile $(FLAGS)
 	$(CC) $(CFLAGS) -DEXACT -Dmain=r1_main -c $< -o $@
 
-PARTS := $(BUILD)/r1_test.o $(patsubst %,$(BUILD)/%.o,kernels tokenizer json http)
+PARTS := $(BUILD)/r1_test.o $(patsubst %,$(BUILD)/%.o,kernels tokenizer json http bench)
 
 $(BUILD)/test_%: tests/test_%.c tests/test.h r1.h $(PARTS)
 	$(CC) $(CFLAGS) $< $(PARTS) -o $@ $(LIBS)
@@ -66,9 +66,13 @@ $(BUILD)/test_scheduler: tests/test_scheduler.c tests/test.h r1.c r1.h $(PARTS)
 $(BUILD)/test_kernels: tests/test_kernels.c tests/test.h kernels.c r1.h $(BUILD)/json.o
 	$(CC) $(CFLAGS) $< $(BUILD)/json.o -o $@ $(LIBS)
 
+# It includes bench.c.
+$(BUILD)/test_bench: tests/test_bench.c tests/test.h bench.c r1.h $(PARTS)
+	$(CC) $(CFLAGS) $< $(filter-out %/bench.o,$(PARTS)) -o $@ $(LIBS)
+
 $(BUILD)/test_oracle_exact: tests/test_oracle.c tests/test.h r1.h $(BUILD)/r1_exact.o $(BUILD)/kernels_exact.o $(PARTS)
 	$(CC) $(CFLAGS) -DEXACT $< $(BUILD)/r1_exact.o $(BUILD)/kernels_exact.o \
-	    $(patsubst %,$(BUILD)/%.o,tokenizer json http) -o $@ $(LIBS)
+	    $(patsubst %,$(BUILD)/%.o,tokenizer json http bench) -o $@ $(LIBS)
 
 $(BUILD)/bench_linear: tests/bench_linear.c r1.h $(PARTS)
 	$(CC) $(CFLAGS) $< $(PARTS) -o $@ $(LIBS)
