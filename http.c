@@ -1070,8 +1070,10 @@ static bool request_admit(Conn *c) {
     int state = server_state();
     double total = fmax(1, (double)server.progress.total_bytes);
     double percent = 100 * (double)server.progress.loaded_bytes / total;
-    bool open = !server.options.api_key || str_begins(r->path, STR("/health"));
-    bool probe = r->route && r->route->shape == HEALTH;  // these say themselves what state it is
+    // The page holds no secret and waits for the model by itself: it asks /health and for the key.
+    bool is_page = r->route && r->route->handler == page;
+    bool open = !server.options.api_key || is_page || str_begins(r->path, STR("/health"));
+    bool probe = is_page || (r->route && r->route->shape == HEALTH);  // these say what state it is
     if (!open && !key_matches(r->authorization)) return refuse(c, 401, NULL, "Unauthorized");
     if (!probe && state == STATE_DRAINING) return refuse(c, 503, NULL, "r1 is shutting down");
     if (!probe && state != STATE_READY) {
