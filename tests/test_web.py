@@ -383,6 +383,25 @@ def test_stop(page, proxy):
     page.until("turns.length === 5", "and the last conversation can be brought back")
 
 
+def test_scrolling(page, proxy):
+    """The page follows the answer while the reader is at its end, and not otherwise."""
+    at_end = "$('main').scrollHeight - $('main').scrollTop - $('main').clientHeight < 2"
+    page.size(1100, 420)
+    proxy.pace = 0.01
+    ask(page, "Spell strawberry backwards")
+    page.until("turns.at(-1).content.length > 150", "it thinks")
+    check(page.js(at_end), "the end stays in sight")
+    window = TURN + ".querySelector('.window')"
+    check(page.js(f"{window}.clientHeight < {window}.scrollHeight && Math.abs({window}.scrollTop) < 2"),
+          "so do the last thoughts, in a window")
+    page.shot("window-light")
+    page.js("$('main').scrollTop = 30")
+    page.until(IDLE)
+    check(page.js("$('main').scrollTop") == 30, "a reader who is elsewhere is left there")
+    check(page.js(TURN + ".querySelector('details').open"), "and nothing folds")
+    page.size(1100, 800)
+
+
 def test_phone(page, proxy):
     page.size(360, 740, phone=True)
     proxy.pace = 0.01
@@ -540,6 +559,7 @@ def main():
             test_first_question(page, proxy)
             test_second_turn(page, proxy)
             test_stop(page, proxy)
+            test_scrolling(page, proxy)
             test_phone(page, proxy)
             errors = page.errors()
             check(not errors, f"no console errors: {errors}")
