@@ -439,11 +439,12 @@ def test_phone(page, proxy):
 def test_markdown(page):
     """Drawn a character at a time or at once, a text gives the same elements, and they are the right ones."""
     text = ("# One\n\ntext **bold** and `a*b` and \\(x**2**y\\)\nsecond line\n\n- a\n  - b\n    1. c\n- d\n\n"
-            "- e\n\n3. three\n   more\n\n4. four\n\n```py\nif a:\n\n    **b**\n```\n$$\n- x\n$$\n***\n"
+            "- e\n\n3. three\n   more\n   ```\n   in\n     x\n   ```\n4. four\n\n```py\nif a:\n\n    **b**\n```\n$$\n- x\n$$\n***\n"
             "<img src=x onerror=alert(1)> **open\n\n\u2028odd ` tick\n```\nunclosed")
     want = ("<h3>One</h3><p>text <strong>bold</strong> and <code>a*b</code> and \\(x**2**y\\)\nsecond line</p>"
             "<div><ul><li>a<ul><li>b<ol start=\"1\"><li>c</li></ol></li></ul></li><li>d</li><li>e</li></ul>"
-            "<ol start=\"3\"><li>three\nmore</li><li>four</li></ol></div>"
+            "<ol start=\"3\"><li>three\nmore</li></ol></div><pre tabindex=\"0\"><code>in\n  x</code></pre>"
+            "<div><ol start=\"4\"><li>four</li></ol></div>"
             "<pre tabindex=\"0\"><code>if a:\n\n    **b**</code></pre><p>$$\n- x\n$$</p><hr>"
             "<p>&lt;img src=x onerror=alert(1)&gt; **open</p><p>\u2028odd ` tick</p>"
             "<pre tabindex=\"0\"><code>unclosed</code></pre>")
@@ -517,6 +518,10 @@ def test_key(page, proxy):
     page.until("$('settings').open && !$('want-key').hidden", "a server with a key asks for it")
     check(page.js("document.activeElement.name") == "key", "in its field")
     page.shot("key-light")
+    page.key("Escape")
+    time.sleep(0.5)
+    check(page.js("!$('settings').open"), "and may be told no")
+    page.js("$('set').click(); document.querySelector('[name=key]').focus()")
     page.type("s3cret")
     page.key("Enter")
     page.until("!$('settings').open && $('model').textContent === 'tiny-r1'", "the key is taken")
