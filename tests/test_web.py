@@ -4,8 +4,8 @@
 
 Needs Chromium (Debian: apt install chromium) and websocket-client (pip install websocket-client)
 and skips, saying so, without them. The browser is driven through its DevTools protocol. Between it
-and r1 stands a small proxy, which writes down what is asked, can slow a stream down so that there is
-something to see, and can answer like a server in trouble. Screenshots go to build/web/.
+and r1 stands a small proxy, which writes down what is asked, can slow a stream down so that there
+is something to see, and can answer like a server in trouble. Screenshots go to build/web/.
 """
 import base64
 import contextlib
@@ -43,7 +43,8 @@ def finish():
     sys.exit(counts["failed"] > 0)
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+NAMES = "chromium", "chromium-browser", "google-chrome"
+BROWSER = next(filter(None, map(shutil.which, NAMES)), None)
 try:
     import websocket
 except ImportError:
@@ -57,8 +58,8 @@ if not BROWSER or not websocket:
 def r1(*flags):
     """The port of a running ./r1 serve."""
     binary = os.environ.get("R1", os.path.join(ROOT, "r1"))
-    process = subprocess.Popen([binary, "serve", "--host", "127.0.0.1", "--port", "0", *flags],
-                               stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    process = subprocess.Popen([binary, "serve", "--model-path", "tiny-r1", "--host", "127.0.0.1",
+                                "--port", "0", *flags], stderr=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         port = 0
         for line in process.stderr:
@@ -66,6 +67,8 @@ def r1(*flags):
             port = int(found[1]) if found else port
             if "ready to roll" in line:
                 break
+        else:
+            raise RuntimeError(f"{binary} did not start: {line}")
         # The log must be read on, or its pipe would fill and hold the server.
         threading.Thread(target=process.stderr.read, daemon=True).start()
         yield port
@@ -75,7 +78,7 @@ def r1(*flags):
 
 
 class Proxy:
-    """Stands between browser and r1. `requests` has (method, path, headers, body) of all that came."""
+    """Stands between browser and r1. `requests` has (path, body) of all that came."""
 
     def __init__(self):
         self.target = 0          # r1's port
@@ -106,7 +109,7 @@ class Proxy:
 
     def handle(self, to):
         body = to.rfile.read(int(to.headers.get("Content-Length", 0)))
-        self.requests.append((to.command, to.path, dict(to.headers), body))
+        self.requests.append((to.path, body))
         if to.path in self.faults:
             status, data = self.faults[to.path]
             to.send_response(status)
@@ -137,7 +140,7 @@ class Proxy:
 
     def chats(self):
         """The bodies of the questions so far."""
-        return [json.loads(r[3]) for r in self.requests if r[1] == "/v1/chat/completions"]
+        return [json.loads(body) for path, body in self.requests if path == "/v1/chat/completions"]
 
 
 class Browser:
@@ -180,7 +183,8 @@ class Browser:
                 self.events.append(message)
 
     def js(self, code):
-        result = self.call("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
+        result = self.call("Runtime.evaluate", expression=code, awaitPromise=True,
+                           returnByValue=True)
         if "exceptionDetails" in result:
             raise RuntimeError(f"{code}: {result['exceptionDetails']}")
         return result["result"].get("value")
@@ -194,7 +198,7 @@ class Browser:
 
     def open(self, url):
         self.call("Page.navigate", url=url)
-        self.until("document.readyState === 'complete' && typeof watch === 'function'", "page is there")
+        self.until(LOADED, "the page is there")
 
     def key(self, name, shift=False):
         codes = {"Enter": (13, "\r"), "Escape": (27, ""), "Tab": (9, "")}
@@ -213,32 +217,38 @@ class Browser:
 
     def dark(self, on):
         self.call("Emulation.setEmulatedMedia", features=[
-            {"name": "prefers-color-scheme", "value": "dark" if on else "light"}])
+            {"name": "prefers-color-scheme", "value": "dark" if on else "light"},
+            {"name": "hover", "value": "hover"}])
 
     def shot(self, name):
         image = self.call("Page.captureScreenshot", format="png")["data"]
         with open(os.path.join(SHOTS, name + ".png"), "wb") as file:
             file.write(base64.b64decode(image))
 
+    def press(self, name):
+        """Clicks the last button of this name."""
+        self.js("[...document.querySelectorAll('button')].findLast("
+                f"b => b.textContent === '{name}').click()")
+
     def errors(self):
-        """What the console got since the last call, as texts."""
+        """What the console got since the last call."""
         self.js("0")
-        found = [e["params"]["entry"]["text"] for e in self.events if e["method"] == "Log.entryAdded"]
-        found += [e["params"]["exceptionDetails"].get("exception", {}).get("description", "exception")
-                  for e in self.events if e["method"] == "Runtime.exceptionThrown"]
-        found += [str(e["params"]["args"]) for e in self.events
-                  if e["method"] == "Runtime.consoleAPICalled"]
+        found = [e for e in self.events if e["method"] in (
+            "Log.entryAdded", "Runtime.exceptionThrown", "Runtime.consoleAPICalled")]
         self.events = [e for e in self.events if e["method"].startswith("Network.")]
-        return found
+        return [e["params"] for e in found]
 
 
+LOADED = "document.readyState === 'complete' && typeof watch === 'function'"
 IDLE = "!running && !$('go').disabled"
 TURN = "document.querySelector('.turn:last-child')"
 ANSWER = TURN + ".querySelector('.answer')"
 SUMMARY = TURN + ".querySelector('summary').textContent"
 FOOT = TURN + ".querySelector('.foot .soft').textContent"
 ERROR = TURN + ".querySelector('.error')"
-WIDE = "document.documentElement.scrollWidth > innerWidth || $('main').scrollWidth > $('main').clientWidth"
+WINDOW = TURN + ".querySelector('.window')"
+WIDE = ("document.documentElement.scrollWidth > innerWidth || "
+        "$('main').scrollWidth > $('main').clientWidth")
 # The least contrast between a text and what is behind it (WCAG 2, 1.4.3).
 CONTRAST = """(() => {
     const light = color => {
@@ -252,8 +262,8 @@ CONTRAST = """(() => {
     };
     let least = 21;
     for (const node of document.querySelectorAll('body :not(script, option, progress)')) {
-        if (!node.checkVisibility() || ![...node.childNodes].some(n => n.nodeType === 3 && n.data.trim()))
-            continue;
+        const written = [...node.childNodes].some(n => n.nodeType === 3 && n.data.trim());
+        if (!node.checkVisibility() || !written) continue;
         const a = light(getComputedStyle(node).color), b = light(behind(node));
         least = Math.min(least, (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05));
     }
@@ -278,6 +288,7 @@ def test_first_question(page, proxy):
     page.until("$('model').textContent === 'tiny-r1'", "the model's name is shown")
     check(page.js("document.activeElement === $('box')"), "the box has the focus")
     check(page.js("document.querySelectorAll('#examples button').length") == 3, "three examples")
+    page.dark(False)
     page.shot("empty-light")
     page.dark(True)
     page.shot("empty-dark")
@@ -297,10 +308,10 @@ def test_first_question(page, proxy):
     proxy.pace = 0.03
     ask(page, STRAWBERRY)
     page.until(SUMMARY + ".startsWith('thinking… 1 s')", "thinking is counted in seconds")
-    seen = page.js(TURN + ".querySelector('.window').textContent.length")
+    seen = page.js(WINDOW + ".textContent.length")
     check(page.js("$('go').textContent") == "Stop", "Send has become Stop")
     page.shot("thinking-light")
-    page.until(TURN + f".querySelector('.window').textContent.length > {seen}", "the thoughts stream")
+    page.until(WINDOW + f".textContent.length > {seen}", "the thoughts stream")
     page.until(ANSWER + ".textContent.length > 5", "the answer streams")
     check(page.js("!!running"), "and is drawn before it is complete")
     check(page.js("!" + TURN + ".querySelector('details').open"), "the thoughts fold at its begin")
@@ -310,10 +321,10 @@ def test_first_question(page, proxy):
     check(page.js(ANSWER + ".querySelector('strong').textContent") == "3", "3 is bold")
     check(page.js(ANSWER + ".textContent") == 'The letter "r" appears 3 times in "strawberry".',
           "the answer to the letter")
-    check("The count is 3." in page.js(TURN + ".querySelector('.window').textContent"), "thoughts kept")
+    check("The count is 3." in page.js(WINDOW + ".textContent"), "thoughts kept")
     check("think>" not in page.js(TURN + ".textContent"), "no tag is shown")
     check(re.match(r"117 tokens · [\d.]+ tokens/s$", page.js(FOOT)), "tokens and their speed")
-    check(page.js("$('said').textContent") == page.js(ANSWER + ".textContent"), "the answer is announced")
+    check(page.js(f"$('said').textContent === {ANSWER}.textContent"), "the answer is announced")
     page.shot("answer-light")
     body = proxy.chats()[-1]
     check(body["temperature"] == 0 and body["max_tokens"] == 512, "settings arrive")
@@ -324,7 +335,8 @@ def test_first_question(page, proxy):
     page.dark(True)
     page.shot("unfolded-dark")
     check(page.js(CONTRAST) >= 4.5, "contrast of a conversation in the dark")
-    check(page.js("getComputedStyle(document.body).backgroundColor") == "rgb(24, 25, 27)", "dark paper")
+    check(page.js("getComputedStyle(document.body).backgroundColor") == "rgb(24, 25, 27)",
+          "dark paper")
     page.dark(False)
     check(page.js(CONTRAST) >= 4.5, "contrast of a conversation")
 
@@ -344,22 +356,24 @@ def test_second_turn(page, proxy):
         "the first answer goes back without its thoughts")
     before = page.js("$('turns').textContent")
     page.call("Page.reload")
-    page.until("typeof watch === 'function' && turns.length === 2", "a reload keeps the conversation")
+    page.until(LOADED + " && turns.length === 2", "a reload keeps the conversation")
     page.until("$('model').textContent === 'tiny-r1'")
     check(page.js("$('turns').textContent") == before, "to the letter")
     check(page.js("document.querySelector('[name=temperature]').value") == "0", "and the settings")
 
-    page.js("[...document.querySelectorAll('button')].findLast(b => b.textContent === 'Edit').click()")
-    check(page.js("$('box').value") == "Which is bigger 9.9 or 9.11 ?", "Edit brings the question back")
+    page.press("Edit")
+    check(page.js("$('box').value") == "Which is bigger 9.9 or 9.11 ?",
+          "Edit brings the question back")
     page.js("$('box').select()")
     ask_and_wait(page, "Spell strawberry backwards")
     check(page.js("turns.length") == 2 and page.js(ANSWER + ".textContent").endswith("yrrebwarts."),
           "an edited question takes the old one's place")
-    page.js("[...document.querySelectorAll('button')].findLast(b => b.textContent === 'Regenerate').click()")
+    page.press("Regenerate")
     page.until(IDLE)
     check(page.js("turns.length") == 2 and proxy.chats()[-1] == proxy.chats()[-2], "Regenerate")
-    page.call("Browser.grantPermissions", permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
-    page.js("[...document.querySelectorAll('button')].findLast(b => b.textContent === 'Copy').click()")
+    page.call("Browser.grantPermissions",
+              permissions=["clipboardReadWrite", "clipboardSanitizedWrite"])
+    page.press("Copy")
     page.until("navigator.clipboard.readText().then(t => t === parts(turns[1]).answer)", "Copy")
 
 
@@ -371,7 +385,7 @@ def test_stop(page, proxy):
         page.key("Escape") if how == "Escape" else page.js("$('go').click()")
         page.until(IDLE, f"{how} stops", 2)
         check("stopped" in page.js(FOOT), "and says so")
-        check("Let me spell" in page.js(TURN + ".querySelector('.window').textContent"), "what came stays")
+        check("Let me spell" in page.js(WINDOW + ".textContent"), "what came stays")
         check(not page.js(ERROR + ".checkVisibility()"), "without an error")
     proxy.pace = 0
     ask_and_wait(page, "Spell cat backwards")
@@ -391,8 +405,7 @@ def test_scrolling(page, proxy):
     ask(page, "Spell strawberry backwards")
     page.until("turns.at(-1).content.length > 150", "it thinks")
     check(page.js(at_end), "the end stays in sight")
-    window = TURN + ".querySelector('.window')"
-    check(page.js(f"{window}.clientHeight < {window}.scrollHeight && Math.abs({window}.scrollTop) < 2"),
+    check(page.js(f"{WINDOW}.clientHeight < {WINDOW}.scrollHeight && !{WINDOW}.scrollTop"),
           "so do the last thoughts, in a window")
     page.shot("window-light")
     page.js("$('main').scrollTop = 30")
@@ -400,6 +413,33 @@ def test_scrolling(page, proxy):
     check(page.js("$('main').scrollTop") == 30, "a reader who is elsewhere is left there")
     check(page.js(TURN + ".querySelector('details').open"), "and nothing folds")
     page.size(1100, 800)
+
+
+ARTICLE = r"""<think>
+Okay.
+</think>
+
+### How the latent cache works
+
+Each token keeps **one latent** of 512 numbers, `c_kv`, and one rotated key.
+
+1. **Project down**
+   - from `7168` columns
+   - to `512`
+2. **Absorb** the key matrix into the query:
+
+```c
+static void mla_query(const float *q, const float *w, float *out, int heads, int rank, int nope);
+for (int h = 0; h < heads; h++)
+    product(out + h * rank, q + h * nope, w);
+```
+
+---
+
+\[ s = \frac{q^T c}{\sqrt{192}} \]
+
+So the cost is \(O(n)\) per head.
+"""
 
 
 def test_phone(page, proxy):
@@ -412,18 +452,14 @@ def test_phone(page, proxy):
     page.until(SUMMARY + ".startsWith('thinking')")
     page.shot("phone-thinking")
     page.until(IDLE)
-    # A conversation of R1's kind; the turn is data, so it can be put in place.
-    page.js("""turns = [{question: 'Explain ' + 'verylongword'.repeat(9), reasoning: '', thought_ms: 83e3,
-        first: 1, tokens: 1234, speed: 41.37, end: 'stop', content: '<think>\\nOkay.\\n</think>\\n\\n' +
-        '### How a latent *cache* works\\n\\nEach token keeps **one latent** of 512 numbers, `c_kv`, and one ' +
-        'rotated key.\\n\\n1. **Project down**\\n   - from `7168` columns\\n   - to `512`\\n2. **Absorb** the key ' +
-        'matrix into the query:\\n\\n```c\\nstatic void mla_query(const float *q, const float *w, float *out, int heads);\\n' +
-        'for (int h = 0; h < heads; h++)\\n    product(out + h * 512, q + h * 128, w);\\n```\\n\\n---\\n\\n' +
-        '\\\\[ s = \\\\frac{q^T c}{\\\\sqrt{192}} \\\\]\\n\\nSo the cost is \\\\(O(n)\\\\) per head.'}];
-        show_turns(turns); pinned = true; $('main').scrollTop = 0""")
+    # A conversation of R1's kind; a turn is data, so it can be put in place.
+    turn = {"question": "Explain " + "verylongword" * 9, "content": ARTICLE, "reasoning": "",
+            "thought_ms": 83e3, "tokens": 1234, "speed": 41.37, "end": "stop"}
+    page.js(f"show_turns([{json.dumps(turn)}]); $('main').scrollTop = 0")
     check(not page.js(WIDE), "no overflow of code and long words at 360 px")
-    check(page.js("Math.min(...[...document.querySelectorAll('input, textarea')].map("
-                  "e => parseFloat(getComputedStyle(e).fontSize)))") >= 16, "fields of 16 px: no zoom")
+    sizes = page.js("[...document.querySelectorAll('input, textarea')].map("
+                    "e => parseFloat(getComputedStyle(e).fontSize))")
+    check(min(sizes) >= 16, "fields of 16 px, into which a phone does not zoom")
     page.shot("phone-markdown")
     page.js("$('set').click()")
     check(not page.js(WIDE), "no overflow of the settings at 360 px")
@@ -437,17 +473,18 @@ def test_phone(page, proxy):
 
 
 def test_markdown(page):
-    """Drawn a character at a time or at once, a text gives the same elements, and they are the right ones."""
-    text = ("# One\n\ntext **bold** and `a*b` and \\(x**2**y\\)\nsecond line\n\n- a\n  - b\n    1. c\n- d\n\n"
-            "- e\n\n3. three\n   more\n   ```\n   in\n     x\n   ```\n4. four\n\n```py\nif a:\n\n    **b**\n```\n$$\n- x\n$$\n***\n"
+    """A text drawn at once gives the right elements, and drawn a character at a time the same."""
+    text = ("# One\n\ntext **bold** and `a*b` and \\(x**2**y\\)\nsecond line\n\n"
+            "- a\n  - b\n    1. c\n- d\n\n- e\n\n3. three\n   more\n   ```\n   in\n     x\n   ```\n"
+            "4. four\n\n```py\nif a:\n\n    **b**\n```\n$$\n- x\n$$\n***\n"
             "<img src=x onerror=alert(1)> **open\n\n\u2028odd ` tick\n```\nunclosed")
-    want = ("<h3>One</h3><p>text <strong>bold</strong> and <code>a*b</code> and \\(x**2**y\\)\nsecond line</p>"
-            "<div><ul><li>a<ul><li>b<ol start=\"1\"><li>c</li></ol></li></ul></li><li>d</li><li>e</li></ul>"
-            "<ol start=\"3\"><li>three\nmore</li></ol></div><pre tabindex=\"0\"><code>in\n  x</code></pre>"
-            "<div><ol start=\"4\"><li>four</li></ol></div>"
-            "<pre tabindex=\"0\"><code>if a:\n\n    **b**</code></pre><p>$$\n- x\n$$</p><hr>"
-            "<p>&lt;img src=x onerror=alert(1)&gt; **open</p><p>\u2028odd ` tick</p>"
-            "<pre tabindex=\"0\"><code>unclosed</code></pre>")
+    want = ('<h3>One</h3><p>text <strong>bold</strong> and <code>a*b</code> and \\(x**2**y\\)\n'
+            'second line</p><div><ul><li>a<ul><li>b<ol start="1"><li>c</li></ol></li></ul></li>'
+            '<li>d</li><li>e</li></ul><ol start="3"><li>three\nmore</li></ol></div>'
+            '<pre tabindex="0"><code>in\n  x</code></pre><div><ol start="4"><li>four</li></ol>'
+            '</div><pre tabindex="0"><code>if a:\n\n    **b**</code></pre><p>$$\n- x\n$$</p><hr>'
+            '<p>&lt;img src=x onerror=alert(1)&gt; **open</p><p>\u2028odd ` tick</p>'
+            '<pre tabindex="0"><code>unclosed</code></pre>')
     page.js(f"const sample = {json.dumps(text)}, whole = el('div'), grown = el('div')")
     page.js("render(whole, sample, MARKDOWN)")
     page.js("for (let i = 0; i <= sample.length; i++) render(grown, sample.slice(0, i), MARKDOWN)")
@@ -460,30 +497,35 @@ def test_markdown(page):
         for (let i = 0; i < 3000; i++) render(node, text += block, MARKDOWN);
         return performance.now() - start;
     })()""")
-    check(quick < 1500, f"3,000 paragraphs that grow take {quick:.0f} ms to draw")
-    check(page.js("try { el('p').innerHTML = '<b>x</b>'; 0 } catch { 1 }") == 1, "innerHTML is forbidden")
+    print(f"note: 3,000 paragraphs, each drawn as it comes, take {quick:.0f} ms")
+    check(quick < 1500, "drawing does not cost more the longer a text is")
+    check(page.js("try { el('p').innerHTML = '<b>x</b>'; 0 } catch { 1 }"),
+          "innerHTML is forbidden")
     page.errors()  # the policy's report of that
 
 
 def test_troubles(page, proxy):
     page.js("$('new').click()")
-    proxy.faults["/v1/chat/completions"] = (400, b'{"object":"error","message":"top_p: got 1.5, want '
-                                                 b'a number in (0, 1]","type":"BadRequestError"}')
-    ask(page, STRAWBERRY)
-    page.until(ERROR + ".textContent === 'top_p: got 1.5, want a number in (0, 1]'", "an error's own words")
+    page.js("$('set').click(); document.querySelector('[name=top_p]').focus()")
+    page.type("1.5")
+    page.key("Escape")
+    ask_and_wait(page, STRAWBERRY)
+    check(page.js(ERROR + ".textContent") == "top_p: got 1.5, want a number in (0, 1]",
+          "an error in the server's words")
     page.shot("error-light")
-    proxy.faults.clear()
-    page.until(IDLE)
-    page.js("[...document.querySelectorAll('button')].findLast(b => b.textContent === 'Retry').click()")
+    page.js("settings.top_p = document.querySelector('[name=top_p]').value = '';"
+            "save('settings', settings)")
+    page.press("Retry")
     page.until(IDLE)
     check(page.js(ANSWER + ".textContent.length > 20 && turns.length === 1"), "Retry")
 
-    proxy.spoil = (70, b'data: {"error":{"object":"error","message":"NaN at position 7"}}\n\ndata: [DONE]\n\n')
+    proxy.spoil = (70, b'data: {"error":{"object":"error","message":"NaN at position 7"}}\n\n'
+                       b'data: [DONE]\n\n')
     ask_and_wait(page, STRAWBERRY)
     check(page.js(ERROR + ".textContent") == "NaN at position 7", "an error inside a stream")
     check("Let me spell" in page.js(TURN + ".textContent"), "keeps what came")
     page.dark(True)
-    page.js(TURN + ".querySelector('details').open = true; pinned = true; $('main').scrollTop = 1e6")
+    page.js(TURN + ".querySelector('details').open = true; $('main').scrollTop = 1e6")
     check(page.js(CONTRAST) >= 4.5, "contrast of an error in the dark")
     page.shot("error-dark")
     page.dark(False)
@@ -492,11 +534,13 @@ def test_troubles(page, proxy):
     check("ended before" in page.js(ERROR + ".textContent"), "a stream cut short")
     proxy.spoil = None
 
-    loading = {"status": "loading", "ready": False, "loaded_bytes": 251733123072, "total_bytes": 717921976320}
+    loading = {"status": "loading", "ready": False,
+               "loaded_bytes": 251733123072, "total_bytes": 717921976320}
     proxy.faults["/health"] = (503, json.dumps(loading).encode())
     page.call("Page.reload")
-    page.until("typeof watch === 'function' && $('server').checkVisibility()", "loading is shown")
-    check(page.js("$('server').innerText").strip() == "loading, 35 % of 718 GB", "with its progress")
+    page.until(LOADED + " && $('server').checkVisibility()", "loading is shown")
+    check(page.js("$('server').innerText").strip() == "loading, 35 % of 718 GB",
+          "with its progress")
     check(page.js("$('go').disabled"), "and nothing can be sent")
     page.shot("loading-light")
     proxy.faults.clear()
@@ -504,8 +548,9 @@ def test_troubles(page, proxy):
     page.errors()  # the browser reports what did not work
 
 
-def test_server_gone(page, proxy, server):
-    server.close()
+def test_server_gone(page, proxy):
+    proxy.server.shutdown()
+    proxy.server.server_close()
     ask(page, STRAWBERRY)
     page.until(ERROR + ".textContent.includes('cannot be reached')", "a server that is gone")
     page.until("$('server').innerText.includes('does not answer')", "is waited for")
@@ -526,7 +571,7 @@ def test_key(page, proxy):
     page.key("Enter")
     page.until("!$('settings').open && $('model').textContent === 'tiny-r1'", "the key is taken")
     ask_and_wait(page, "Hello")
-    check(page.js(ANSWER + ".textContent").startswith("Hello! I am tiny-r1."), "an answer with a key")
+    check(page.js(ANSWER + ".textContent").startswith("Hello!"), "an answer with a key")
     page.errors()
 
 
@@ -537,22 +582,11 @@ def test_reasoning_parser(page, proxy):
     page.until(SUMMARY + ".startsWith('thinking')")
     page.until(IDLE)
     if not page.js("turns[0].reasoning"):
-        skip("this server does not act on --reasoning-parser")
+        skip("this r1 takes --reasoning-parser but does not act on it: no reasoning_content came")
         return
-    check("The count is 3." in page.js(TURN + ".querySelector('.window').textContent"), "reasoning_content")
+    check("The count is 3." in page.js(WINDOW + ".textContent"), "reasoning is shown")
     check(page.js(SUMMARY).startswith("thought for"), "thought for n s, with a parser")
-    check(page.js(ANSWER + ".querySelector('strong').textContent") == "3", "3 is bold, with a parser")
-
-
-class Forward:
-    """A port for a proxy that can be closed while the browser's page stays."""
-
-    def __init__(self, proxy):
-        self.proxy = proxy
-
-    def close(self):
-        self.proxy.server.shutdown()
-        self.proxy.server.server_close()
+    check(page.js(ANSWER + ".querySelector('strong').textContent") == "3", "and 3 is bold")
 
 
 def main():
@@ -576,7 +610,7 @@ def main():
             check(not errors, f"no console errors with a parser: {errors}")
         with r1("--api-key", "s3cret") as proxy.target:
             test_key(page, proxy)
-        test_server_gone(page, proxy, Forward(proxy))
+        test_server_gone(page, proxy)
         urls = [e["params"]["request"]["url"] for e in page.events
                 if e["method"] == "Network.requestWillBeSent"]
         foreign = [u for u in urls if not u.startswith((proxy.url, "data:"))]
