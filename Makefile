@@ -1,6 +1,6 @@
 # make          builds ./r1 (on the CPU; gcc and make are all it needs)
 # make test     runs every test and adds up what they say; make test SAN=1 under ASan and UBSan
-# make test-web asks the page chat.html in a headless Chromium (needs Python, see tests/test_web.py)
+# make test-web tries chat.html in a headless Chromium (see tests/test_web.py for what it needs)
 # make bench    prints how near the CPU's matrix product comes to the memory's speed
 #
 # ARCH chooses the processor: the machine's own by default, ARCH=-march=x86-64-v3 for a binary that
