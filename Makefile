@@ -1,6 +1,7 @@
 # make          builds ./r1 (on the CPU; gcc and make are all it needs)
 # make test     runs every test and adds up what they say; make test SAN=1 under ASan and UBSan
 # make soak     minutes of load on the real server; needs Python 3
+# make test-web tries chat.html in a headless Chromium (see tests/test_web.py for what it needs)
 # make bench    prints how near the CPU's matrix product comes to the memory's speed
 #
 # ARCH chooses the processor: the machine's own by default, ARCH=-march=x86-64-v3 for a binary that
@@ -80,6 +81,9 @@ $(BUILD)/bench_linear: tests/bench_linear.c r1.h $(PARTS)
 test: $(BUILD)/r1 $(TESTS:%=$(BUILD)/test_%)
 	@R1=$(BUILD)/r1 sh tests/run.sh $(TESTS:%=$(BUILD)/test_%)
 
+test-web: $(BUILD)/r1
+	@R1=$(BUILD)/r1 python3 tests/test_web.py
+
 bench: $(BUILD)/bench_linear
 	$(BUILD)/bench_linear
 
@@ -90,5 +94,5 @@ soak: r1
 clean:
 	rm -rf build r1
 
-.PHONY: test bench soak clean
+.PHONY: test test-web bench soak clean
 .SECONDARY:

@@ -1643,7 +1643,9 @@ static bool request_admit(Conn *c) {
     int state = server_state();
     double total = fmax(1, (double)server.progress.total_bytes);
     double percent = 100 * (double)server.progress.loaded_bytes / total;
-    bool open = !server.options.api_key || str_begins(r->path, STR("/health"));
+    // The page holds no secret, and asks for the key by itself.
+    bool open = !server.options.api_key || str_equal(r->path, "/") ||
+                str_begins(r->path, STR("/health"));
     bool always = r->route && r->route->always;
     if (!open && !key_matches(r->authorization)) return refuse(c, 401, NULL, "Unauthorized");
     if (!always && state == STATE_DRAINING) return refuse(c, 503, NULL, "r1 is shutting down");

@@ -772,6 +772,7 @@ static void test_cors_and_key(void) {
     check_ask("GET /nope HTTP/1.1\r\n\r\n", 401, "{\"error\":\"Unauthorized\"}");
     check_ask("GET /v1/models HTTP/1.1\r\nAuthorization: Bearer s3cret\r\n\r\n", 200, MODELS);
     check_ask("GET /health HTTP/1.1\r\n\r\n", 200, NULL);
+    check_ask("GET / HTTP/1.1\r\n\r\n", 200, NULL);  // the page asks for the key by itself
     server.options.api_key = NULL;
     check_ask("GET /v1/models HTTP/1.1\r\nAuthorization: Bearer None\r\n\r\n", 200, MODELS);
 }
@@ -795,7 +796,7 @@ static void test_states(void) {
         reply_free(&r);
         snprintf(want, sizeof want, "{\"error\":{\"message\":\"%s\"}}", rows[i].message);
         check_ask("GET /get_model_info HTTP/1.1\r\n\r\n", 503, want);
-        check_ask("GET / HTTP/1.1\r\n\r\n", 200, NULL);
+        check_ask("GET / HTTP/1.1\r\n\r\n", 200, NULL);  // the page shows how far it is
         r = ask("GET /health_generate HTTP/1.1\r\n\r\n");
         snprintf(want, sizeof want,
                  "{\"status\":\"%s\",\"ready\":false,\"version\":\"" R1_VERSION "\",\"uptime_s\":",
