@@ -1016,7 +1016,6 @@ Seq *seq_new(void) {
     s->sampling = (Sampling){.temperature = server.config.temperature, .top_p = server.config.top_p,
                              .top_k = -1, .repetition_penalty = 1, .top_logprobs = -1};
     s->arrival = now_seconds();
-    s->score_from = INT_MAX;
     text_init(&s->text, server.tokenizer, true);
     return s;
 }
@@ -1135,7 +1134,8 @@ static void log_finish(const Seq *s, Finish finish) {
 // A sequence that comes to the engine, in order of arrival; probes go before all others.
 static void seq_arrive(Seq *s) {
     seq_seed(s);
-    s->n_scored = s->score_from < s->n_prompt ? s->score_from : s->n_prompt;
+    bool scores = s->score_from && s->score_from < s->n_prompt;
+    s->n_scored = scores ? s->score_from : s->n_prompt;
     if (server.options.log_requests && !s->probe) log_receive(s);
     waiting_add(s, s->probe);
 }

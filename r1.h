@@ -421,7 +421,8 @@ typedef struct Seq {
     int n_prompt;
     Sampling sampling;      // its tokens, n_tokens, n_prompt and banned are the engine's
     int max_tokens, min_tokens;
-    int score_from;         // prompt tokens from this one (>= 1) come as events, too, with logprobs
+    int score_from;         // prompt tokens from this one on come as events with their logprobs, too;
+                            // 0: none
     bool ignore_eos, has_seed;
     bool probe;             // /health_generate's: ahead of the queue, neither logged nor counted
     int stop_id[MAX_STOPS + 1], n_stop_id;  // one more for the engine
