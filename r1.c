@@ -1173,9 +1173,10 @@ static bool seq_admit(Seq *s, bool *later) {
         s->chain = engine.pages[page].name;
     }
     // Room for its tokens, and a page more for each that runs: else it would soon be put back.
-    int need = pages_for((int)s->tokens.len) - s->n_pages + engine.n_running;
+    int need = pages_for((int)s->tokens.len) - s->n_pages;
+    int room = engine.n_free - (s->probe ? 0 : 1 + engine.n_running);
     *later = !scores && page_comes(s);
-    if (*later || (need > engine.n_free - 1 && !s->probe)) return pages_release(s), false;
+    if (*later || need > room) return pages_release(s), false;
     int i = engine.n_running++;
     for (; i > 0 && older(s, engine.running[i - 1]); i--) engine.running[i] = engine.running[i - 1];
     engine.running[i] = s;

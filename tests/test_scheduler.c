@@ -151,7 +151,8 @@ static void check_equality(void) {
         CHECK(alone[i].finish == FINISH_LENGTH || alone[i].finish == FINISH_STOP, "request %d: %d",
               i, alone[i].finish);
         Seq *s = alone[i].seq;
-        size_t scored = s->score_from < s->n_prompt ? s->n_prompt - s->score_from : 0;
+        bool scores = s->score_from && s->score_from < s->n_prompt;
+        size_t scored = scores ? s->n_prompt - s->score_from : 0;
         CHECK(alone[i].said.len >= 5 * (scored + s->tokens.len - s->n_prompt), "request %d: %zu", i,
               alone[i].said.len);
     }
@@ -326,15 +327,19 @@ static void check_full(void) {
     check_all_free("full");
     // A probe runs even then: its page is nobody else's.
     Seq *big = request(1, 2 * PAGE, 0, 6 * PAGE), *probe = request(77, 1, 0, 1);
-    Record p[2] = {0};
-    big->ignore_eos = probe->probe = true;
+    Seq *second = request(77, 1, 0, 1);
+    Record p[3] = {0};
+    big->ignore_eos = probe->probe = second->probe = true;
     submit(&p[0], big);
     while ((int)big->tokens.len < 8 * PAGE - 1) step(p);
-    submit(&p[1], probe);
-    CHECK(step(p) == 2 && p[1].finish == FINISH_LENGTH, "the probe of a full cache");
+    submit(&p[1], probe), submit(&p[2], second);
+    CHECK(step(p) == 2 && p[1].finish + p[2].finish == FINISH_LENGTH, "a probe of a full cache");
+    CHECK(p[0].finish == FINISH_LENGTH && (int)big->tokens.len == 8 * PAGE, "it was not put back");
+    step(p);
+    CHECK(p[1].finish == FINISH_LENGTH && p[2].finish == FINISH_LENGTH, "the second probe");
     while (!idle()) step(p);
     check_all_free("probe");
-    seq_free(big), seq_free(probe), buf_free(&p[0].said), buf_free(&p[1].said);
+    for (int i = 0; i < 3; i++) seq_free(p[i].seq), buf_free(&p[i].said);
     for (int i = 0; i < 6; i++) seq_free(r[i].seq), buf_free(&r[i].said);
     engine_free();
 }
