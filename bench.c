@@ -172,7 +172,7 @@ static void event_take(Request *r, char *line, size_t len, double now) {
     char *at = NULL;
     if (r->kind == CUMULATIVE && r->first > 0)
         at = memmem(line + len - tail, tail, key, sizeof key - 1);
-    int64_t total = at ? strtol(at + sizeof key - 1, NULL, 10) : -1;  // a newline or NUL follows
+    int64_t total = at ? strtol(at + sizeof key - 1, NULL, 10) : -1;
     r->last.len = 0;
     if (total >= 0 && total <= MOST) {
         buf_add(&r->last, line, len);
@@ -223,7 +223,7 @@ static void response_end(Request *r, double now) {
     request_end(r, now, NULL);
 }
 
-// Any bytes of a response: its head, then the body, in one piece or in chunks.
+// Any bytes of a response, with a NUL behind them: its head, then the body, whole or in chunks.
 static void response_feed(Request *r, char *p, size_t n, double now) {
     for (char *end = p + n, *line, *rest; r->fd >= 0 && p < end;) {
         if (r->part == BODY) {
@@ -257,10 +257,11 @@ static void response_feed(Request *r, char *p, size_t n, double now) {
 
 // error: why sending failed, or 0. The server may have answered before it closed.
 static void request_receive(Request *r, int error) {
-    static char buffer[READ_BYTES];
-    ssize_t n = recv(r->fd, buffer, sizeof buffer, 0);
+    static char buffer[READ_BYTES + 1];
+    ssize_t n = recv(r->fd, buffer, READ_BYTES, 0);
     if (n < 0 && !error) error = errno;
     double now = now_seconds();
+    buffer[n > 0 ? n : 0] = 0;  // where strtol stops at the latest, as in a Buf
     if (n > 0) response_feed(r, buffer, (size_t)n, now);
     else if (!n && r->part == BODY && r->left == SIZE_MAX) response_end(r, now);
     else if (error != EAGAIN)
