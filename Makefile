@@ -13,7 +13,7 @@ ARCH ?= -march=native
 SAN ?= 0
 ifeq ($(SAN),1)
 BUILD := build/san
-OPT := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+OPT := -O2 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
 else
 BUILD := build
 OPT := -O3
