@@ -1,4 +1,5 @@
-# make          builds ./r1 (on the CPU; gcc and make are all it needs)
+# make          builds ./r1: for the GPU where there is an NVIDIA driver and nvcc, else for the CPU,
+#               for which gcc and make are enough; make CUDA=1 and make CUDA=0 decide by hand
 # make test     runs every test and adds up what they say; make test SAN=1 under ASan and UBSan
 # make bench    prints how near the CPU's matrix product comes to the memory's speed
 #
@@ -9,9 +10,18 @@ CC := gcc
 endif
 ARCH ?= -march=native
 SAN ?= 0
+NVCC ?= nvcc
+CUDA ?= $(shell test -e /proc/driver/nvidia/version && command -v $(NVCC) >/dev/null && echo 1 || echo 0)
+TWIN := kernels
+LINK = $(CC) $(CFLAGS)
 ifeq ($(SAN),1)
 BUILD := build/san
 OPT := -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+else ifeq ($(CUDA),1)
+BUILD := build/cuda
+OPT := -O3
+TWIN := kernels_cuda
+LINK = $(NVCC) $(NVCCFLAGS)
 else
 BUILD := build
 OPT := -O3
@@ -19,29 +29,36 @@ endif
 # -ffp-contract=off: a product and a sum round one by one, the same on every processor.
 CFLAGS := -std=gnu11 -g $(OPT) $(ARCH) -ffp-contract=off -Wall -Wextra -Wshadow -Wstrict-prototypes
 LIBS := -lm -lpthread
+NVCCFLAGS := -gencode arch=compute_90a,code=sm_90a -O3 -std=c++17 -lineinfo -Xcompiler -Wall,-Wextra,-Wshadow
 
 # Other flags or another compiler make everything anew: objects depend on a file that holds them.
 FLAGS := $(BUILD)/flags
-$(shell mkdir -p $(BUILD); echo '$(CC) $(CFLAGS)' | cmp -s - $(FLAGS) || \
-    echo '$(CC) $(CFLAGS)' >$(FLAGS))
+$(shell mkdir -p $(BUILD); echo '$(CC) $(CFLAGS) $(NVCCFLAGS)' | cmp -s - $(FLAGS) || \
+    echo '$(CC) $(CFLAGS) $(NVCCFLAGS)' >$(FLAGS))
 
-SOURCES := r1 kernels tokenizer json http
+SOURCES := r1 $(TWIN) tokenizer json http
 TESTS := json tokenizer kernels checkpoint sample http oracle oracle_exact end_to_end
+ifeq ($(TWIN),kernels_cuda)
+TESTS += cuda
+endif
 
 ifeq ($(SAN),1)
 r1: build/san/r1
 else
 r1: $(SOURCES:%=$(BUILD)/%.o)
-	$(CC) $(CFLAGS) $^ -o $@ $(LIBS)
+	$(LINK) $^ -o $@ $(LIBS)
 endif
 
 $(BUILD)/r1: $(SOURCES:%=$(BUILD)/%.o)
-	$(CC) $(CFLAGS) $^ -o $@ $(LIBS)
+	$(LINK) $^ -o $@ $(LIBS)
 
 $(BUILD)/%.o: %.c r1.h Makefile $(FLAGS)
 	$(CC) $(CFLAGS) -c $< -o $@
 
 $(BUILD)/http.o: chat.html
+
+$(BUILD)/kernels_cuda.o: kernels.cu r1.h Makefile $(FLAGS)
+	$(NVCC) $(NVCCFLAGS) -c $< -o $@
 
 # r1.c without its main, for test programs; and the twin without any rounding.
 $(BUILD)/r1_test.o: r1.c r1.h Makefile $(FLAGS)
@@ -62,6 +79,14 @@ $(BUILD)/test_http: tests/test_http.c tests/test.h r1.h $(patsubst %,$(BUILD)/%.
 $(BUILD)/test_kernels: tests/test_kernels.c tests/test.h kernels.c r1.h $(BUILD)/json.o
 	$(CC) $(CFLAGS) $< $(BUILD)/json.o -o $@ $(LIBS)
 
+# It includes kernels.cu and compares it with the C twin, whose names all get "ref_" in front.
+$(BUILD)/ref_kernels.o: $(BUILD)/kernels.o
+	nm -g --defined-only $< | sed 's/.* \(.*\)/\1 ref_\1/' >$(BUILD)/ref_names
+	objcopy --redefine-syms=$(BUILD)/ref_names $< $@
+
+$(BUILD)/test_cuda: tests/test_cuda.cu tests/test.h kernels.cu r1.h $(BUILD)/ref_kernels.o $(BUILD)/json.o
+	$(NVCC) $(NVCCFLAGS) $< $(BUILD)/ref_kernels.o $(BUILD)/json.o -o $@ $(LIBS)
+
 $(BUILD)/test_oracle_exact: tests/test_oracle.c tests/test.h r1.h $(BUILD)/r1_exact.o $(BUILD)/kernels_exact.o $(PARTS)
 	$(CC) $(CFLAGS) -DEXACT $< $(BUILD)/r1_exact.o $(BUILD)/kernels_exact.o \
 	    $(patsubst %,$(BUILD)/%.o,tokenizer json http) -o $@ $(LIBS)
@@ -71,6 +96,9 @@ $(BUILD)/bench_linear: tests/bench_linear.c r1.h $(PARTS)
 
 test: $(BUILD)/r1 $(TESTS:%=$(BUILD)/test_%)
 	@R1=$(BUILD)/r1 sh tests/run.sh $(TESTS:%=$(BUILD)/test_%)
+ifneq ($(TWIN),kernels_cuda)
+	@echo "test_cuda: skipped: this build is for the CPU"
+endif
 
 bench: $(BUILD)/bench_linear
 	$(BUILD)/bench_linear
