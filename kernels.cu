@@ -8,7 +8,7 @@
 //
 // A decoding step is some thousand small kernels. They are recorded as a CUDA graph for each number
 // of rows, so that starting them costs the host nothing; and each one may begin before the last one
-// has ended (programmatic launch): what it does before overlap_wait must not depend on the others.
+// has ended (programmatic launch): what it does before grid_wait must not depend on the others.
 #include <assert.h>
 #include <cooperative_groups.h>
 #include <math.h>
@@ -30,18 +30,23 @@ extern "C" {
 enum {
     WARP = 32,
     STRIP = 16,       // rows of a weight matrix that lie together
-    LINE = 128,       // bytes of a row that lie together: the width of the swizzle
+    ROW_BYTES = 128,       // bytes of a row that lie together: the width of the swizzle
     CHUNK = 8,        // bf16 values of a 16-byte load
     PAGE_BYTES = PAGE * CACHE_DIM * 2,
     TOKEN_PAD = 128,  // an Act has room for whole tiles of tokens
+    MAX_COLS = 1024 * CHUNK,  // of a row that a block norms
 };
 
-static __host__ __device__ int div_up(int a, int b) { return (a + b - 1) / b; }
+static __host__ __device__ int min_int(int a, int b) { return a < b ? a : b; }
+static __host__ __device__ int max_int(int a, int b) { return a > b ? a : b; }
+static __host__ __device__ int units(size_t n, int per_unit) { return (n + per_unit - 1) / per_unit; }
 
 // ---- The device ---------------------------------------------------------------------------------
 // One stream takes all work in order, so nothing but the host ever waits.
 
 static cudaStream_t stream;
+static int n_sms;
+static float *scratch;  // between the kernels of one stage
 
 static void check(cudaError_t error, const char *what) {
     if (error != cudaSuccess) die("CUDA: %s: %s", what, cudaGetErrorString(error));
@@ -56,6 +61,7 @@ void device_init(void) {
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attributes");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "attributes");
     if (major != 9) die("CUDA: got a GPU of compute capability %d.%d, want 9.0", major, minor);
+    check(cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, 0), "attributes");
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
 }
 
@@ -83,13 +89,270 @@ static void launch(void (*kernel)(Wanted...), dim3 grid, int threads, size_t sha
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {grid, dim3(threads), shared, stream, &early, 1};
-    check(cudaLaunchKernelEx(&config, kernel, args...), "kernel");
+    check(cudaLaunchKernelEx(&config, kernel, (Wanted)args...), "kernel");
 }
 
-// Lets the next kernel be set up, and waits until all that earlier ones wrote is there. Every kernel
-// calls both: one that did not wait would let the next but one run too early.
-static __device__ void overlap_next(void) { asm volatile("griddepcontrol.launch_dependents;"); }
-static __device__ void overlap_wait(void) { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// ---- PTX ----------------------------------------------------------------------------------------
+
+static __device__ void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+static __device__ void launch_dependents() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+static __device__ uint32_t smem_address(const void *p) { return __cvta_generic_to_shared(p); }
+
+static __device__ void bar_init(uint64_t *bar, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(bar)), "r"(count));
+}
+
+// The copy engine must see the barriers that one thread has made; then all threads may.
+static __device__ void bar_init_done() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// An arrival that also announces `bytes` of copies: the phase ends when they have come, too.
+static __device__ void bar_expect(uint64_t *bar, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)),
+                 "r"(bytes) : "memory");
+}
+
+static __device__ void bar_arrive(uint64_t *bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(bar)) : "memory");
+}
+
+static __device__ void bar_wait(uint64_t *bar, int parity) {
+    asm volatile("{ .reg .pred p;\n"
+                 "W%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+                 "@p bra D%=;\n bra W%=;\n D%=: }" ::"r"(smem_address(bar)), "r"(parity) : "memory");
+}
+
+static __device__ void bulk_load(void *dst_smem, const void *src, uint32_t bytes, uint64_t *bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1], %2, [%3];" ::"r"(smem_address(dst_smem)), "l"(src), "r"(bytes),
+                 "r"(smem_address(bar)) : "memory");
+}
+
+static __device__ void copy_16(void *dst_smem, const void *src) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(dst_smem)),
+                 "l"(src) : "memory");
+}
+
+static __device__ void copy_4(void *dst_smem, const void *src) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem_address(dst_smem)),
+                 "l"(src) : "memory");
+}
+
+// Arrives when this thread's copies so far have come.
+static __device__ void bar_arrive_copies(uint64_t *bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(bar))
+                 : "memory");
+}
+
+// wgmma reads shared memory past the ordinary path: what ordinary stores wrote must be fenced.
+static __device__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+static __device__ void sync_threads(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+static __device__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+static __device__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int N> static __device__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// A tile of rows of 128 bytes, swizzled in atoms of 8 rows; it starts at a multiple of 1 KB.
+static __device__ uint64_t smem_desc(const void *p) {
+    return (uint64_t)((smem_address(p) & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+// c [64][128] (+)= a [64][32] b [128][32]^T. Thread (warp, g = lane / 4, t = lane % 4) holds in
+// c[4 j + i] row 16 warp + g + i / 2 * 8, column 8 j + 2 t + i % 2.
+static __device__ void wgmma_e4m3(float c[64], uint64_t a, uint64_t b, int accumulate) {
+#define C8(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), \
+              "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+                 "%64, %65, p, 1, 1; }"
+                 : C8(0), C8(8), C8(16), C8(24), C8(32), C8(40), C8(48), C8(56)
+                 : "l"(a), "l"(b), "r"(accumulate));
+#undef C8
+}
+
+// c [16][8] += a [16][16] b [16][8]; where the elements stand is told in multiply_unit.
+static __device__ void mma_f16(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+static __device__ void mma_bf16(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
+        "{%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+static __device__ uint32_t f16_pair(uint32_t e4m3_pair) {  // of the low 16 bits; exact
+    uint32_t pair;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"((uint16_t)e4m3_pair));
+    return pair;
+}
+
+static __device__ uint32_t bf16_pair(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+static __device__ uint32_t e4m3_pair(float low, float high) {
+    uint16_t pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+static __device__ float round_bf16(float f) {
+    return __uint_as_float(bf16_pair(f, 0) << 16);
+}
+
+static __device__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
+static __device__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000); }
+
+// d [64][N] (+)= A B^T, bf16, K = 16. TRANS: A lies as [K][64].
+template <int TRANS> static __device__ void wgmma(float (&d)[8], uint64_t a, uint64_t b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %10, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+                 "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, %11, 0; }"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+                   "+f"(d[6]), "+f"(d[7])
+                 : "l"(a), "l"(b), "r"(add), "n"(TRANS));
+}
+
+template <int TRANS> static __device__ void wgmma(float (&d)[16], uint64_t a, uint64_t b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
+                 "%16, %17, p, 1, 1, %19, 0; }"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+                   "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+                   "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+                 : "l"(a), "l"(b), "r"(add), "n"(TRANS));
+}
+
+// An 8x8 tile of bf16 over a warp, transposed: registers to registers, and registers to rows.
+static __device__ uint32_t transpose_8x8(uint32_t v) {
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(v));
+    return v;
+}
+
+static __device__ void store_transposed(void *row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1,%2,%3,%4};" ::"r"(
+                     smem_address(row)),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
+static __device__ float exp2_fast(float x) {  // 2 ulp; -infinity gives 0
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+static __device__ float warp_max(float v) {
+    for (int i = 16; i > 0; i /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, i));
+    return v;
+}
+
+// One 128-byte wide operand, swizzled, 1,024 bytes from 8 rows to the next 8. It describes rows
+// along M (or N) with K inside the row, and with wgmma's transpose bit rows along K with M inside.
+static __device__ uint64_t warp_desc(const void *p) {
+    return __shfl_sync(~0u, smem_address(p) >> 4, 0) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+// The 16-byte chunk at which chunk c of row r stands.
+static __device__ int swizzle_chunk(int r, int c) { return c ^ (r & 7); }
+
+// ---- Numbers ------------------------------------------------------------------------------------
+// Everything is computed in f32 and rounded where kernels.c rounds. Where bits must be equal,
+// products and sums that follow each other are kept from becoming one fused operation.
+
+static __device__ void unpack8(float v[CHUNK], uint4 chunk) {
+    const uint32_t pair[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+    for (int i = 0; i < 4; i++)
+        v[2 * i] = __uint_as_float(pair[i] << 16), v[2 * i + 1] = __uint_as_float(pair[i] & ~0xffffu);
+}
+
+static __device__ uint4 pack8(const float v[CHUNK]) {
+    return make_uint4(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]),
+                      bf16_pair(v[6], v[7]));
+}
+
+// The sum of all threads' v, for all threads, always in the same order. Once in a kernel.
+static __device__ float block_sum(float v) {
+    __shared__ float warp[WARP];
+    for (int d = WARP / 2; d; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+    if (threadIdx.x % WARP == 0) warp[threadIdx.x / WARP] = v;
+    __syncthreads();
+    v = threadIdx.x % WARP < blockDim.x / WARP ? warp[threadIdx.x % WARP] : 0;
+    for (int d = WARP / 2; d; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+    return v;
+}
+
+// ---- Rows on their way into a linear ------------------------------------------------------------
+// Quantised values lie as the tensor cores read them, [cols/128][tokens][128 bytes] with chunk c of
+// token t at c ^ (t mod 8), and the scales beside: [cols/128][tokens]. The unquantised values that
+// bf16 matrices want are plain rows.
+
+struct Act {
+    int cols, stride;  // stride: tokens that there is room for
+    bf16 *x;           // [stride][cols]
+    uint8_t *q;        // [cols / 128][stride][128]
+    float *scale;      // [cols / 128][stride]
+};
+
+Act *act_new(int rows, int cols) {
+    assert(cols % BLOCK == 0);
+    Act *a = (Act *)xmalloc(sizeof *a);
+    size_t stride = (size_t)units(rows, TOKEN_PAD) * TOKEN_PAD;
+    *a = (Act){cols, (int)stride, (bf16 *)device_alloc(stride * cols * sizeof(bf16)),
+               (uint8_t *)device_alloc(stride * cols),
+               (float *)device_alloc(stride * (cols / BLOCK) * sizeof(float))};
+    return a;
+}
+
+void act_free(Act *a) {
+    if (!a) return;
+    device_free(a->x), device_free(a->q), device_free(a->scale);
+    free(a);
+}
+
+// Quantises and stores eight columns of a token, chunk c of its row; sixteen neighbouring threads
+// hold a scale group. A thread that is not `there` only takes part in the exchange.
+static __device__ void quantise8(const Act &a, int token, int c, float v[CHUNK], bool there) {
+    enum { GROUP = BLOCK / CHUNK };
+    float amax = MIN_AMAX;
+    for (int i = 0; i < CHUNK; i++) amax = fmaxf(amax, fabsf(v[i]));
+    for (int d = GROUP / 2; d; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
+    float scale = amax / E4M3_MAX;
+    if (!there) return;
+    for (int i = 0; i < CHUNK; i++) v[i] /= scale;
+    uint2 q = make_uint2(e4m3_pair(v[0], v[1]) | e4m3_pair(v[2], v[3]) << 16,
+                         e4m3_pair(v[4], v[5]) | e4m3_pair(v[6], v[7]) << 16);
+    size_t line = (size_t)(c / GROUP) * a.stride + token;
+    uint8_t *to = a.q + line * ROW_BYTES + ((c % GROUP / 2 ^ token % 8) << 4) + c % 2 * CHUNK;
+    *(uint2 *)to = q;
+    if (c % GROUP == 0) a.scale[line] = scale;
+}
 
 // ---- From the host: small things of each step ---------------------------------------------------
 // Arrays of a step go through one pinned buffer and one copy. The buffer is written again only when
@@ -142,7 +405,11 @@ static struct {
     Mailbox mail;
     cudaGraphExec_t recorded[MAX_RECORDED + 1], run;
     int recording;  // rows; 0: none
+    int heads;      // of attention; 0: it takes no part (a test)
+    bool prompts;   // some sequence has several rows in this step
 } step;
+
+static void mla_plan(const Batch *b, int heads);
 
 static void step_forget(void) {
     for (int n = 0; n <= MAX_RECORDED; n++)
@@ -173,16 +440,21 @@ bool step_begin(Batch *placed, const Batch *b) {
     placed->out = (int *)mail_add(&step.mail, b->out, b->n_out * sizeof(int));
     int *table = (int *)(step.mail.host + step.mail.used), at = 0;
     placed->pages = (int *)mail_add(&step.mail, NULL, total * sizeof(int));
+    step.prompts = false;
     for (int i = 0, end; i < b->n; at += pages) {
         end = batch_run(b, i, &pages);
+        step.prompts |= end > i + 1;
         memcpy(table + at, b->pages + (size_t)b->seq[i] * b->max_pages, pages * sizeof(int));
         for (; i < end; i++) seq[i] = at;
     }
     mail_send(&step.mail);
-    if (b->n > MAX_RECORDED || b->n_out != b->n) return true;
-    if ((step.run = step.recorded[b->n])) return false;
-    step.recording = b->n;
-    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording");
+    bool decodes = b->n <= MAX_RECORDED && b->n_out == b->n && !step.prompts;
+    if (decodes && (step.run = step.recorded[b->n])) return false;
+    if (decodes) {
+        step.recording = b->n;
+        check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording");
+    }
+    if (step.heads) mla_plan(placed, step.heads);
     return true;
 }
 
@@ -199,6 +471,51 @@ void step_end(void) {
     step.run = NULL;
 }
 
+// ---- W_UK and W_UV ------------------------------------------------------------------------------
+// Both products are out[m] = sum_k A[m][k] x[k] with A of one head and few x. A is cut into bricks
+// of 64 x 128, each inside one scale block, which lie in memory as mma.sync wants them in registers:
+// 32 fragments of 16 x 16 (4 strips of rows, 8 steps along k), 16 bytes a lane, so that a warp loads
+// a brick with whole lines and without shared memory. They are bf16: e4m3 is exact in it, checkpoints
+// in bf16 come for free, and at 2 MB more per layer no kernel converts anything. (+0.15 % of a
+// rank's weights)
+//
+// Two orders are ours to choose. Which k a fragment's column means is free if A and x agree: lane
+// (g, t) takes 16-byte chunk 4 i + t of x for steps 2 i and 2 i + 1. And rows g and g + 8 of strip s
+// are m = 8 g + 2 s and the next, so that a lane ends up with 8 consecutive m of a token: a chunk.
+
+enum { BRICK_ROWS = 64, BRICK_STRIPS = 4, BRICK_STEPS = 8, BRICKS = KV_DIM * LATENT_DIM / 64 / 128,
+       UK_BRICKS = BRICKS / 2, FRAGMENTS = BRICK_STRIPS * BRICK_STEPS, LATENT_SCALES = 4 };
+
+typedef uint4 Brick[BRICK_STRIPS][BRICK_STEPS];
+
+static __device__ uint32_t weight_bits(const uint8_t *w, bool fp8, size_t i) {  // as bf16
+    if (!fp8) return w[2 * i] | w[2 * i + 1] << 8;
+    // e4m3 in the place of f32's bits is the value x 2^-120, as in kernels.c.
+    return __float_as_uint(__int_as_float((int)(int8_t)w[i] << 20 & (int)0x87f00000) * 0x1p120f) >> 16;
+}
+
+// bricks [heads][16] of w [heads * 256][512], e4m3 or bf16 at any byte: of each head W_UK^T's eight
+// bricks (brick b: latent dims 64 b ..), then W_UV's (brick 2 k + h: values 64 h .., latent dims
+// 128 k ..). Once, at load: a thread makes one lane's 16 bytes.
+static __global__ void kv_b_repack_kernel(uint4 *bricks, const uint8_t *w, bool fp8) {
+    int head = blockIdx.x, brick = blockIdx.y, fragment = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int step = fragment % BRICK_STEPS, m = 8 * (lane / 4) + 2 * (fragment / BRICK_STEPS);
+    int k = 32 * (step / 2) + 8 * (lane % 4) + 4 * (step % 2);
+    uint32_t out[4];
+    for (int i = 0; i < 4; i++) {  // rows m and m + 1 at k, then at k + 2
+        uint32_t pair = 0;
+        for (int j = 0; j < 2; j++) {
+            int mi = m + i % 2, kj = k + i / 2 * 2 + j, value = brick - UK_BRICKS;
+            size_t row = (size_t)head * KV_DIM + (value < 0 ? kj : NOPE_DIM + value % 2 * 64 + mi);
+            int col = value < 0 ? brick * BRICK_ROWS + mi : value / 2 * BLOCK + kj;
+            pair |= weight_bits(w, fp8, row * LATENT_DIM + col) << 16 * j;
+        }
+        out[i] = pair;
+    }
+    bricks[((size_t)head * BRICKS + brick) * FRAGMENTS * 32 + threadIdx.x] =
+        make_uint4(out[0], out[1], out[2], out[3]);
+}
+
 // ---- Placing weights ----------------------------------------------------------------------------
 // A weight's bytes are read into one of two pinned buffers, copied to one on the device, and
 // repacked from there, while the next ones are read into the other. What is not read and not copied
@@ -212,7 +529,7 @@ static struct {
     uint8_t *host[2], *device[2];
     cudaEvent_t used[2];
     int turn;
-} stage;
+} upload;
 
 static struct { void **data; int n; } placed;
 
@@ -226,15 +543,13 @@ void place_free(void) {
     step_forget();
     while (placed.n) device_free(placed.data[--placed.n]);
     free(placed.data);
-    placed.data = NULL;
+    placed.data = NULL, step.heads = 0;
 }
 
-static float vector_at(const uint8_t *data, DType dtype, size_t i) {
-    uint32_t bits = 0;
-    memcpy((uint8_t *)&bits + (dtype == DTYPE_BF16 ? 2 : 0), data + i * (dtype == DTYPE_BF16 ? 2 : 4),
-           dtype == DTYPE_BF16 ? 2 : 4);
-    float f;
-    memcpy(&f, &bits, sizeof f);
+static float value_at(const uint8_t *data, DType dtype, size_t i) {  // bf16 or f32, at any byte
+    size_t size = dtype == DTYPE_BF16 ? 2 : 4;
+    float f = 0;
+    memcpy((uint8_t *)&f + 4 - size, data + i * size, size);
     return f;
 }
 
@@ -248,23 +563,23 @@ static uint16_t round_half(float f) {
 // Brings n values to the device, f32 ones of a matrix as bf16, and returns which buffer holds them.
 // stage_done must follow when what reads the buffer is in the stream.
 static int stage_load(const uint8_t *src, DType dtype, size_t n) {
-    int i = stage.turn ^= 1;
+    int i = upload.turn ^= 1;
     size_t bytes = n * (dtype == DTYPE_F8_E4M3 ? 1 : 2);
-    if (!stage.host[i]) {
-        check(cudaMallocHost(&stage.host[i], STAGE_BYTES), "pinned memory");
-        stage.device[i] = (uint8_t *)device_alloc(STAGE_BYTES);
-        check(cudaEventCreateWithFlags(&stage.used[i], cudaEventDisableTiming), "event");
+    if (!upload.host[i]) {
+        check(cudaMallocHost(&upload.host[i], STAGE_BYTES), "pinned memory");
+        upload.device[i] = (uint8_t *)device_alloc(STAGE_BYTES);
+        check(cudaEventCreateWithFlags(&upload.used[i], cudaEventDisableTiming), "event");
     }
-    check(cudaEventSynchronize(stage.used[i]), "copy");
-    if (dtype != DTYPE_F32) memcpy(stage.host[i], src, bytes);
+    check(cudaEventSynchronize(upload.used[i]), "copy");
+    if (dtype != DTYPE_F32) memcpy(upload.host[i], src, bytes);
     for (size_t k = 0; k < n && dtype == DTYPE_F32; k++)
-        ((uint16_t *)stage.host[i])[k] = round_half(vector_at(src, dtype, k));
-    check(cudaMemcpyAsync(stage.device[i], stage.host[i], bytes, cudaMemcpyHostToDevice, stream),
+        ((uint16_t *)upload.host[i])[k] = round_half(value_at(src, dtype, k));
+    check(cudaMemcpyAsync(upload.device[i], upload.host[i], bytes, cudaMemcpyHostToDevice, stream),
           "copy");
     return i;
 }
 
-static void stage_done(int i) { check(cudaEventRecord(stage.used[i], stream), "event"); }
+static void stage_done(int i) { check(cudaEventRecord(upload.used[i], stream), "event"); }
 
 // Row r of a matrix goes to row r / group x 16 + r mod group + offset of dst: all 16 rows of a strip
 // (group 16), or 8 rows of gate_proj (offset 0) and 8 of up_proj (offset 8), which SwiGLU then finds
@@ -277,20 +592,8 @@ static __global__ void repack_kernel(uint8_t *dst, const uint8_t *src, int first
     if (row >= n) return;
     int to = (first + row) / group * STRIP + (first + row) % group + offset;
     uint8_t *line = dst + (size_t)(to / STRIP) * STRIP * row_bytes +
-                    (size_t)(c / 8) * STRIP * LINE + to % STRIP * LINE;
+                    (size_t)(c / 8) * STRIP * ROW_BYTES + to % STRIP * ROW_BYTES;
     ((uint4 *)line)[c % 8 ^ to % 8] = ((const uint4 *)src)[i];
-}
-
-// kv_b_proj of a head is W_UK [128][512] and W_UV [128][512]. Queries are multiplied by W_UK from
-// the other side, so it is placed transposed: [512][128], 32 strips, then W_UV's 8 strips. A thread
-// makes 16 bytes of W_UK's part; its reads are single bytes, which the caches make good.
-static __global__ void repack_key_kernel(uint8_t *dst, const uint8_t *src) {
-    int j = blockIdx.x, head = blockIdx.y, c = threadIdx.x;  // row of W_UK^T, chunk of its 128
-    union { uint8_t byte[16]; uint4 all; } out;
-    src += (size_t)head * KV_DIM * LATENT_DIM;
-    for (int i = 0; i < 16; i++) out.byte[i] = src[(c * 16 + i) * LATENT_DIM + j];
-    dst += (size_t)head * KV_DIM * LATENT_DIM + j / STRIP * STRIP * LINE + j % STRIP * LINE;
-    ((uint4 *)dst)[c ^ j % 8] = out.all;
 }
 
 static void repack(uint8_t *dst, const uint8_t *src, int first, int n, int row_bytes, int group,
@@ -310,7 +613,7 @@ static size_t place_matrix(uint8_t *dst, const Linear *w, int group, int offset)
     for (int first = 0, n; first < w->out; first += n) {
         n = w->out - first < most ? w->out - first : most;
         int i = stage_load(w->data + (size_t)first * w->in * from, w->dtype, (size_t)n * w->in);
-        repack(dst, stage.device[i], first, n, row_bytes, group, offset);
+        repack(dst, upload.device[i], first, n, row_bytes, group, offset);
         stage_done(i);
     }
     return (size_t)w->out * w->in * from;
@@ -322,7 +625,7 @@ static size_t place_rows(uint8_t *dst, const uint8_t *src, DType dtype, size_t n
     for (size_t first = 0, part; first < n; first += part) {
         part = n - first < STAGE_BYTES / to ? n - first : STAGE_BYTES / to;
         int i = stage_load(src + first * from, dtype, part);
-        check(cudaMemcpyAsync(dst + first * to, stage.device[i], part * to,
+        check(cudaMemcpyAsync(dst + first * to, upload.device[i], part * to,
                               cudaMemcpyDeviceToDevice, stream), "copy");
         stage_done(i);
     }
@@ -330,30 +633,27 @@ static size_t place_rows(uint8_t *dst, const uint8_t *src, DType dtype, size_t n
 }
 
 static size_t place_key_value(uint8_t *dst, const Linear *w) {
-    const int head = KV_DIM * LATENT_DIM, heads = w->out / KV_DIM, most = STAGE_BYTES / head;
+    const size_t head = KV_DIM * LATENT_DIM, brick = sizeof(Brick) * WARP;
+    int heads = w->out / KV_DIM, most = STAGE_BYTES / head;
     if (w->dtype != DTYPE_F8_E4M3) die("this checkpoint is bf16, a GPU wants R1's FP8 one");
     for (int first = 0, n; first < heads; first += n) {
-        n = heads - first < most ? heads - first : most;
-        size_t at = (size_t)first * head;
-        int i = stage_load(w->data + at, w->dtype, (size_t)n * head);
-        repack_key_kernel<<<dim3(LATENT_DIM, n), NOPE_DIM / 16, 0, stream>>>(dst + at,
-                                                                             stage.device[i]);
+        n = min_int(heads - first, most);
+        int i = stage_load(w->data + first * head, w->dtype, n * head);
+        kv_b_repack_kernel<<<dim3(n, BRICKS), FRAGMENTS * WARP, 0, stream>>>(
+            (uint4 *)(dst + first * BRICKS * brick), upload.device[i], true);
         check(cudaGetLastError(), "repack");
-        for (int h = 0; h < n; h++)
-            repack(dst + at + (size_t)h * head + head / 2, stage.device[i] + h * head + head / 2, 0,
-                   V_DIM, LATENT_DIM, STRIP, 0);
         stage_done(i);
     }
-    return (size_t)w->out * w->in;
+    return heads * head;
 }
 
 static size_t scale_count(const Linear *w) {
-    return w->dtype == DTYPE_F8_E4M3 ? (size_t)div_up(w->out, BLOCK) * (w->in / BLOCK) : 0;
+    return w->dtype == DTYPE_F8_E4M3 ? (size_t)units(w->out, BLOCK) * (w->in / BLOCK) : 0;
 }
 
 // Bytes of a placed matrix: whole strips.
 static size_t matrix_bytes(const Linear *w) {
-    return (size_t)div_up(w->out, STRIP) * STRIP * w->in * (w->dtype == DTYPE_F8_E4M3 ? 1 : 2);
+    return (size_t)units(w->out, STRIP) * STRIP * w->in * (w->dtype == DTYPE_F8_E4M3 ? 1 : 2);
 }
 
 // The scales stay as they are, four bytes each.
@@ -366,7 +666,7 @@ size_t place_vector(Vector *v) {
     size_t from = v->dtype == DTYPE_BF16 ? 2 : 4, bytes = v->dim * sizeof(float);
     float *values = (float *)xmalloc(bytes);
     uint8_t *data = place_alloc(bytes);
-    for (int i = 0; i < v->dim; i++) values[i] = vector_at(v->data, v->dtype, i);
+    for (int i = 0; i < v->dim; i++) values[i] = value_at(v->data, v->dtype, i);
     place_rows(data, (uint8_t *)values, DTYPE_F8_E4M3, bytes);
     free(values);
     *v = (Vector){v->dim, DTYPE_F32, data};
@@ -374,7 +674,8 @@ size_t place_vector(Vector *v) {
 }
 
 size_t place_linear(Linear *w, Place as) {
-    uint8_t *data = place_alloc(matrix_bytes(w)), *scale = NULL;
+    size_t size = as == PLACE_KV_B ? w->out / KV_DIM * sizeof(Brick) * WARP * BRICKS : matrix_bytes(w);
+    uint8_t *data = place_alloc(size), *scale = NULL;
     size_t bytes = as == PLACE_MATRIX ? place_matrix(data, w, STRIP, 0)
                    : as == PLACE_KV_B
                        ? place_key_value(data, w)
@@ -414,88 +715,675 @@ size_t place_mlp(Mlp *m, int n, Mlp *shared) {
     return bytes;
 }
 
-// ---- Numbers ------------------------------------------------------------------------------------
-// Everything is computed in f32 and rounded where kernels.c rounds. Where bits must be equal,
-// products and sums that follow each other are kept from becoming one fused operation.
+// ---- What both kernels are given ----------------------------------------------------------------
 
-static __device__ uint32_t to_bf16x2(float low, float high) {
-    uint32_t pair;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-    return pair;
+enum { UNIT = STRIP * ROW_BYTES };  // bytes of a block of a strip
+
+typedef struct {  // one matrix, or one for each expert
+    const uint8_t *data;
+    const float *scale[2];  // of a strip's rows 0-7 and 8-15: [strip / scale_strips][blocks]
+    size_t expert_bytes, expert_scales;  // from expert to expert
+    int strips, blocks;  // a block is 128 columns in e4m3, 64 in bf16
+    int scale_strips;
+} Weights;
+
+// Products are made for slots. The first n are the rows, for the one matrix that takes every row:
+// the only one, or the shared expert, number n_experts. Behind them come the pairs (row, choice)
+// in the experts' order, as in Routing.pair.
+typedef struct {
+    int n, n_experts, top_k;
+    const int *start;    // [n_experts + 1]
+    const int *list;     // row x divisor of the slots from `listed` on; slots before are rows
+    int listed, divisor;
+    bool gather;         // the activations are found by a slot's row, not by the slot
+} Slots;
+
+typedef struct { int slot; short expert, rows; } Entry;  // slots that share weights: one tile
+
+// How many tiles of `tile` slots there are that no list is needed for: they come first.
+static __host__ __device__ int known_entries(const Slots *s, int tile) {
+    return (s->n + tile - 1) / tile;
 }
 
-static __device__ uint32_t to_e4m3x2(float low, float high) {
-    uint16_t pair;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
-    return pair;
+static int max_entries(const Slots *s, int tile) {  // that list_entries can make
+    return s->n_experts ? 2 * s->n_experts + s->n * s->top_k / tile : 0;
 }
 
-static __device__ void unpack8(float v[CHUNK], uint4 chunk) {
-    const uint32_t pair[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-    for (int i = 0; i < 4; i++)
-        v[2 * i] = __uint_as_float(pair[i] << 16), v[2 * i + 1] = __uint_as_float(pair[i] & ~0xffffu);
+static __device__ Entry entry_at(const Slots &s, const Entry *table, int tile, int i) {
+    int known = known_entries(&s, tile);
+    if (i >= known) return table[i - known];
+    return (Entry){i * tile, (short)s.n_experts, (short)min(tile, s.n - i * tile)};
 }
 
-static __device__ uint4 pack8(const float v[CHUNK]) {
-    return make_uint4(to_bf16x2(v[0], v[1]), to_bf16x2(v[2], v[3]), to_bf16x2(v[4], v[5]),
-                      to_bf16x2(v[6], v[7]));
+static __device__ int slot_row(const Slots &s, int slot) {
+    return slot < s.listed ? slot : s.list[slot - s.listed] / s.divisor;
 }
 
-// The sum of all threads' v, for all threads, always in the same order. Once in a kernel.
-static __device__ float block_sum(float v) {
-    __shared__ float warp[WARP];
-    for (int d = WARP / 2; d; d /= 2) v += __shfl_xor_sync(~0u, v, d);
-    if (threadIdx.x % WARP == 0) warp[threadIdx.x / WARP] = v;
+// Writes the experts' tiles into the table, experts ascending, and returns how many there are.
+// Tiles start at multiples of `align`: the first may begin with slots of the expert before. All
+// threads of the block come here, at least as many as there are experts.
+static __device__ int list_entries(const Slots &s, Entry *table, int tile, int align) {
+    __shared__ int warp_sum[12];
+    int e = threadIdx.x, warp = e / 32, first = 0, last = 0;
+    if (e < s.n_experts) first = s.n + s.start[e], last = s.n + s.start[e + 1];
+    int begin = first / align * align, sum = first < last ? (last - begin + tile - 1) / tile : 0;
+    int tiles = sum, before = 0, total = 0;
+    for (int d = 1; d < 32; d *= 2) {
+        int other = __shfl_up_sync(~0u, sum, d);
+        if (e % 32 >= d) sum += other;
+    }
+    if (e % 32 == 31) warp_sum[warp] = sum;
     __syncthreads();
-    v = threadIdx.x % WARP < blockDim.x / WARP ? warp[threadIdx.x % WARP] : 0;
-    for (int d = WARP / 2; d; d /= 2) v += __shfl_xor_sync(~0u, v, d);
-    return v;
+    for (int w = 0; w < blockDim.x / 32; w++) {
+        if (w < warp) before += warp_sum[w];
+        total += warp_sum[w];
+    }
+    for (int i = 0; i < tiles; i++, begin += tile)
+        table[before + sum - tiles + i] = (Entry){begin, (short)e, (short)min(tile, last - begin)};
+    __syncthreads();
+    return total;
 }
 
-// ---- Rows on their way into a linear ------------------------------------------------------------
-// Quantised values lie as the tensor cores read them, [cols/128][tokens][128 bytes] with chunk c of
-// token t at c ^ (t mod 8), and the scales beside: [cols/128][tokens]. The unquantised values that
-// bf16 matrices want are plain rows.
+// ---- A few rows ---------------------------------------------------------------------------------
+// y = x W^T for up to some tens of rows: each weight is read once, so the memory's speed is the
+// limit, and all that counts is that it never waits. Four warps of a block only ask for copies: a
+// ring of stages of 16 KB, 8 units of 2 KB (one strip's rows, one K block). Eight warps multiply,
+// each its own unit of every stage, with mma.sync on f16: every e4m3 is one exactly, and the
+// e4m3 form of mma.sync is an emulation that converts both operands each time. Their sums are
+// added in a fixed order when a strip is done. Kernels overlap, so the ring fills with weights
+// while the kernel before is still at work; activations follow behind grid_wait.
+//
+// 1 << shift strips run side by side in a stage and share the activations that come with it: 1
+// spreads few strips over the whole chip, 4 saves three quarters of the traffic from L2 where rows
+// are many. `parts` splits K over blocks where strips don't fill the chip; the next kernel adds.
+//
+// DOWN is the experts' second product: a block owns 4 strips of the output and walks all experts,
+// adding weight x product to its rows in shared memory. Nothing is written but y, in one order.
 
-struct Act {
-    int cols, stride;  // stride: tokens that there is room for
-    bf16 *x;           // [stride][cols]
-    uint8_t *q;        // [cols / 128][stride][128]
-    float *scale;      // [cols / 128][stride]
+enum {
+    CONSUMERS = 8, PRODUCERS = 4, SKINNY_THREADS = (CONSUMERS + PRODUCERS) * 32,
+    UNITS = 8, STAGE_WEIGHTS = UNITS * UNIT, MAX_STAGES = 8,
+    SUM_STRIDE = 20,  // floats from row to row of the warps' sums: no two lanes meet in a bank
+    SKINNY_ROWS = 32, EXPERT_ROWS = 256,  // more rows than these are `wide`'s
 };
 
-Act *act_new(int rows, int cols) {
-    assert(cols % BLOCK == 0);
-    Act *a = (Act *)xmalloc(sizeof *a);
-    size_t stride = (size_t)div_up(rows, TOKEN_PAD) * TOKEN_PAD;
-    *a = (Act){cols, (int)stride, (bf16 *)device_alloc(stride * cols * sizeof(bf16)),
-               (uint8_t *)device_alloc(stride * cols),
-               (float *)device_alloc(stride * (cols / BLOCK) * sizeof(float))};
-    return a;
+typedef struct {
+    Weights w;
+    Slots s;
+    const uint8_t *x;       // row r's 128 bytes of block k: x + k x_block + r x_row
+    size_t x_block, x_row;
+    bool x_swizzled;
+    const float *x_scale;   // [blocks][x_stride]
+    int x_stride;
+    const float *weight;    // DOWN: of a pair
+    void *y;                // bf16 [n][out], or f32 [parts][slots][out]
+    bool y_f32;
+    int slots, shift, parts;  // 1 << shift strips run together
+    // launch_skinny's
+    int groups, part_blocks, item_stages, stages, stage_bytes, x_rows, n_sums, table;
+    uint64_t by_groups, by_parts;  // for divide
+} Skinny;
+
+// What a block does next: some strips of one entry's product, over the K blocks from block to end.
+typedef struct { int i, entry, group, part, block, end; } Item;
+
+// A division takes as long as a product of a whole unit: multiply by 2^32 / divisor instead.
+static uint64_t divisor(int d) { return (1ull << 32) / d + 1; }
+static __device__ int divide(int i, uint64_t by) { return i * by >> 32; }
+
+// The i-th item of all; the blocks of the grid take turns.
+static __device__ Item item_at(const Skinny &p, int i) {
+    int rest = divide(i, p.by_parts), part = i - rest * p.parts, entry = divide(rest, p.by_groups);
+    int block = part * p.part_blocks;
+    return (Item){i, entry, rest - entry * p.groups, part, block,
+                  min(block + p.part_blocks, p.w.blocks)};
 }
 
-void act_free(Act *a) {
-    if (!a) return;
-    device_free(a->x), device_free(a->q), device_free(a->scale);
-    free(a);
+template <bool DOWN> static __device__ Item first_item(const Skinny &p) {
+    return DOWN ? (Item){0, 0, (int)blockIdx.x, 0, 0, p.w.blocks} : item_at(p, blockIdx.x);
 }
 
-// Quantises and stores eight columns of a token, chunk c of its row; sixteen neighbouring threads
-// hold a scale group. A thread that is not `there` only takes part in the exchange.
-static __device__ void quantise8(const Act &a, int token, int c, float v[CHUNK], bool there) {
-    enum { GROUP = BLOCK / CHUNK };
-    float amax = MIN_AMAX;
-    for (int i = 0; i < CHUNK; i++) amax = fmaxf(amax, fabsf(v[i]));
-    for (int d = GROUP / 2; d; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-    float scale = amax / E4M3_MAX;
-    if (!there) return;
-    for (int i = 0; i < CHUNK; i++) v[i] /= scale;
-    uint2 q = make_uint2(to_e4m3x2(v[0], v[1]) | to_e4m3x2(v[2], v[3]) << 16,
-                         to_e4m3x2(v[4], v[5]) | to_e4m3x2(v[6], v[7]) << 16);
-    size_t line = (size_t)(c / GROUP) * a.stride + token;
-    uint8_t *to = a.q + line * LINE + ((c % GROUP / 2 ^ token % 8) << 4) + c % 2 * CHUNK;
-    *(uint2 *)to = q;
-    if (c % GROUP == 0) a.scale[line] = scale;
+template <bool DOWN> static __device__ bool has_item(const Skinny &p, const Item &item, int entries) {
+    return DOWN ? item.group < p.groups : item.entry < entries;
+}
+
+template <bool DOWN> static __device__ void next_item(const Skinny &p, Item *item, int entries) {
+    if (!DOWN) *item = item_at(p, item->i + gridDim.x);
+    else if (++item->entry == entries) item->entry = 0, item->group += gridDim.x;
+}
+
+// A stage in shared memory: the units, the blocks' rows [block][x_rows][128], then scales: two of
+// each unit, and [block][x_rows].
+static __device__ float *stage_scales(const Skinny &p, uint8_t *stage) {
+    return (float *)(stage + STAGE_WEIGHTS + (UNITS >> p.shift) * p.x_rows * ROW_BYTES);
+}
+
+// Each warp brings one strip: the copy engine takes requests from one lane at a time, slowly.
+template <bool FP8>
+static __device__ void load_weights(const Skinny &p, const Item &item, int block, int expert,
+                                    uint8_t *stage, uint64_t *bar) {
+    int lane = threadIdx.x % 32, k = threadIdx.x / 32 - CONSUMERS, per = UNITS >> p.shift;
+    int strip = (item.group << p.shift) + k;
+    int blocks = k < 1 << p.shift && strip < p.w.strips ? max(0, min(per, item.end - block)) : 0;
+    if (lane == 0) {
+        bar_expect(bar, blocks * UNIT);
+        if (blocks)
+            bulk_load(stage + k * per * UNIT,
+                      p.w.data + expert * p.w.expert_bytes +
+                          ((size_t)strip * p.w.blocks + block) * UNIT, blocks * UNIT, bar);
+    }
+    if (FP8 && lane < 2 * blocks)
+        copy_4(stage_scales(p, stage) + 2 * k * per + lane,
+               p.w.scale[lane % 2] + expert * p.w.expert_scales +
+                   strip / p.w.scale_strips * p.w.blocks + block + lane / 2);
+}
+
+// Eight lanes bring 128 bytes of a row and swizzle them by its place in the stage. Few rows leave
+// the lanes to several blocks.
+template <bool FP8>
+static __device__ void load_rows(const Skinny &p, const Item &item, int block, const Entry &entry,
+                                 const uint16_t *row_of, uint8_t *stage, uint64_t *bar) {
+    int thread = threadIdx.x - CONSUMERS * 32, chunk = thread % 8, piece = thread / 8;
+    int shift = entry.rows >= 16 ? 4 : 32 - __clz(entry.rows - 1);  // of the 16 pieces at a time
+    int blocks = min(UNITS >> p.shift, item.end - block);
+    float *scales = stage_scales(p, stage) + 2 * UNITS;
+    for (int k = piece >> shift; k < blocks; k += 16 >> shift)
+        for (int i = piece & (1 << shift) - 1; i < entry.rows; i += 16) {
+            int slot = entry.slot + i, row = p.s.gather ? row_of[slot] : slot;
+            int from = p.x_swizzled ? chunk ^ row & 7 : chunk, to = k * p.x_rows + i;
+            copy_16(stage + STAGE_WEIGHTS + to * ROW_BYTES + ((chunk ^ i & 7) << 4),
+                    p.x + (block + k) * p.x_block + row * p.x_row + from * 16);
+            if (FP8 && chunk == 0)
+                copy_4(scales + to, p.x_scale + (size_t)(block + k) * p.x_stride + row);
+        }
+    bar_arrive_copies(bar);
+}
+
+// One warp's product: sum[tile] [16][8] += 16 rows of weights times 8 activation rows, over one
+// block. The order of K is free as long as both sides agree: lane (g = lane / 4, t = lane % 4) takes
+// chunks 2 t and 2 t + 1 of weight rows g and g + 8 and of activation row g. Four bytes of e4m3 (or
+// eight of bf16) are then its share of one mma, and no two lanes meet in a bank.
+template <bool FP8, int TILES>
+static __device__ void multiply_unit(float sum[TILES][4], const uint8_t *w, const uint8_t *x,
+                                     int rows, const float *w_scale, const float *x_scale) {
+    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    uint4 low[2], high[2], b[2];
+    for (int i = 0; i < 2; i++) {
+        const uint8_t *chunk = w + g * ROW_BYTES + (((2 * t + i) ^ g) << 4);
+        low[i] = *(const uint4 *)chunk, high[i] = *(const uint4 *)(chunk + 8 * ROW_BYTES);
+    }
+    const uint32_t *l = (const uint32_t *)low, *h = (const uint32_t *)high;
+    uint32_t a[8][4];
+    for (int i = 0; i < 8; i++)
+        if (FP8) a[i][0] = f16_pair(l[i]), a[i][1] = f16_pair(h[i]),
+                 a[i][2] = f16_pair(l[i] >> 16), a[i][3] = f16_pair(h[i] >> 16);
+        else if (i < 4) a[i][0] = l[2 * i], a[i][1] = h[2 * i],
+                        a[i][2] = l[2 * i + 1], a[i][3] = h[2 * i + 1];
+#pragma unroll
+    for (int tile = 0; tile < TILES; tile++) {
+        if (tile * 8 >= rows) break;
+        int row = min(tile * 8 + g, rows - 1);  // what is past the last row is never looked at
+        for (int i = 0; i < 2; i++)
+            b[i] = *(const uint4 *)(x + row * ROW_BYTES + (((2 * t + i) ^ row & 7) << 4));
+        const uint32_t *v = (const uint32_t *)b;
+        if (!FP8) {
+            for (int i = 0; i < 4; i++) mma_bf16(sum[tile], a[i], v[2 * i], v[2 * i + 1]);
+            continue;
+        }
+        float c[2][4] = {};  // two chains: an mma waits for the one before
+        for (int i = 0; i < 8; i++)
+            mma_f16(c[i % 2], a[i], f16_pair(v[i]), f16_pair(v[i] >> 16));
+        for (int i = 0; i < 4; i++)
+            sum[tile][i] += (c[0][i] + c[1][i]) *
+                            (x_scale[min(tile * 8 + 2 * t + i % 2, rows - 1)] * w_scale[i / 2]);
+    }
+}
+
+// All warps' sums of an item, added over the warps that shared a strip. The next item's go to the
+// other half of `sums`, so one barrier is enough.
+template <int TILES>
+static __device__ void store_item(const Skinny &p, const Item &item, const Entry &entry,
+                                  float *sums, const float sum[TILES][4]) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, per = UNITS >> p.shift;
+    int shift = p.shift + 4, out = p.w.strips * STRIP;  // 1 << shift columns
+    int stride = p.x_rows * SUM_STRIDE;  // from warp to warp
+#pragma unroll
+    for (int i = 0; i < 4 * TILES; i++) {
+        int row = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        if (row < entry.rows)
+            sums[warp * stride + row * SUM_STRIDE + lane / 4 + i % 4 / 2 * 8] = sum[i / 4][i % 4];
+    }
+    sync_threads(1, CONSUMERS * 32);
+    for (int i = threadIdx.x; i < entry.rows << shift; i += CONSUMERS * 32) {
+        int row = i >> shift, column = i & (1 << shift) - 1, to = (item.group << shift) + column;
+        const float *from = sums + column / STRIP * per * stride + row * SUM_STRIDE + column % STRIP;
+        float total = 0;
+        for (int k = 0; k < per; k++) total += from[k * stride];
+        size_t y = ((size_t)item.part * p.slots + entry.slot + row) * out + to;
+        if (to >= out) continue;
+        if (p.y_f32) ((float *)p.y)[y] = total;
+        else ((bf16 *)p.y)[y] = bf16_pair(total, 0);
+    }
+}
+
+// DOWN: an expert's product, weighted, goes to its rows' sums. Each warp has its own [n][16].
+template <int TILES>
+static __device__ void scatter_item(const Entry &entry, float *mine, const uint16_t *row_of,
+                                    const float *weight_of, const float sum[TILES][4]) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 2 * TILES; i++) {
+        int row = i / 2 * 8 + lane % 4 * 2 + i % 2, slot = entry.slot + row;
+        if (row >= entry.rows) continue;
+        float *to = mine + row_of[slot] * STRIP + lane / 4;
+        to[0] += weight_of[slot] * sum[i / 2][i % 2];
+        to[8] += weight_of[slot] * sum[i / 2][2 + i % 2];
+    }
+    __syncwarp();  // the next expert may give a row to another lane
+}
+
+static __device__ void store_down(const Skinny &p, int group, const float *sums) {
+    int shift = p.shift + 4, out = p.w.strips * STRIP, per = UNITS >> p.shift;
+    sync_threads(1, CONSUMERS * 32);
+    for (int i = threadIdx.x; i < p.s.n << shift; i += CONSUMERS * 32) {
+        int row = i >> shift, column = i & (1 << shift) - 1, to = (group << shift) + column;
+        const float *from = sums + (column / STRIP * per * p.s.n + row) * STRIP + column % STRIP;
+        float total = 0;
+        for (int k = 0; k < per; k++) total += from[k * p.s.n * STRIP];
+        if (to < out) ((bf16 *)p.y)[(size_t)row * out + to] = bf16_pair(total, 0);
+    }
+    sync_threads(1, CONSUMERS * 32);
+}
+
+template <bool FP8, bool DOWN, int TILES>
+static __global__ void __launch_bounds__(SKINNY_THREADS, TILES == 1 ? 2 : 1)
+skinny(const __grid_constant__ Skinny p) {
+    extern __shared__ __align__(1024) uint8_t smem[];
+    __shared__ uint64_t full[MAX_STAGES], empty[MAX_STAGES];
+    float *sums = (float *)(smem + p.stages * p.stage_bytes);
+    Entry *table = (Entry *)(sums + p.n_sums);
+    float *weight_of = (float *)(table + p.table);
+    uint16_t *row_of = (uint16_t *)(weight_of + (DOWN ? p.slots : 0));
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = TILES * 8;
+    int per = UNITS >> p.shift, entries = known_entries(&p.s, tile), issued = 0;
+    bool producer = warp >= CONSUMERS;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < p.stages; i++)
+            bar_init(&full[i], PRODUCERS + PRODUCERS * 32), bar_init(&empty[i], CONSUMERS);
+        bar_init_done();
+    }
+    __syncthreads();
+    launch_dependents();
+    // Weights of entries that are known without the lists are asked for now. (The kernel before
+    // DOWN starts its successors behind its own grid_wait: for DOWN the lists are complete.)
+    if (DOWN) entries += list_entries(p.s, table, tile, 1);
+    Item item = first_item<DOWN>(p);
+    for (; producer && issued < p.stages && has_item<DOWN>(p, item, entries);
+         next_item<DOWN>(p, &item, entries)) {
+        int expert = entry_at(p.s, table, tile, item.entry).expert;
+        for (int n = 0; n < p.item_stages && issued < p.stages; n++, issued++)
+            load_weights<FP8>(p, item, item.block + n * per, expert,
+                              smem + issued * p.stage_bytes, &full[issued]);
+    }
+    grid_wait();
+    if (!DOWN && p.s.n_experts) entries += list_entries(p.s, table, tile, 1);
+    if (p.s.list)
+        for (int i = threadIdx.x; i < p.slots; i += blockDim.x) {
+            row_of[i] = slot_row(p.s, i);
+            if (DOWN) weight_of[i] = i < p.s.n ? 1 : p.weight[p.s.list[i - p.s.n]];
+        }
+    __syncthreads();
+
+    int slot = 0, parity = producer, k = warp & per - 1, strip = warp >> 3 - p.shift, half = 0;
+    int x_at = STAGE_WEIGHTS + k * p.x_rows * ROW_BYTES;
+    float sum[TILES][4] = {}, *mine = sums + warp * p.s.n * STRIP;
+    if (DOWN && !producer)
+        for (int i = lane; i < p.s.n * STRIP; i += 32) mine[i] = 0;
+    __syncwarp();
+    for (item = first_item<DOWN>(p); has_item<DOWN>(p, item, entries);
+         next_item<DOWN>(p, &item, entries)) {
+        Entry entry = entry_at(p.s, table, tile, item.entry);
+        int end = (item.group << p.shift) + strip < p.w.strips ? item.end : 0;
+        for (int block = item.block, n = 0; n < p.item_stages; n++, block += per) {
+            uint8_t *stage = smem + slot * p.stage_bytes;
+            if (producer) {
+                if (--issued < 0) {
+                    bar_wait(&empty[slot], parity);
+                    load_weights<FP8>(p, item, block, entry.expert, stage, &full[slot]);
+                }
+                load_rows<FP8>(p, item, block, entry, row_of, stage, &full[slot]);
+            } else {
+                const float *scales = stage_scales(p, stage);
+                bar_wait(&full[slot], parity);
+                if (block + k < end)
+                    multiply_unit<FP8, TILES>(sum, stage + warp * UNIT, stage + x_at, entry.rows,
+                                              scales + 2 * warp,
+                                              scales + 2 * UNITS + k * p.x_rows);
+                __syncwarp();
+                if (lane == 0) bar_arrive(&empty[slot]);
+            }
+            if (++slot == p.stages) slot = 0, parity ^= 1;
+        }
+        if (producer) continue;
+        if (DOWN) scatter_item<TILES>(entry, mine, row_of, weight_of, sum);
+        else store_item<TILES>(p, item, entry, sums + (half ^= p.n_sums / 2), sum);
+        memset(sum, 0, sizeof sum);
+        if (DOWN && item.entry == entries - 1) {
+            store_down(p, item.group, sums);
+            for (int j = lane; j < p.s.n * STRIP; j += 32) mine[j] = 0;
+            __syncwarp();
+        }
+    }
+}
+
+// Shares the shared memory out between ring and sums. With few rows two kernels fit side by side.
+template <bool FP8, bool DOWN, int TILES> static void launch_skinny(Skinny *p) {
+    int per = UNITS >> p->shift, tile = TILES * 8, pairs = p->s.n * p->s.top_k;
+    p->groups = units(p->w.strips, 1 << p->shift);
+    p->by_groups = divisor(p->groups), p->by_parts = divisor(p->parts);
+    p->table = max_entries(&p->s, tile);
+    p->x_rows = min_int(p->s.n, tile);
+    p->part_blocks = units(p->w.blocks, p->parts);
+    p->item_stages = units(p->part_blocks, per);
+    int scale_bytes = (2 * UNITS + per * p->x_rows) * sizeof(float);
+    p->stage_bytes = STAGE_WEIGHTS + per * p->x_rows * ROW_BYTES + units(scale_bytes, 128) * 128;
+    p->n_sums = CONSUMERS * (DOWN ? p->s.n * STRIP : 2 * p->x_rows * SUM_STRIDE);
+    size_t rest = p->n_sums * sizeof(float) + p->table * sizeof(Entry) +
+                  (p->s.list ? p->slots : 0) * (sizeof(uint16_t) + (DOWN ? sizeof(float) : 0));
+    size_t room = (p->s.n <= 8 ? 110 : 224) << 10;
+    p->stages = min_int(MAX_STAGES, (int)(room - rest) / p->stage_bytes);
+    assert(p->stages >= 2 && p->s.n_experts <= 256 && 1 << p->shift <= PRODUCERS);
+    int items = p->groups * p->parts * (known_entries(&p->s, tile) + min_int(pairs, p->table));
+    launch(skinny<FP8, DOWN, TILES>, min_int(n_sms, DOWN ? p->groups : items), SKINNY_THREADS,
+           p->stages * p->stage_bytes + rest, *p);
+}
+
+// More strips side by side where rows are many and all blocks have work all the same.
+static void run_skinny(Skinny *p, DType dtype) {
+    bool few = p->s.n <= 8;
+    int matrices = p->s.n_experts ? min_int(p->s.n * p->s.top_k, p->s.n_experts) + 1 : 1;
+    for (p->shift = 0; p->s.n > 2 && p->shift < 2; p->shift++)
+        if ((p->w.strips >> p->shift + 1) * p->parts * matrices < n_sms) break;
+    if (dtype == DTYPE_BF16 && few) launch_skinny<false, false, 1>(p);
+    else if (dtype == DTYPE_BF16) launch_skinny<false, false, 4>(p);
+    else if (few) launch_skinny<true, false, 1>(p);
+    else launch_skinny<true, false, 4>(p);
+}
+
+// ---- Many rows ----------------------------------------------------------------------------------
+// y = x W^T with tiles of 128 or 256 weight rows by 128 slots on wgmma, which takes a strip's rows
+// as they lie: W is always the first operand, so that few slots waste nothing of it. One warpgroup
+// copies, two multiply. After each block of 128 columns the tensor cores' sums are scaled and added
+// to f32 sums: their own keep only about 14 bits. Two warpgroups take turns: while one scales, the
+// other multiplies. Tiles of 256 x 128 ask L2 for 48 bytes a clock, just what it gives.
+
+enum { WIDE_THREADS = 384, WIDE_SLOTS = 128, WIDE_STAGES = 4, WARP_STAGING = 1024 };
+
+typedef struct {
+    Weights w;
+    Slots s;
+    const uint8_t *x;      // e4m3, as in Act
+    const float *x_scale;
+    int x_stride, slots, parts, part_blocks;
+    void *y;               // bf16 [slots][out], or f32 [parts][slots][out]
+    bool y_f32;
+} Wide;
+
+template <int WAVES> struct WideStage {
+    uint8_t w[WAVES * 2 * 64 * ROW_BYTES], x[WIDE_SLOTS * ROW_BYTES];
+    float scale[WIDE_SLOTS], w_scale[WAVES * 8][2];
+    uint8_t pad[512 - WAVES * 8 * 8];  // stages start at multiples of 1 KB
+};
+
+typedef struct { Entry entry; int strip, part, block, end; } WideTile;
+
+template <int WAVES>
+static __device__ WideTile wide_tile(const Wide &p, const Entry *table, int i) {
+    int strips = WAVES * 8, columns = (p.w.strips + strips - 1) / strips;
+    int part = i % p.parts, block = part * p.part_blocks;
+    return (WideTile){entry_at(p.s, table, WIDE_SLOTS, i / p.parts / columns), i / p.parts % columns * strips,
+                  part, block, min(block + p.part_blocks, p.w.blocks)};
+}
+
+// Gathered rows are swizzled by their own number and wanted by their place: 8 lanes bring a row's
+// chunks and turn them. Others come as one copy.
+template <int WAVES>
+static __device__ void wide_produce(const Wide &p, const Entry *table, int tiles,
+                                    WideStage<WAVES> *ring, uint64_t *full, uint64_t *empty) {
+    int thread = threadIdx.x, chunk = thread % 8, slot = 0, parity = 1, row[8], scale_row = 0;
+    for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
+        WideTile t = wide_tile<WAVES>(p, table, i);
+        if (p.s.gather) {
+            int last = t.entry.slot + t.entry.rows - 1;
+            for (int k = 0; k < 8; k++)
+                row[k] = slot_row(p.s, min(t.entry.slot + k * 16 + thread / 8, last));
+            scale_row = slot_row(p.s, min(t.entry.slot + thread, last));
+        }
+        int strips = min(WAVES * 8, p.w.strips - t.strip), rows = min(WIDE_SLOTS, p.x_stride - t.entry.slot);
+        size_t w_scale = t.entry.expert * p.w.expert_scales +
+                         (t.strip + thread / 2) / p.w.scale_strips * p.w.blocks;
+        const uint8_t *w = p.w.data + t.entry.expert * p.w.expert_bytes + (size_t)t.strip * p.w.blocks * UNIT;
+        for (int block = t.block; block < t.end; block++) {
+            WideStage<WAVES> *stage = &ring[slot];
+            bar_wait(&empty[slot], parity);
+            size_t from = (size_t)block * p.x_stride + t.entry.slot;
+            int lane = thread % 32, mine = thread / 32 + lane * 4;  // this lane's strip
+            if (thread == 0)
+                bar_expect(&full[slot], strips * UNIT + (p.s.gather ? 0 : rows * (ROW_BYTES + 4)));
+            if (mine < strips)
+                bulk_load(stage->w + mine * UNIT, w + ((size_t)mine * p.w.blocks + block) * UNIT,
+                          UNIT, &full[slot]);
+            if (thread == 32 && !p.s.gather)
+                bulk_load(stage->x, p.x + from * ROW_BYTES, rows * ROW_BYTES, &full[slot]);
+            if (thread == 64 && !p.s.gather)
+                bulk_load(stage->scale, p.x_scale + from, rows * 4, &full[slot]);
+            if (p.s.gather) {
+                const uint8_t *x = p.x + (size_t)block * p.x_stride * ROW_BYTES;
+                for (int k = 0; k < 8; k++) {
+                    int to = k * 16 + thread / 8;
+                    copy_16(stage->x + to * ROW_BYTES + ((chunk ^ row[k] & 7 ^ to & 7) << 4),
+                            x + (size_t)row[k] * ROW_BYTES + chunk * 16);
+                }
+                copy_4(&stage->scale[thread], p.x_scale + (size_t)block * p.x_stride + scale_row);
+            }
+            if (thread < 2 * strips)
+                copy_4(&stage->w_scale[0][thread], p.w.scale[thread % 2] + w_scale + block);
+            bar_arrive_copies(&full[slot]);
+            if (++slot == WIDE_STAGES) slot = 0, parity ^= 1;
+        }
+    }
+}
+
+// A warp's 16 columns of y for the tile's slots: transposed in shared memory, 32 slots at a time.
+static __device__ void wide_store(const Wide &p, const WideTile &t, int strip, int first, uint8_t *staging,
+                                  const float sum[64]) {
+    int lane = threadIdx.x % 32, out = p.w.strips * STRIP, end = t.entry.slot + t.entry.rows;
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+        if (p.y_f32) {
+            for (int i = 0; i < 4; i++) {
+                int slot = t.entry.slot + j * 8 + lane % 4 * 2 + i % 2;
+                if (slot < first || slot >= end) continue;
+                ((float *)p.y)[((size_t)t.part * p.slots + slot) * out + strip * STRIP + lane / 4 +
+                               i / 2 * 8] = sum[4 * j + i];
+            }
+            continue;
+        }
+        if (j % 2) continue;
+        uint32_t to = smem_address(staging) + ((j % 4 + lane / 16) * 8 + lane % 8) * 32 + lane / 8 % 2 * 16;
+        const float *c = sum + 4 * j;
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::
+                     "r"(to), "r"(bf16_pair(c[0], c[1])), "r"(bf16_pair(c[2], c[3])),
+                     "r"(bf16_pair(c[4], c[5])), "r"(bf16_pair(c[6], c[7])) : "memory");
+        if (j % 4 == 0) continue;
+        __syncwarp();
+        int slot = t.entry.slot + j / 4 * 32 + lane;
+        if (slot >= first && slot < end) {
+            uint4 *y = (uint4 *)((bf16 *)p.y + (size_t)slot * out + strip * STRIP);
+            for (int i = 0; i < 2; i++) y[i] = ((const uint4 *)staging)[lane * 2 + i];
+        }
+        __syncwarp();
+    }
+}
+
+template <int WAVES>
+static __device__ void wide_consume(const Wide &p, const Entry *table, int tiles,
+                                    WideStage<WAVES> *ring, uint64_t *full, uint64_t *empty,
+                                    uint8_t *staging) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, slot = 0, parity = 0;
+    int group = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);  // so that the compiler knows it even
+    uint64_t first_x = smem_desc(ring->x), first_w = smem_desc(ring->w) + group * WAVES * 512;
+    for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
+        WideTile t = wide_tile<WAVES>(p, table, i);
+        float sum[WAVES][64] = {}, c[64];
+        int own = group * WAVES * 4 + warp, strip = t.strip + own;
+        for (int block = t.block; block < t.end; block++) {
+            const WideStage<WAVES> *stage = &ring[slot];
+            uint64_t at = slot * (sizeof *stage >> 4), x = first_x + at, w = first_w + at;
+            const float2 *x_scale = (const float2 *)stage->scale + lane % 4;
+            bar_wait(&full[slot], parity);
+            if (p.s.gather) fence_async();
+#pragma unroll
+            for (int v = 0; v < WAVES; v++) {
+                wgmma_fence();
+                for (int k = 0; k < 4; k++) wgmma_e4m3(c, w + v * 512 + k * 2, x + k * 2, k > 0);
+                wgmma_commit();
+                float low = stage->w_scale[own + v * 4][0], high = stage->w_scale[own + v * 4][1];
+                float2 s = x_scale[0], next;
+                wgmma_wait<0>();
+#pragma unroll
+                for (int j = 0; j < 16; j++, s = next) {
+                    if (j < 15) next = x_scale[(j + 1) * 4];
+                    sum[v][4 * j] += c[4 * j] * (s.x * low);
+                    sum[v][4 * j + 1] += c[4 * j + 1] * (s.y * low);
+                    sum[v][4 * j + 2] += c[4 * j + 2] * (s.x * high);
+                    sum[v][4 * j + 3] += c[4 * j + 3] * (s.y * high);
+                }
+            }
+            __syncwarp();
+            if (lane == 0) bar_arrive(&empty[slot]);
+            if (++slot == WIDE_STAGES) slot = 0, parity ^= 1;
+        }
+        int first = t.entry.expert < p.s.n_experts ? p.s.n + p.s.start[t.entry.expert] : 0;
+#pragma unroll
+        for (int v = 0; v < WAVES; v++)
+            if (strip + v * 4 < p.w.strips)
+                wide_store(p, t, strip + v * 4, first, staging + (group * 4 + warp) * WARP_STAGING, sum[v]);
+    }
+}
+
+template <int WAVES>
+static __global__ void __launch_bounds__(WIDE_THREADS, 1) wide(const __grid_constant__ Wide p) {
+    extern __shared__ __align__(1024) uint8_t smem[];
+    __shared__ uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];
+    WideStage<WAVES> *ring = (WideStage<WAVES> *)smem;
+    uint8_t *staging = smem + WIDE_STAGES * sizeof *ring;
+    Entry *table = (Entry *)(staging + 8 * WARP_STAGING);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < WIDE_STAGES; i++)
+            bar_init(&full[i], 1 + 128), bar_init(&empty[i], 8);
+        bar_init_done();
+    }
+    launch_dependents();
+    grid_wait();
+    int entries = known_entries(&p.s, WIDE_SLOTS);
+    if (p.s.n_experts) entries += list_entries(p.s, table, WIDE_SLOTS, 8);
+    __syncthreads();
+    int tiles = entries * ((p.w.strips + WAVES * 8 - 1) / (WAVES * 8)) * p.parts;
+    if (threadIdx.x < 128) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        wide_produce<WAVES>(p, table, tiles, ring, full, empty);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        wide_consume<WAVES>(p, table, tiles, ring, full, empty, staging);
+    }
+}
+
+template <int WAVES> static void launch_wide(Wide *p) {
+    size_t smem = WIDE_STAGES * sizeof(WideStage<WAVES>) + 8 * WARP_STAGING +
+                  max_entries(&p->s, WIDE_SLOTS) * sizeof(Entry);
+    launch(wide<WAVES>, n_sms, WIDE_THREADS, smem, *p);
+}
+
+// The larger tile where that leaves no block idle.
+static void run_wide(Wide *p) {
+    p->part_blocks = units(p->w.blocks, p->parts);
+    p->parts = units(p->w.blocks, p->part_blocks);  // none is empty
+    int large = units(p->w.strips, 16) * known_entries(&p->s, WIDE_SLOTS) * p->parts;
+    if (p->s.n_experts || large >= n_sms) launch_wide<2>(p);
+    else launch_wide<1>(p);
+}
+
+// ---- Between products ---------------------------------------------------------------------------
+
+// y [rows][out] = the sum over parts of f32 [parts][rows][out], rounded.
+static __global__ void add_parts(bf16 *y, const float *from, int parts, int size) {
+    launch_dependents();
+    grid_wait();
+    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i >= size) return;
+    float4 sum = {};
+    for (int part = 0; part < parts; part++) {
+        float4 v = *(const float4 *)(from + (size_t)part * size + i);
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    *(uint2 *)(y + i) = make_uint2(bf16_pair(sum.x, sum.y), bf16_pair(sum.z, sum.w));
+}
+
+static __device__ float gated(float gate, float up) {
+    float g = round_bf16(gate);
+    return round_bf16(g / (1 + expf(-g)) * round_bf16(up));
+}
+
+// h = quant(silu(gate) up) from f32 [parts][slots][2 cols], in which 8 columns of gate and 8 of up
+// take turns. A warp makes one scale group of one slot: a lane 4 columns of it. For `wide`, it also
+// notes where each pair's slot is. Its successor may start only behind grid_wait: what older
+// kernels wrote is then complete for it.
+static __global__ void gate_quant(uint8_t *q, float *scale, int stride, const float *from,
+                                  int parts, int cols, int slots, int *slot_of, const int *pair,
+                                  int n) {
+    grid_wait();
+    launch_dependents();
+    int unit = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+    int slot = unit / (cols / BLOCK), group = unit % (cols / BLOCK);
+    if (slot >= slots) return;
+    from += (size_t)slot * 2 * cols + group * 2 * BLOCK + lane / 2 * 16 + lane % 2 * 4;
+    float gate[4] = {}, up[4] = {}, h[4], amax = 1e-4f;
+    for (int part = 0; part < parts; part++, from += (size_t)slots * 2 * cols) {
+        float4 g = *(const float4 *)from, u = *(const float4 *)(from + 8);
+        gate[0] += g.x, gate[1] += g.y, gate[2] += g.z, gate[3] += g.w;
+        up[0] += u.x, up[1] += u.y, up[2] += u.z, up[3] += u.w;
+    }
+    for (int i = 0; i < 4; i++) h[i] = gated(gate[i], up[i]), amax = fmaxf(amax, fabsf(h[i]));
+    for (int d = 16; d > 0; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
+    float s = amax / 448;  // e4m3's largest
+    size_t row = (size_t)group * stride + slot;
+    *(uint32_t *)(q + row * ROW_BYTES + ((lane / 4 ^ slot & 7) << 4) + lane % 4 * 4) =
+        e4m3_pair(h[0] / s, h[1] / s) | e4m3_pair(h[2] / s, h[3] / s) << 16;
+    if (lane == 0) scale[row] = s;
+    if (slot_of && group == 0 && lane == 0 && slot >= n) slot_of[pair[slot - n]] = slot;
+}
+
+// y [n][hidden] = the weighted sum of a row's slots, and its shared slot: many rows only, where the
+// slots' products went through memory in bf16.
+static __global__ void combine(bf16 *y, const bf16 *from, const int *slot_of, const float *weight,
+                               int top_k, int hidden, int n) {
+    launch_dependents();
+    grid_wait();
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    int row = i / hidden, column = i % hidden;
+    if (row >= n) return;
+    float sum[8] = {};
+    for (int k = 0; k <= top_k; k++) {
+        int slot = k < top_k ? slot_of[row * top_k + k] : row;
+        float by = k < top_k ? weight[row * top_k + k] : 1;
+        uint4 v = *(const uint4 *)(from + (size_t)slot * hidden + column);
+        const uint32_t *pair = (const uint32_t *)&v;
+        for (int j = 0; j < 4; j++)
+            sum[2 * j] += by * bf16_low(pair[j]), sum[2 * j + 1] += by * bf16_high(pair[j]);
+    }
+    *(uint4 *)(y + i) = make_uint4(bf16_pair(sum[0], sum[1]), bf16_pair(sum[2], sum[3]),
+                                   bf16_pair(sum[4], sum[5]), bf16_pair(sum[6], sum[7]));
 }
 
 // ---- The stages: the small ones -----------------------------------------------------------------
@@ -505,8 +1393,8 @@ typedef struct { float v[ROPE_DIM / 2]; } Frequencies;
 // A thread makes one cosine and sine, in double, since the angles go up to 163,840 and f32's own
 // reduction costs more than it saves. Once a step: its time does not matter.
 static __global__ void rope_kernel(float2 *rope, Frequencies f, const int *position, int n) {
-    overlap_next();
-    overlap_wait();
+    launch_dependents();
+    grid_wait();
     int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / (ROPE_DIM / 2);
     if (row >= n) return;
     double sine, cosine;
@@ -518,23 +1406,23 @@ void rope_angles(float *rope, const float *inv_freq, const int *position, int n)
     enum { THREADS = 128 };
     Frequencies f;
     memcpy(&f, inv_freq, sizeof f);
-    launch(rope_kernel, div_up(n * (ROPE_DIM / 2), THREADS), THREADS, 0, (float2 *)rope, f, position,
+    launch(rope_kernel, units(n * (ROPE_DIM / 2), THREADS), THREADS, 0, (float2 *)rope, f, position,
            n);
 }
 
 // A block copies a row in 16-byte pieces: 14 KB, read and written once.
 static __global__ void embed_kernel(uint4 *x, const uint4 *table, const int *id, int chunks) {
-    overlap_next();
-    overlap_wait();
+    launch_dependents();
+    grid_wait();
     const uint4 *row = table + (size_t)id[blockIdx.x] * chunks;
     x += (size_t)blockIdx.x * chunks;
     for (int c = threadIdx.x; c < chunks; c += blockDim.x) x[c] = row[c];
 }
 
-// Threads for a row of `cols` columns, eight each, in whole warps.
+// A thread for each eight columns of a row, in whole warps: so a row is in registers at once.
 static int row_threads(int cols) {
-    int threads = div_up(cols / CHUNK, WARP) * WARP;
-    return threads < 1024 ? threads : 1024;
+    if (cols > MAX_COLS) die("got rows of %d columns, a GPU wants at most %d", cols, MAX_COLS);
+    return units(cols / CHUNK, WARP) * WARP;
 }
 
 void embed(bf16 *x, const Linear *table, const int *id, int n) {
@@ -542,66 +1430,58 @@ void embed(bf16 *x, const Linear *table, const int *id, int n) {
            table->in / CHUNK);
 }
 
-static __device__ float square8(const float v[CHUNK]) {
-    float sum = 0;
-    for (int i = 0; i < CHUNK; i++) sum += v[i] * v[i];
-    return sum;
+static __device__ void load8(float v[CHUNK], const float *from) {
+    const float4 low = ((const float4 *)from)[0], high = ((const float4 *)from)[1];
+    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+    v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
 }
 
-// v = bf16(v inverse gain[8 c ..]), rounded; returns the same, packed.
-static __device__ uint4 norm8(float v[CHUNK], float inverse, const float *gain, int c) {
-    const float4 *g = (const float4 *)gain + 2 * c, low = g[0], high = g[1];
-    const float scale[CHUNK] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-    for (int i = 0; i < CHUNK; i++) v[i] = v[i] * inverse * scale[i];
+// v = bf16(v rsqrt(mean v^2 + eps) gain) over the block's row, of which only the columns that count
+// are not 0; returns the same, packed.
+static __device__ uint4 norm8(float v[CHUNK], const float gain[CHUNK], float eps, int cols) {
+    float square = 0;
+    for (int i = 0; i < CHUNK; i++) square += v[i] * v[i];
+    float inverse = 1 / sqrtf(block_sum(square) / cols + eps);
+    for (int i = 0; i < CHUNK; i++) v[i] = v[i] * inverse * gain[i];
     uint4 packed = pack8(v);
     unpack8(v, packed);
     return packed;
 }
 
-// The block's row is in shared memory, and `square` this thread's part of its squares.
-static __device__ void act_norm(const Act &a, int token, const uint4 *row, float square,
-                                const float *gain, float eps) {
-    int chunks = a.cols / CHUNK;
-    float inverse = 1 / sqrtf(block_sum(square) / a.cols + eps);
-    for (int first = 0; first < chunks; first += blockDim.x) {
-        int c = first + threadIdx.x;
-        float v[CHUNK] = {0};
-        if (c < chunks) {
-            unpack8(v, row[c]);
-            ((uint4 *)a.x)[(size_t)token * chunks + c] = norm8(v, inverse, gain, c);
-        }
-        quantise8(a, token, c, v, c < chunks);
-    }
+static __device__ void act_norm(const Act &a, int token, float v[CHUNK], const float gain[CHUNK],
+                                float eps) {
+    int chunks = a.cols / CHUNK, c = threadIdx.x;
+    uint4 packed = norm8(v, gain, eps, a.cols);
+    if (c < chunks) ((uint4 *)a.x)[(size_t)token * chunks + c] = packed;
+    quantise8(a, token, c, v, c < chunks);
 }
 
-// A block takes a row, so that one exchange gives its sum of squares; each thread keeps what it read
-// in shared memory for the second pass. Moves 14 KB in twice and out 1.5 times: at few rows only the
-// latency counts, which is two trips to L2 and one exchange.
-static __global__ void add_norm_kernel(bf16 *x, Act a, const bf16 *y, const float *gain, float eps) {
-    extern __shared__ uint4 row[];
-    int token = blockIdx.x, chunks = a.cols / CHUNK;
-    uint4 *to = (uint4 *)x + (size_t)token * chunks;
-    const uint4 *add = (const uint4 *)y + (size_t)token * chunks;
-    float square = 0;
-    overlap_next();
-    overlap_wait();
-    for (int c = threadIdx.x; c < chunks; c += blockDim.x) {
-        float v[CHUNK], w[CHUNK];
-        row[c] = to[c];
-        unpack8(v, row[c]);
+// A block takes a row, so that one exchange gives its sum of squares. Reads 28 KB and writes 35 KB a
+// row; at few rows only latency counts, which is one trip to L2 and one exchange.
+static __global__ void add_norm_kernel(uint4 *x, Act a, const uint4 *y, const float *gain,
+                                       float eps) {
+    int c = threadIdx.x, chunks = a.cols / CHUNK;
+    size_t at = (size_t)blockIdx.x * chunks + c;
+    float v[CHUNK] = {0}, add[CHUNK], g[CHUNK] = {0};
+    bool there = c < chunks;
+    launch_dependents();
+    if (there) load8(g, gain + c * CHUNK);  // a weight: it can be read before the wait
+    grid_wait();
+    if (there) {
+        uint4 own = x[at], other = y ? y[at] : own;
+        unpack8(v, own);
         if (y) {
-            unpack8(w, add[c]);
-            for (int i = 0; i < CHUNK; i++) v[i] += w[i];
-            to[c] = row[c] = pack8(v);
-            unpack8(v, row[c]);
+            unpack8(add, other);
+            for (int i = 0; i < CHUNK; i++) v[i] += add[i];
+            x[at] = own = pack8(v);
+            unpack8(v, own);
         }
-        square += square8(v);
     }
-    act_norm(a, token, row, square, gain, eps);
+    act_norm(a, blockIdx.x, v, g, eps);
 }
 
 void add_norm(bf16 *x, Act *a, const bf16 *y, const Vector *gain, float eps, int n) {
-    launch(add_norm_kernel, n, row_threads(a->cols), a->cols * sizeof(bf16), x, *a, y,
+    launch(add_norm_kernel, n, row_threads(a->cols), 0, (uint4 *)x, *a, (const uint4 *)y,
            (const float *)gain->data, eps);
 }
 
@@ -621,7 +1501,7 @@ static __device__ void rotate8(float v[CHUNK], const float *angle) {
 static __device__ void cache_store(bf16 *cache, const Batch &b, int token, int c, uint4 chunk) {
     int position = b.position[token], t = position % PAGE;
     int page = b.pages[(size_t)b.seq[token] * b.max_pages + position / PAGE];
-    uint8_t *line = (uint8_t *)cache + (size_t)page * PAGE_BYTES + c / 8 * PAGE * LINE + t * LINE;
+    uint8_t *line = (uint8_t *)cache + (size_t)page * PAGE_BYTES + c / 8 * PAGE * ROW_BYTES + t * ROW_BYTES;
     ((uint4 *)line)[c % 8 ^ t % 8] = chunk;
 }
 
@@ -630,38 +1510,861 @@ static __device__ void cache_store(bf16 *cache, const Batch &b, int token, int c
 static __global__ void mla_latent_kernel(Act qa, bf16 *cache, const uint4 *q, const uint4 *kv,
                                          const float *q_gain, const float *kv_gain, float eps,
                                          const float *rope, Batch b) {
-    extern __shared__ uint4 row[];
-    int token = blockIdx.x, chunks = qa.cols / CHUNK, c = threadIdx.x;
     enum { LATENT_CHUNKS = LATENT_DIM / CHUNK, ALL_CHUNKS = CACHE_DIM / CHUNK };
-    float v[CHUNK] = {0}, square = 0;
-    overlap_next();
-    overlap_wait();
-    if (blockIdx.y == 0) {
-        for (; c < chunks; c += blockDim.x) {
-            row[c] = q[(size_t)token * chunks + c];
-            unpack8(v, row[c]);
-            square += square8(v);
-        }
-        act_norm(qa, token, row, square, q_gain, eps);
+    bool is_q = blockIdx.y == 0;
+    int token = blockIdx.x, c = threadIdx.x, normed = is_q ? qa.cols / CHUNK : LATENT_CHUNKS;
+    float v[CHUNK] = {0}, g[CHUNK] = {0};
+    launch_dependents();
+    if (c < normed) load8(g, (is_q ? q_gain : kv_gain) + c * CHUNK);
+    grid_wait();
+    if (c < normed) unpack8(v, is_q ? q[(size_t)token * normed + c] : kv[token * ALL_CHUNKS + c]);
+    if (is_q) {
+        act_norm(qa, token, v, g, eps);
         return;
     }
-    if (c < ALL_CHUNKS) unpack8(v, kv[(size_t)token * ALL_CHUNKS + c]);
-    if (c < LATENT_CHUNKS) square = square8(v);
-    float inverse = 1 / sqrtf(block_sum(square) / LATENT_DIM + eps);
-    if (c < LATENT_CHUNKS) {
-        cache_store(cache, b, token, c, norm8(v, inverse, kv_gain, c));
-    } else if (c < ALL_CHUNKS) {  // k_pe is not normed
+    uint4 latent = norm8(v, g, eps, LATENT_DIM);
+    if (c >= LATENT_CHUNKS && c < ALL_CHUNKS) {  // k_pe is turned and not normed
+        unpack8(v, kv[token * ALL_CHUNKS + c]);
         rotate8(v, rope + token * ROPE_DIM + (c - LATENT_CHUNKS) * CHUNK);
-        cache_store(cache, b, token, c, pack8(v));
+        latent = pack8(v);
     }
+    if (c < ALL_CHUNKS) cache_store(cache, b, token, c, latent);
 }
 
 void mla_latent(Act *qa, bf16 *cache, const bf16 *q, const bf16 *kv, const Vector *q_gain,
                 const Vector *kv_gain, float eps, const float *rope, const Batch *b) {
     int threads = row_threads(qa->cols), least = row_threads(CACHE_DIM);
-    launch(mla_latent_kernel, dim3(b->n, 2), threads > least ? threads : least,
-           qa->cols * sizeof(bf16), *qa, cache, (const uint4 *)q, (const uint4 *)kv,
+    launch(mla_latent_kernel, dim3(b->n, 2), threads > least ? threads : least, 0, *qa, cache, (const uint4 *)q, (const uint4 *)kv,
            (const float *)q_gain->data, (const float *)kv_gain->data, eps, rope, *b);
+}
+
+// ---- Queries and values: W_UK and W_UV ------------------------------------------------------------
+
+static __device__ void brick_load(Brick &a, const uint4 *bricks, int head, int brick) {
+    const uint4 *p = bricks + ((size_t)head * BRICKS + brick) * FRAGMENTS * 32 + threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < FRAGMENTS; i++) a[i / BRICK_STEPS][i % BRICK_STEPS] = __ldg(p + i * 32);
+}
+
+// A lane's four chunks of its token's 128 x values; nothing (zeros) past the last token.
+static __device__ void chunks_load(uint4 (&x)[4], const bf16 *row, bool there) {
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        x[i] = there ? ((const uint4 *)row)[4 * i + threadIdx.x % 4] : make_uint4(0, 0, 0, 0);
+}
+
+// sum [s][0, 2] and [s][1, 3]: m = 8 g + 2 s and the next of tokens 2 t and 2 t + 1.
+static __device__ void brick_product(float (&sum)[BRICK_STRIPS][4], const Brick &a,
+                                     const uint4 (&x)[4]) {
+#pragma unroll
+    for (int s = 0; s < BRICK_STRIPS; s++) {
+        sum[s][0] = sum[s][1] = sum[s][2] = sum[s][3] = 0;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            mma_bf16(sum[s], (const uint32_t *)&a[s][2 * i], x[i].x, x[i].y);
+            mma_bf16(sum[s], (const uint32_t *)&a[s][2 * i + 1], x[i].z, x[i].w);
+        }
+    }
+}
+
+// ---- mla_query ----------------------------------------------------------------------------------
+
+// Turns 8 consecutive values (4 pairs) of a head's q_pe by their row's angles; rounds like the twin.
+static __device__ uint4 rotate_chunk(uint4 x, const float *rope) {
+    uint32_t in[4] = {x.x, x.y, x.z, x.w}, out[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float re = bf16_low(in[i]), im = bf16_high(in[i]), cosine = rope[2 * i], sine = rope[2 * i + 1];
+        out[i] = bf16_pair(__fsub_rn(__fmul_rn(re, cosine), __fmul_rn(im, sine)),
+                           __fadd_rn(__fmul_rn(re, sine), __fmul_rn(im, cosine)));
+    }
+    return make_uint4(out[0], out[1], out[2], out[3]);
+}
+
+enum { QUERY_WARPS = 4, TOKENS = 8, CACHE_BLOCKS = CACHE_DIM / 64 };
+
+// query [n][9 blocks of 64][heads][128 B], swizzled by head: block y of head x is a brick times
+// q_nope, block 8 the rotated q_pe. A warp holds its brick in 128 registers and walks over tokens,
+// eight at a time, all loads coalesced and no shared memory: at one token 1.2 MB of weights on 144
+// SMs' worth of blocks, latency only; at many tokens bound by the 1,152 bytes it writes per head.
+static __global__ void __launch_bounds__(QUERY_WARPS * 32)
+    query_kernel(bf16 *query, const bf16 *q, const uint4 *bricks, const float *scale,
+                 const float *rope, int heads, int n) {
+    int head = blockIdx.x, block = blockIdx.y, lane = threadIdx.x % 32;
+    int first = blockIdx.z * QUERY_WARPS + threadIdx.x / 32, step = gridDim.z * QUERY_WARPS;
+    uint4 *out = (uint4 *)query;
+    if (block == CACHE_BLOCKS - 1) {
+        grid_wait();
+        launch_dependents();
+        for (int i = first * 32 + lane; i < n * 8; i += step * 32) {  // a thread turns one chunk
+            size_t token = i / 8;
+            int chunk = i % 8;
+            uint4 x = ((const uint4 *)(q + (token * heads + head) * QK_DIM + NOPE_DIM))[chunk];
+            out[((token * CACHE_BLOCKS + block) * heads + head) * 8 + swizzle_chunk(head, chunk)] =
+                rotate_chunk(x, rope + token * ROPE_DIM + chunk * 8);
+        }
+        return;
+    }
+    Brick a;
+    uint4 x[4], next[4];
+    float sum[BRICK_STRIPS][4];
+    if (first * TOKENS < n) brick_load(a, bricks, head, block);  // a constant: before the wait
+    float factor = scale ? scale[2 * head * LATENT_SCALES + block / 2] : 1;
+    grid_wait();
+    launch_dependents();
+    int mine = first * TOKENS + lane / 4;
+    chunks_load(next, q + ((size_t)mine * heads + head) * QK_DIM, mine < n);
+    for (int tile = first; tile * TOKENS < n; tile += step) {
+        for (int i = 0; i < 4; i++) x[i] = next[i];
+        mine += step * TOKENS;
+        chunks_load(next, q + ((size_t)mine * heads + head) * QK_DIM, mine < n);
+        brick_product(sum, a, x);
+        for (int i = 0; i < 2; i++) {
+            size_t token = tile * TOKENS + lane % 4 * 2 + i;
+            uint32_t v[BRICK_STRIPS];
+#pragma unroll
+            for (int s = 0; s < BRICK_STRIPS; s++)
+                v[s] = i ? bf16_pair(sum[s][1] * factor, sum[s][3] * factor)
+                         : bf16_pair(sum[s][0] * factor, sum[s][2] * factor);
+            if (token < n)
+                out[((token * CACHE_BLOCKS + block) * heads + head) * 8 +
+                    swizzle_chunk(head, lane / 4)] = make_uint4(v[0], v[1], v[2], v[3]);
+        }
+    }
+}
+
+void mla_query(bf16 *query, const bf16 *q, const Linear *kv_b_proj, const float *rope, int heads,
+               int n) {
+    dim3 grid(heads, CACHE_BLOCKS, min_int(units(n, QUERY_WARPS * TOKENS), 16));
+    launch(query_kernel, grid, QUERY_WARPS * 32, 0, query, q,
+           (const uint4 *)kv_b_proj->data, (const float *)kv_b_proj->scale, rope, heads, n);
+}
+
+// ---- mla_value ----------------------------------------------------------------------------------
+
+enum { VALUE_WARPS = 8, VALUE_BLOCKS = LATENT_DIM / BLOCK, VALUE_STAGES = 4 };
+
+typedef struct {
+    uint4 u[VALUE_STAGES][TOKENS][LATENT_DIM / 8 + 4];  // + 4: neighbours in other banks
+    float4 part[2][VALUE_BLOCKS][TOKENS][V_DIM / 4 + 1];
+    uint64_t full[VALUE_STAGES];
+} ValueShared;
+
+// Asks for one head's u of eight tokens; a lane of the first warp fetches one token's 1,024 bytes.
+static __device__ void value_load(ValueShared *s, const bf16 *u, int tile, int stage, int head,
+                                  int heads, int n) {
+    int lane = threadIdx.x, token = tile * TOKENS + lane, there = min_int(n - tile * TOKENS, TOKENS);
+    if (lane >= 32 || there <= 0) return;
+    if (lane == 0) bar_expect(&s->full[stage], there * LATENT_DIM * 2);
+    __syncwarp();
+    if (lane < there)
+        bulk_load(s->u[stage][lane], u + ((size_t)token * heads + head) * LATENT_DIM,
+                  LATENT_DIM * 2, &s->full[stage]);
+}
+
+// o [n][heads * 128] = W_UV u per head, rounded, and quantised: a head is one scale group. A block
+// holds all of one head's W_UV, a brick per warp (two halves of the values, four quarters of the
+// latent), and walks over tokens, eight at a time, with three tiles of u on their way: the quarters'
+// scaled sums meet in shared memory and a warp finishes one token. It reads u and writes o once.
+static __global__ void __launch_bounds__(VALUE_WARPS * 32)
+    value_kernel(Act o, const bf16 *u, const uint4 *bricks, const float *scale, int heads, int n) {
+    extern __shared__ __align__(1024) uint8_t shared[];
+    ValueShared *s = (ValueShared *)shared;
+    int head = blockIdx.x, step = gridDim.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int half = warp % 2, quarter = warp / 2;
+    Brick a;
+    uint4 x[4];
+    float sum[BRICK_STRIPS][4];
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < VALUE_STAGES; i++) bar_init(&s->full[i], 1);
+        asm volatile("fence.mbarrier_init.release.cluster;");
+    }
+    __syncthreads();
+    brick_load(a, bricks, head, UK_BRICKS + warp);  // a constant: before the wait
+    float factor = scale ? scale[(2 * head + 1) * LATENT_SCALES + quarter] : 1;
+    grid_wait();
+    launch_dependents();
+    for (int i = 0; i < VALUE_STAGES - 1; i++)
+        value_load(s, u, blockIdx.y + i * step, i, head, heads, n);
+    for (int tile = blockIdx.y, k = 0; tile * TOKENS < n; tile += step, k++) {
+        int stage = k % VALUE_STAGES, ahead = VALUE_STAGES - 1;
+        value_load(s, u, tile + ahead * step, (k + ahead) % VALUE_STAGES, head, heads, n);
+        bar_wait(&s->full[stage], k / VALUE_STAGES % 2);
+        for (int i = 0; i < 4; i++)
+            x[i] = s->u[stage][lane / 4][quarter * BLOCK / 8 + 4 * i + lane % 4];
+        brick_product(sum, a, x);
+        for (int i = 0; i < 2; i++) {
+            float4 *to = &s->part[k % 2][quarter][lane % 4 * 2 + i][half * 16 + lane / 4 * 2];
+            for (int j = 0; j < 2; j++)
+                to[j] = make_float4(sum[2 * j][i] * factor, sum[2 * j][i + 2] * factor,
+                                    sum[2 * j + 1][i] * factor, sum[2 * j + 1][i + 2] * factor);
+        }
+        // One is enough: the next tile's sums go to the other half of part.
+        __syncthreads();
+        size_t token = tile * TOKENS + warp;
+        if (token >= n) continue;
+        float4 v = s->part[k % 2][0][warp][lane];
+        for (int i = 1; i < VALUE_BLOCKS; i++) {
+            float4 p = s->part[k % 2][i][warp][lane];
+            v.x += p.x, v.y += p.y, v.z += p.z, v.w += p.w;
+        }
+        uint2 rounded = make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
+        v = make_float4(bf16_low(rounded.x), bf16_high(rounded.x), bf16_low(rounded.y),
+                        bf16_high(rounded.y));
+        float amax = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+        float size = fmaxf(warp_max(amax), MIN_AMAX) / E4M3_MAX;
+        size_t at = (size_t)head * o.stride + token;
+        ((uint2 *)(o.x + token * o.cols + head * V_DIM))[lane] = rounded;
+        ((uint32_t *)o.q)[at * 32 + swizzle_chunk(token, lane / 4) * 4 + lane % 4] =
+            e4m3_pair(v.x / size, v.y / size) | e4m3_pair(v.z / size, v.w / size) << 16;
+        if (lane == 0) o.scale[at] = size;
+    }
+}
+
+void mla_value(Act *o, const bf16 *u, const Linear *kv_b_proj, int heads, int n) {
+    dim3 grid(heads, min_int(units(n, TOKENS), units(n_sms, heads)));
+    launch(value_kernel, grid, VALUE_WARPS * 32, sizeof(ValueShared), *o, u, (const uint4 *)kv_b_proj->data,
+           (const float *)kv_b_proj->scale, heads, n);
+}
+
+// ---- mla_attend: the plan -----------------------------------------------------------------------
+// A tile is what one page load can serve: neighbouring rows of one sequence, as many as there are
+// columns for. All tiles' pages in a row are cut into equal chunks, one per SM; so a block has the
+// end of a tile, some whole ones and the head of another, whatever the lengths. Who has what depends
+// on device memory only, is worked out once per step, and serves all layers.
+
+#ifndef FIXED
+#define FIXED 3
+#endif
+enum { MAX_COLUMNS = 64, BLOCK_BYTES = PAGE * 128,
+       LATENT_BLOCKS = LATENT_DIM / 64, PLAN_THREADS = 1024 };
+
+typedef struct {  // heads are padded to 8 columns; more than 64 are several slices of one row
+    int columns, slices;  // of a slice; of a row
+    int rows;             // slices that a tile may have
+    int fixed;            // what a tile costs beside its pages, in pages: queries, store, combine
+} Shape;
+
+typedef struct { int start, pages, slices, table; } Tile;  // table: its sequence's in `pages`
+typedef struct { int tile, begin, end, chunk; } Work;      // a block's range of all tiles' pages
+
+static struct {
+    Tile *tile;   // [rows * slices] only those that begin a tile are filled
+    Work *work;   // [n_sms]
+    float *part;  // [2 n_sms][columns][512] unnormalised sums of tiles that are split, and their
+    float2 *ml;   // [2 n_sms][columns] largest scores and sums of weights
+} plan;
+
+static void mla_reserve(int rows, int heads) {
+    size_t columns = 2 * (size_t)n_sms * MAX_COLUMNS, slices = units(heads, MAX_COLUMNS);
+    plan.tile = (Tile *)place_alloc(rows * slices * sizeof(Tile));
+    plan.work = (Work *)place_alloc(n_sms * sizeof(Work));
+    plan.part = (float *)place_alloc(columns * LATENT_DIM * sizeof(float));
+    plan.ml = (float2 *)place_alloc(columns * sizeof(float2));
+}
+
+static bool many_columns(int heads, bool prompts) { return prompts || heads > 16; }
+
+static Shape shape_of(int heads, bool prompts) {
+    int columns = min_int(units(heads, 8) * 8, MAX_COLUMNS), most = many_columns(heads, prompts) ? 64 : 16;
+    return (Shape){columns, units(heads, MAX_COLUMNS), heads > 64 ? 1 : most / columns,
+                   many_columns(heads, prompts) ? FIXED : 1};
+}
+
+// Slices i, i + 1, .. of one sequence as far as the next multiple of s.rows; 0 inside a tile.
+static __device__ int tile_slices(int i, int total, Shape s, const int *seq) {
+    int n = 1, id = seq[i / s.slices];
+    if (i % s.rows && seq[(i - 1) / s.slices] == id) return 0;
+    while (i + n < total && (i + n) % s.rows && seq[(i + n) / s.slices] == id) n++;
+    return n;
+}
+
+// One block: a scan over the tiles' page counts, then each tile tells the blocks that begin in it.
+static __global__ void __launch_bounds__(PLAN_THREADS)
+    plan_kernel(Tile *tile, Work *work, const int *position, const int *seq, int max_pages, int n,
+                Shape s, int blocks) {
+    __shared__ int warp_sum[32];
+    int total = n * s.slices, each = units(total, PLAN_THREADS), pages = 0, lane = threadIdx.x % 32;
+    int from = min_int(threadIdx.x * each, total), to = min_int(from + each, total);
+    grid_wait();
+    launch_dependents();
+    for (int i = from; i < to; i++) {
+        int slices = tile_slices(i, total, s, seq), most = -PAGE;
+        for (int j = 0; j < slices; j++) most = max(most, position[(i + j) / s.slices]);
+        tile[i] = (Tile){0, most / PAGE + 1, slices, seq[i / s.slices] * max_pages};
+        pages += slices ? tile[i].pages + s.fixed : 0;
+    }
+    int before = pages;  // becomes the sum up to and with this thread
+    for (int d = 1; d < 32; d *= 2) {
+        int left = __shfl_up_sync(~0u, before, d);
+        before += lane >= d ? left : 0;
+    }
+    if (lane == 31) warp_sum[threadIdx.x / 32] = before;
+    __syncthreads();
+    int all = 0;
+    for (int i = 0; i < 32; i++) {
+        before += i < threadIdx.x / 32 ? warp_sum[i] : 0;
+        all += warp_sum[i];
+    }
+    int start = before - pages, chunk = units(all, blocks);
+    for (int i = from; i < to; i++) {
+        int end = start + (tile[i].slices ? tile[i].pages + s.fixed : 0);
+        tile[i].start = start;
+        for (int b = units(start, chunk); b * chunk < end; b++)
+            work[b] = (Work){i, b * chunk, min_int((b + 1) * chunk, all), chunk};
+        start = end;
+    }
+    for (int b = units(all, chunk) + threadIdx.x; b < blocks; b += PLAN_THREADS)
+        work[b] = (Work){0, 0, 0, chunk};
+}
+
+// Once per step, before the first mla_attend.
+static void mla_plan(const Batch *b, int heads) {
+    launch(plan_kernel, 1, PLAN_THREADS, 0, plan.tile, plan.work, b->position, b->seq, b->max_pages,
+           b->n, shape_of(heads, step.prompts), n_sms);
+}
+
+// ---- mla_attend ---------------------------------------------------------------------------------
+
+enum { STAGES = 2 };
+
+template <int N, int W> struct AttendShared {  // N columns of each of W warpgroups
+    uint8_t page[STAGES][PAGE_BYTES];          // [9 blocks of 64 dims][64 tokens][128 B]
+    uint8_t q[CACHE_BLOCKS][W][N][128];        // columns' queries
+    uint8_t p[W][N][128];                      // columns' weights of a page's 64 tokens
+    float largest[W][4][N], total[W][4][N];    // what four warps tell each other
+    uint64_t full[STAGES], empty[STAGES], q_full, q_empty;
+};
+
+// Two groups in step would multiply together and then idle the tensor cores together. So they take
+// turns: each of a group's two products per page begins when the other group's last one is issued.
+static __device__ void turn_take(int group) {
+    asm volatile("bar.sync %0, 256;" ::"r"(group + 3) : "memory");
+}
+
+static __device__ void turn_give(int group) {
+    asm volatile("bar.arrive %0, 256;" ::"r"(4 - group) : "memory");
+}
+
+// The producer warp: pages, and at a tile's first page its queries, as soon as there is room.
+template <int N, int W>
+static __device__ void attend_load(AttendShared<N, W> *s, const bf16 *query, const bf16 *cache,
+                                   const int *pages, const Tile *tiles, Work work, Shape shape,
+                                   int heads) {
+    int lane = threadIdx.x % 32, k = 0, n_tiles = 0, held = min_int(heads, MAX_COLUMNS);
+    Tile tile;
+    for (int at = work.begin, v = work.tile; at < work.end;
+         at = tile.start + tile.pages + shape.fixed, v += tile.slices) {
+        tile = tiles[v];
+        int first = at - tile.start, last = min_int(tile.pages, work.end - tile.start);
+        if (first >= last) continue;  // all of its pages are another block's
+        for (int i = first; i < last; i++, k++) {
+            size_t page = pages[tile.table + i];
+            uint64_t *full = &s->full[k % STAGES];
+            bar_wait(&s->empty[k % STAGES], k / STAGES % 2 ^ 1);
+            if (lane == 0) {
+                bar_expect(full, PAGE_BYTES);
+                bulk_load(s->page[k % STAGES], cache + page * PAGE * CACHE_DIM, PAGE_BYTES, full);
+            }
+            if (i > first) continue;
+            if (n_tiles == 0) grid_wait();
+ launch_dependents();  // only the queries come from the kernel before
+            bar_wait(&s->q_empty, n_tiles % 2 ^ 1);
+            if (lane == 0) bar_expect(&s->q_full, CACHE_BLOCKS * tile.slices * held * 128);
+            __syncwarp();
+            for (int j = lane; j < CACHE_BLOCKS * tile.slices; j += 32) {
+                int block = j % CACHE_BLOCKS, slice = j / CACHE_BLOCKS, x = v + slice;
+                size_t row = (size_t)(x / shape.slices) * CACHE_BLOCKS + block;
+                bulk_load(s->q[block][0][slice * shape.columns],
+                          query + (row * heads + x % shape.slices * MAX_COLUMNS) * 64, held * 128,
+                          &s->q_full);
+            }
+        }
+        n_tiles++;
+    }
+}
+
+// What a thread of a warpgroup holds of its N columns: of each eight columns j two, 8 j + 2 t and
+// the next (t = lane % 4), and in them two of each warp's 16 rows of every 64, g and g + 8.
+template <int N> struct Columns {
+    float o[LATENT_BLOCKS][N / 2];    // sums; element 4 j + 2 (row g + 8) + (next column)
+    float best[N / 4], total[N / 4];  // [2 j + (next column)] base 2, scaled; of own tokens only
+    int limit[N / 8];                 // [j] tokens that the columns' row sees
+};
+
+// One page into the sums. S^T = page . Q^T, softmax down the columns, O^T = page^T . P.
+template <int N, int W>
+static __device__ void attend_page(Columns<N> &c, AttendShared<N, W> *s, uint8_t *page, int first,
+                                   int valid, float scale, bool turns, bool q_last) {
+    int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    int token = warp * 16 + lane / 4;
+    float score[N / 2];
+    uint64_t keys = warp_desc(page), q = warp_desc(s->q[0][group]), p = warp_desc(s->p[group]);
+    if (turns) turn_take(group);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < CACHE_DIM / 16; i++)  // 16 dims are 32 bytes of a row
+        wgmma<0>(score, keys + (i / 4 * BLOCK_BYTES + i % 4 * 32) / 16,
+                 q + (i / 4 * (W * N * 128) + i % 4 * 32) / 16, i > 0);
+    wgmma_commit();
+    if (turns) turn_give(group);
+    // Rows past the sequence's end may hold anything, and 0 x NaN is NaN: the values must be zero.
+    // (The keys need not: their scores are replaced. Both groups write the same.)
+    wgmma_wait<0>();
+    if (q_last && lane == 0) bar_arrive(&s->q_empty);
+    for (int i = valid * 8 + threadIdx.x % 128; i < PAGE * 8; i += 128)
+        for (int b = 0; b < LATENT_BLOCKS; b++)
+            ((uint4 *)(page + b * BLOCK_BYTES))[i] = make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int i = 0; i < N / 2; i++) {
+        bool seen = first + token + i / 2 % 2 * 8 < c.limit[i / 4];
+        score[i] = seen ? score[i] * scale : -INFINITY;
+    }
+    float shrink[N / 4];
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) {  // a column's largest of this warp's 16 tokens
+        float most = fmaxf(score[i / 2 * 4 + i % 2], score[i / 2 * 4 + i % 2 + 2]);
+        for (int d = 4; d < 32; d *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+        if (lane < 4) s->largest[group][warp][i / 2 * 8 + lane * 2 + i % 2] = most;
+    }
+    sync_threads(group + 1, 128);
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) {
+        float most = c.best[i];
+        for (int w = 0; w < 4; w++)
+            most = fmaxf(most, s->largest[group][w][i / 2 * 8 + lane % 4 * 2 + i % 2]);
+        shrink[i] = exp2_fast(c.best[i] - (most == -INFINITY ? 0 : most));
+        c.best[i] = most;
+    }
+    uint32_t weight[N / 4];  // pairs of columns: [2 j + (row g + 8)]
+#pragma unroll
+    for (int i = 0; i < N / 2; i += 2) {
+        float v[2];
+        for (int e = 0; e < 2; e++) {  // where a column has seen nothing yet, its weights are 0
+            float best = c.best[i / 4 * 2 + e];
+            v[e] = exp2_fast(score[i + e] - (best == -INFINITY ? 0 : best));
+        }
+        weight[i / 2] = bf16_pair(v[0], v[1]);
+        for (int e = 0; e < 2; e++) {
+            float &total = c.total[i / 4 * 2 + e];
+            total = (i / 2 % 2 ? total : total * shrink[i / 4 * 2 + e]) + v[e];
+        }
+    }
+    // Four 8x8 tiles at once: lane / 8 is (column group, token group), lane % 8 the column.
+#pragma unroll
+    for (int i = 0; i < N / 4; i += 4)
+        store_transposed(&s->p[group][i * 4 + lane / 16 * 8 + lane % 8]
+                             [swizzle_chunk(lane, warp * 2 + lane / 8 % 2) * 16],
+                         weight[i], weight[i + 1], weight[i + 2], weight[i + 3]);
+    fence_async();
+    sync_threads(group + 1, 128);
+#pragma unroll
+    for (int b = 0; b < LATENT_BLOCKS; b++)
+#pragma unroll
+        for (int i = 0; i < N / 2; i++) c.o[b][i] *= shrink[i / 4 * 2 + i % 2];
+    if (turns) turn_take(group);
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < 4; i++)  // 16 tokens are 2,048 bytes of a block
+#pragma unroll
+        for (int b = 0; b < LATENT_BLOCKS; b++)
+            wgmma<1>(c.o[b], keys + (b * BLOCK_BYTES + i * 2048) / 16, p + i * 2, 1);
+    wgmma_commit();
+    if (turns) turn_give(group);
+    wgmma_wait<0>();
+}
+
+// A finished range of a tile: u where it is the whole tile, else a partial sum for the combine.
+template <int N, int W>
+static __device__ void attend_store(Columns<N> &c, AttendShared<N, W> *s, bf16 *u, float *part,
+                                    float2 *ml, int v, int slices, Shape shape, int heads) {
+    int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) {
+        for (int d = 4; d < 32; d *= 2) c.total[i] += __shfl_xor_sync(~0u, c.total[i], d);
+        if (lane < 4) s->total[group][warp][i / 2 * 8 + lane * 2 + i % 2] = c.total[i];
+    }
+    sync_threads(group + 1, 128);
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) {
+        const float *total = &s->total[group][0][i / 2 * 8 + lane % 4 * 2 + i % 2];
+        c.total[i] = total[0] + total[N] + total[2 * N] + total[3 * N];
+    }
+#pragma unroll
+    for (int j = 0; j < N / 8; j++) {
+        int column = group * N + 8 * j, slice = column / shape.columns;
+        if (slice >= slices) return;
+        if (part) {
+            column += lane % 4 * 2;
+            for (int e = 0; e < 2; e++) {
+                float *to = part + (size_t)(column + e) * LATENT_DIM + warp * 16 + lane / 4;
+#pragma unroll
+                for (int b = 0; b < LATENT_BLOCKS; b++) {
+                    to[b * 64] = c.o[b][4 * j + e];
+                    to[b * 64 + 8] = c.o[b][4 * j + e + 2];
+                }
+                if (warp == 0 && lane < 4)
+                    ml[column + e] = make_float2(c.best[2 * j + e], c.total[2 * j + e]);
+            }
+            continue;
+        }
+        // Transposed, a lane has two neighbouring dims of one column.
+        int x = v + slice, head = x % shape.slices * MAX_COLUMNS + column % shape.columns + lane / 4;
+        uint32_t *to = (uint32_t *)(u + ((size_t)(x / shape.slices) * heads + head) * LATENT_DIM);
+        float inverse[2] = {1 / c.total[2 * j], 1 / c.total[2 * j + 1]};
+#pragma unroll
+        for (int i = 0; i < 2 * LATENT_BLOCKS; i++) {
+            const float *o = &c.o[i / 2][4 * j + i % 2 * 2];
+            uint32_t pair = transpose_8x8(bf16_pair(o[0] * inverse[0], o[1] * inverse[1]));
+            if (head < heads) to[i / 2 * 32 + warp * 8 + i % 2 * 4 + lane % 4] = pair;
+        }
+    }
+}
+
+// A warpgroup's share of the work: the columns of each tile, over its range of pages.
+template <int N, int W>
+static __device__ void attend_compute(AttendShared<N, W> *s, bf16 *u, float *part, float2 *ml,
+                                      const int *position, const Tile *tiles, Work work,
+                                      float scale, Shape shape, int heads) {
+    int group = threadIdx.x / 128, k = 0, n_tiles = 0;
+    if (W > 1 && group == 1) turn_give(group);
+    Tile tile;
+    for (int at = work.begin, v = work.tile; at < work.end;
+         at = tile.start + tile.pages + shape.fixed, v += tile.slices) {
+        tile = tiles[v];
+        int first = at - tile.start, last = min_int(tile.pages, work.end - tile.start), most = 0;
+        if (first >= last) continue;
+        bool busy = group * N < tile.slices * shape.columns;
+        bool turns = W > 1 && N < tile.slices * shape.columns;
+        Columns<N> c = {};
+        for (int i = 0; i < tile.slices; i++) most = max(most, position[(v + i) / shape.slices] + 1);
+#pragma unroll
+        for (int j = 0; j < N / 8; j++) {
+            int slice = (group * N + 8 * j) / shape.columns;
+            c.limit[j] = slice < tile.slices ? position[(v + slice) / shape.slices] + 1 : 0;
+            c.best[2 * j] = c.best[2 * j + 1] = -INFINITY;
+        }
+        bar_wait(&s->q_full, n_tiles % 2);
+        for (int i = first; i < last; i++, k++) {
+            bar_wait(&s->full[k % STAGES], k / STAGES % 2);
+            if (busy)
+                attend_page<N, W>(c, s, s->page[k % STAGES], i * PAGE, min_int(most - i * PAGE, PAGE),
+                                  scale, turns, i == last - 1);
+            else if (i == last - 1 && threadIdx.x % 32 == 0) bar_arrive(&s->q_empty);
+            if (threadIdx.x % 32 == 0) bar_arrive(&s->empty[k % STAGES]);
+        }
+        // The tile that a block begins with and the one that it ends with may be split.
+        size_t slot = (2 * blockIdx.x + (tile.start > work.begin)) * W * N;
+        bool whole = last - first == tile.pages;
+        if (busy)
+            attend_store<N, W>(c, s, u, whole ? NULL : part + slot * LATENT_DIM, ml + slot, v,
+                               tile.slices, shape, heads);
+        n_tiles++;
+    }
+}
+
+// u [n][heads][512] of query [n][9][heads][128 B] and cache [pages][9][64][128 B]. One block an SM:
+// a producer warp keeps two pages of 72 KB in flight, each warpgroup takes them in turn for its N
+// columns, with all 512 x N sums in registers. N = 16, W = 1 for decoding with up to 16 heads: 68
+// wgmmas of 16 clocks a page, which take 3,840 clocks to arrive at 4.3 TB/s. N = 32, W = 2 for
+// prompts and many heads: a page serves 64 columns (4 rows of 16 heads), bound by shared memory
+// (24 clocks for 2 x 64 x 32 x 16 operations, 2/3 of the tensor cores' rate); while one group does
+// its softmax the other one multiplies. The products are the absorbed 1,088 per pair and head.
+template <int N, int W>
+static __global__ void __launch_bounds__((W + 1) * 128, 1)
+    attend_kernel(bf16 *u, float *part, float2 *ml, const bf16 *query, const bf16 *cache,
+                  const int *pages, const int *position, const Tile *tiles, const Work *works,
+                  float scale, Shape shape, int heads) {
+    extern __shared__ __align__(1024) uint8_t shared[];  // swizzled tiles need multiples of 1,024
+    AttendShared<N, W> *s = (AttendShared<N, W> *)shared;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) bar_init(&s->full[i], 1), bar_init(&s->empty[i], W * 4);
+        bar_init(&s->q_full, 1), bar_init(&s->q_empty, W * 4);
+        asm volatile("fence.mbarrier_init.release.cluster;");
+    }
+    __syncthreads();
+    Work work = works[blockIdx.x];
+    if (threadIdx.x >= W * 128) {
+        if (W > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (threadIdx.x < W * 128 + 32)
+            attend_load<N, W>(s, query, cache, pages, tiles, work, shape, heads);
+    } else {
+        if (W > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        attend_compute<N, W>(s, u, part, ml, position, tiles, work, scale, shape, heads);
+    }
+}
+
+// ---- mla_attend: the combine --------------------------------------------------------------------
+
+enum { COMBINE_WARPS = 16, COMBINE_BATCH = 8 };  // warps of a block; parts in flight of a warp
+
+// Adds a part to a sum; both are relative to 2^(their largest score), -infinity where empty.
+static __device__ void merge(float4 &sum, float &total, float &best, float4 o, float l, float m) {
+    float most = fmaxf(best, m), base = most == -INFINITY ? 0 : most;
+    float a = exp2_fast(best - base), b = exp2_fast(m - base);
+    sum.x = sum.x * a + o.x * b, sum.y = sum.y * a + o.y * b;
+    sum.z = sum.z * a + o.z * b, sum.w = sum.w * a + o.w * b;
+    total = total * a + l * b, best = most;
+}
+
+// Sums the parts of split tiles. 128
+// dims of a column are an item; `share` warps divide its parts among them and meet in shared memory,
+// so that a single row's many parts are read by 64 blocks, and many rows' few by one warp each. With
+// few tiles block x looks at tile x; with many at the tile that reaches from SM x - 1 into SM x,
+// which is where splits are.
+static __global__ void __launch_bounds__(COMBINE_WARPS * 32)
+    combine_kernel(bf16 *u, const float *part, const float2 *ml, const Tile *tiles,
+                   const Work *works, Shape shape, int columns, int heads, bool by_tile, int share) {
+    __shared__ float4 sums[COMBINE_WARPS][32];
+    __shared__ float totals[COMBINE_WARPS], bests[COMBINE_WARPS];
+    int b = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, me = warp % share;
+    int item = blockIdx.y * (COMBINE_WARPS / share) + warp / share, column = item / 4;
+    int v = by_tile ? b : works[b].tile, chunk = works[0].chunk;
+    Tile tile = tiles[v];
+    int from = tile.start / chunk, to = (tile.start + tile.pages - 1) / chunk;
+    grid_wait();
+    launch_dependents();
+    if (tile.slices == 0 || from == to || (!by_tile && from != b - 1)) return;
+    float best = -INFINITY, total = 0;
+    float4 sum = {};
+    for (int i = from + me; i <= to; i += share * COMBINE_BATCH) {
+        float4 o[COMBINE_BATCH];
+        float2 scale[COMBINE_BATCH];
+#pragma unroll
+        for (int j = 0; j < COMBINE_BATCH; j++) {
+            int p = i + j * share;
+            size_t at = (size_t)(2 * p + (tile.start > p * chunk)) * columns + column;
+            scale[j] = p <= to ? ml[at] : make_float2(-INFINITY, 0);
+            o[j] = p <= to ? ((const float4 *)(part + at * LATENT_DIM))[item % 4 * 32 + lane]
+                           : make_float4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int j = 0; j < COMBINE_BATCH; j++)
+            merge(sum, total, best, o[j], scale[j].y, scale[j].x);
+    }
+    sums[warp][lane] = sum;
+    if (lane == 0) totals[warp] = total, bests[warp] = best;
+    __syncthreads();
+    int slice = column / shape.columns, x = v + slice;
+    int head = x % shape.slices * MAX_COLUMNS + column % shape.columns;
+    if (me > 0 || slice >= tile.slices || head >= heads) return;
+    for (int i = 1; i < share; i++)
+        merge(sum, total, best, sums[warp + i][lane], totals[warp + i], bests[warp + i]);
+    uint2 *out = (uint2 *)(u + ((size_t)(x / shape.slices) * heads + head) * LATENT_DIM);
+    out[item % 4 * 32 + lane] = make_uint2(bf16_pair(sum.x / total, sum.y / total),
+                                           bf16_pair(sum.z / total, sum.w / total));
+}
+
+template <int N, int W>
+static void attend(bf16 *u, const bf16 *query, const bf16 *cache, float scale, int heads,
+                   const Batch *b) {
+    Shape shape = shape_of(heads, step.prompts);
+    size_t bytes = sizeof(AttendShared<N, W>);
+    int tiles = b->n * shape.slices;
+    launch(attend_kernel<N, W>, n_sms, (W + 1) * 128, bytes, u, plan.part, plan.ml, query, cache,
+           b->pages, b->position, plan.tile, plan.work, scale * (float)M_LOG2E, shape, heads);
+    int share = tiles <= 8 ? 16 : tiles <= 32 ? 4 : 1;  // a tile has about n_sms / tiles parts
+    launch(combine_kernel, dim3(min_int(tiles, n_sms), W * N * 4 * share / COMBINE_WARPS),
+           COMBINE_WARPS * 32, 0, u, plan.part, plan.ml, plan.tile, plan.work, shape, W * N, heads,
+           tiles <= n_sms, share);
+}
+
+void mla_attend(bf16 *u, const bf16 *query, const bf16 *cache, float scale, int heads,
+                const Batch *b) {
+    if (many_columns(heads, step.prompts)) attend<32, 2>(u, query, cache, scale, heads, b);
+    else attend<16, 1>(u, query, cache, scale, heads, b);
+}
+
+// ---- The stages: products ------------------------------------------------------------------------
+
+static void products_setup(void) {
+    int most = 227 << 10;
+    cudaFuncAttribute smem = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    const void *kernels[] = {
+        (void *)skinny<false, false, 1>, (void *)skinny<false, false, 4>,
+        (void *)skinny<true, false, 1>,  (void *)skinny<true, false, 4>,
+        (void *)skinny<true, true, 1>,   (void *)skinny<true, true, 4>,
+        (void *)wide<1>,                 (void *)wide<2>,
+        (void *)attend_kernel<16, 1>,    (void *)attend_kernel<32, 2>,
+    };
+    for (const void *kernel : kernels) {
+        cudaFuncAttributes a;
+        check(cudaFuncGetAttributes(&a, kernel), "kernel attributes");
+        check(cudaFuncSetAttribute(kernel, smem, most - (int)a.sharedSizeBytes), "shared memory");
+    }
+}
+
+// Room for what one stage's kernels leave to each other: f32 parts of a product, or all experts'
+// products where rows are many.
+static void products_reserve(int rows, const Config *c) {
+    size_t few = min_int(rows, EXPERT_ROWS), slots = c->num_experts_per_tok + 1;
+    size_t up = 2 * c->moe_intermediate_size, down = c->hidden_size / 2, pairs = rows * slots;
+    size_t sizes[] = {(size_t)n_sms * WIDE_SLOTS * WIDE_SLOTS, 2 * (size_t)rows * c->intermediate_size,
+                      4 * few * slots * up, pairs + 64 + pairs * (up > down ? up : down)}, most = 0;
+    for (size_t size : sizes) most = size > most ? size : most;
+    scratch = (float *)place_alloc(most * sizeof(float));
+    products_setup();
+}
+
+void step_reserve(int rows, const Config *c) {
+    step.heads = c->num_attention_heads;
+    mla_reserve(rows, step.heads);
+    products_reserve(rows, c);
+}
+
+static Weights weights(const Linear *w) {
+    const float *scale = (const float *)w->scale;
+    assert(w->dtype != DTYPE_F32 && w->out % STRIP == 0 && w->in % BLOCK == 0);
+    return (Weights){w->data, {scale, scale}, 0, 0, w->out / STRIP,
+                     w->in / (w->dtype == DTYPE_F8_E4M3 ? 128 : 64), BLOCK / STRIP};
+}
+
+static Weights gate_up_weights(const Mlp *m) {  // interleaved: a strip holds 8 rows of each
+    Weights w = weights(&m->gate_proj);
+    w.scale[1] = (const float *)m->up_proj.scale;
+    w.strips *= 2, w.scale_strips *= 2;
+    return w;
+}
+
+static Slots all_rows(int n) { return (Slots){n, 0, 0, NULL, NULL, 0, 1, false}; }
+
+static Skinny skinny_of(const Act *a, Weights w, Slots s, DType dtype) {
+    Skinny p = {};
+    p.w = w, p.s = s, p.parts = 1, p.slots = s.n * (s.top_k + 1);
+    p.x_scale = a->scale, p.x_stride = a->stride, p.x_swizzled = dtype == DTYPE_F8_E4M3;
+    if (dtype == DTYPE_BF16)
+        p.x = (const uint8_t *)a->x, p.x_block = ROW_BYTES, p.x_row = a->cols * sizeof(bf16);
+    else p.x = a->q, p.x_block = (size_t)a->stride * ROW_BYTES, p.x_row = ROW_BYTES;
+    return p;
+}
+
+static Wide wide_of(const Act *a, Weights w, Slots s) {
+    Wide p = {};
+    p.w = w, p.s = s, p.parts = 1, p.slots = s.n * (s.top_k + 1);
+    p.x = a->q, p.x_scale = a->scale, p.x_stride = a->stride;
+    return p;
+}
+
+// Few tiles would leave most of the chip idle: K is split, each part at least 4 blocks.
+static int wide_parts(const Weights *w, int n) {
+    int tiles = units(w->strips, 8) * units(n, WIDE_SLOTS);
+    return max_int(1, min_int(n_sms / tiles, w->blocks / 4));
+}
+
+void linear(bf16 *y, const Act *a, const Linear *w, int n) {
+    assert(a->cols == w->in);
+    if (w->dtype == DTYPE_BF16 || n <= SKINNY_ROWS) {
+        Skinny p = skinny_of(a, weights(w), all_rows(n), w->dtype);
+        p.y = y;
+        run_skinny(&p, w->dtype);
+        return;
+    }
+    Wide p = wide_of(a, weights(w), all_rows(n));
+    p.parts = wide_parts(&p.w, n);
+    p.y_f32 = p.parts > 1, p.y = p.y_f32 ? (void *)scratch : y;
+    run_wide(&p);
+    if (p.y_f32) launch(add_parts, units(n * w->out, 4 * 256), 256, 0, y, scratch, p.parts, n * w->out);
+}
+
+// out f32 [parts][n][w.out] = rows of a, unquantised, times a bf16 matrix, to be summed over parts.
+// rows NULL: all. (The core of logits and moe_route)
+static void product_bf16(float *out, const Act *a, const Linear *w, const int *rows, int n, int parts) {
+    assert(w->dtype == DTYPE_BF16 && a->cols == w->in);
+    Slots s = all_rows(n);
+    if (rows) s.list = rows, s.gather = true;
+    Skinny p = skinny_of(a, weights(w), s, DTYPE_BF16);
+    p.y = out, p.y_f32 = true, p.parts = parts;
+    run_skinny(&p, DTYPE_BF16);
+}
+
+// Gate and up leave [parts][slots][2 cols of h] in `products`, and h takes them up.
+static void launch_gate_quant(Act *h, const float *products, int parts, int slots, int *slot_of,
+                              const int *pair, int n) {
+    launch(gate_quant, units(slots * (h->cols / BLOCK), 8), 256, 0, h->q, h->scale, h->stride,
+           products, parts, h->cols, slots, slot_of, pair, n);
+}
+
+void mlp(bf16 *y, Act *h, const Act *a, const Mlp *m, int n) {
+    Weights w = gate_up_weights(m);
+    int parts = 1;
+    if (n <= SKINNY_ROWS) {
+        Skinny p = skinny_of(a, w, all_rows(n), DTYPE_F8_E4M3);
+        p.y = scratch, p.y_f32 = true;
+        run_skinny(&p, DTYPE_F8_E4M3);
+    } else {
+        Wide p = wide_of(a, w, all_rows(n));
+        p.parts = wide_parts(&w, n), p.y = scratch, p.y_f32 = true;
+        run_wide(&p);
+        parts = p.parts;
+    }
+    launch_gate_quant(h, scratch, parts, n, NULL, NULL, 0);
+    linear(y, h, &m->down_proj, n);
+}
+
+// Expert e's matrix e expert_bytes behind the first; the shared expert's is the last.
+static Weights expert_weights(Weights w, const Linear *first, const Linear *second,
+                              const Linear *shared, int n_experts) {
+    w.expert_bytes = second->data - first->data;
+    w.expert_scales = (second->scale - first->scale) / sizeof(float);
+    assert(shared->data == first->data + n_experts * w.expert_bytes);
+    assert(shared->scale == first->scale + n_experts * w.expert_scales * sizeof(float));
+    return w;
+}
+
+// Up to 256 rows the experts' weights are streamed past them.
+static int experts_few_up(const Act *a, Weights up, Slots s) {  // parts that it leaves in scratch
+    Skinny p = skinny_of(a, up, s, DTYPE_F8_E4M3);
+    p.parts = s.n <= SKINNY_ROWS ? 4 : 1;
+    p.y = scratch, p.y_f32 = true;
+    run_skinny(&p, DTYPE_F8_E4M3);
+    return p.parts;
+}
+
+static void experts_few_down(bf16 *y, const Act *h, Weights down, Slots s, const float *weight) {
+    s.gather = false;  // h lies in slots
+    Skinny p = skinny_of(h, down, s, DTYPE_F8_E4M3);
+    p.y = y, p.shift = 2, p.weight = weight;
+    if (s.n <= 8) launch_skinny<true, true, 1>(&p);
+    else launch_skinny<true, true, 4>(&p);
+}
+
+// More rows make tiles for each expert. Their products go through memory, f32 on the way to h,
+// rounded to bf16 on the way to y: half of the bytes that this is bound by.
+static void experts_many_up(const Act *a, Weights up, Slots s, float *products) {
+    Wide p = wide_of(a, up, s);
+    p.y = products, p.y_f32 = true;
+    run_wide(&p);
+}
+
+static void experts_many_down(const Act *h, Weights down, Slots s, float *products) {
+    s.gather = false;
+    Wide p = wide_of(h, down, s);
+    p.y = products;
+    run_wide(&p);
+}
+
+void moe_experts(bf16 *y, Act *h, const Act *a, const Routing *r, const Mlp *experts,
+                            const Mlp *shared, const Config *c, int n) {
+    int n_experts = c->n_routed_experts, top_k = c->num_experts_per_tok;
+    const Mlp *second = experts + 1;
+    Weights up = expert_weights(gate_up_weights(experts), &experts->gate_proj, &second->gate_proj,
+                                &shared->gate_proj, n_experts);
+    Weights down = expert_weights(weights(&experts->down_proj), &experts->down_proj,
+                                  &second->down_proj, &shared->down_proj, n_experts);
+    Slots s = {n, n_experts, top_k, r->start, r->pair, n, top_k, true};
+    if (n <= EXPERT_ROWS) {
+        int parts = experts_few_up(a, up, s);
+        launch_gate_quant(h, scratch, parts, n + n * top_k, NULL, NULL, 0);
+        experts_few_down(y, h, down, s, r->weight);
+        return;
+    }
+    int *slot_of = (int *)scratch, hidden = a->cols;
+    float *products = scratch + units(n * top_k, 64) * 64;
+    experts_many_up(a, up, s, products);
+    launch_gate_quant(h, products, 1, n + n * top_k, slot_of, r->pair, n);
+    experts_many_down(h, down, s, products);
+    launch(combine, units((size_t)n * hidden / 8, 256), 256, 0, y, (const bf16 *)products, slot_of,
+           r->weight, top_k, hidden, n);
 }
 
 // ---- The stages: routing ------------------------------------------------------------------------
@@ -703,60 +2406,75 @@ static __device__ int warp_argmax(const float *v, int n) {
     return __reduce_min_sync(~0u, best == top ? at : n);
 }
 
-// The sum of the two largest of n values.
-static __device__ float warp_best_two(const float *v, int n) {
-    uint32_t best = order(-INFINITY), second = best;
-    for (int i = threadIdx.x; i < n; i += WARP) {
-        uint32_t key = order(v[i]);
-        if (key > best) second = best, best = key;
-        else if (key > second) second = key;
-    }
-    uint32_t top = __reduce_max_sync(~0u, best);
-    // The lane that has it (of equals only one) offers its second one in the next round.
-    if ((int)threadIdx.x == __ffs(__ballot_sync(~0u, best == top)) - 1) best = second;
-    return order_value(top) + order_value(__reduce_max_sync(~0u, best));
+typedef struct { int n_experts, n_group, topk_group, k, parts; float scale; } RouteDims;
+
+// The router's product, of which parts of the columns may stand in [parts] places.
+static __device__ float route_score(const float *product, size_t stride, int parts) {
+    float sum = product[0];
+    for (int p = 1; p < parts; p++) sum += product[p * stride];
+    return 1 / (1 + expf(-sum));
 }
 
-static __device__ float sigmoid(float v) { return 1 / (1 + expf(-v)); }
-
-typedef struct { int n_experts, n_group, topk_group, k; float scale; } RouteDims;
-
-// A warp takes a row: scores, then the best groups by the sum of their two best, then the best
-// experts inside them, each found by a vote over order-preserving keys. The bias steers the choice
-// and never enters a weight. About a microsecond of dependent votes; a row reads 1 KB.
+// A warp takes a row and holds its experts as order-preserving keys, EACH a lane, number j x 32 +
+// lane; the largest of all is found by a vote. First each group's two best, then the best groups,
+// then the best experts inside them. The bias steers the choice and never enters a weight. Some
+// twenty dependent votes, a microsecond; a row reads 1 KB.
+template <int EACH>
 static __global__ void route_kernel(Routing r, const float *product, const float *bias,
                                     RouteDims d) {
-    extern __shared__ float choice[];                      // [n_experts]
-    float *kept = choice + d.n_experts, *group = kept + d.n_experts;  // [n_experts], [n_group]
+    extern __shared__ float group[];  // [n_group]
+    const uint32_t none = order(-INFINITY);
     int row = blockIdx.x, lane = threadIdx.x, size = d.n_experts / d.n_group, mine = 0;
+    uint32_t key[EACH], open = 0;
+    int member[EACH];  // of which group
+    size_t stride = (size_t)gridDim.x * d.n_experts;  // from part to part
     product += (size_t)row * d.n_experts;
-    overlap_next();
-    overlap_wait();
-    for (int e = lane; e < d.n_experts; e += WARP) {
-        choice[e] = sigmoid(product[e]) + bias[e];
-        kept[e] = -INFINITY;
+    launch_dependents();
+    grid_wait();
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        int e = j * WARP + lane;
+        key[j] = e < d.n_experts ? order(route_score(product + e, stride, d.parts) + bias[e]) : 0;
+        member[j] = e / size;
     }
-    __syncwarp();
     for (int g = 0; g < d.n_group; g++) {
-        float best = warp_best_two(choice + g * size, size);
-        if (lane == 0) group[g] = best;
+        uint32_t best = none, second = none;
+#pragma unroll
+        for (int j = 0; j < EACH; j++) {
+            uint32_t own = member[j] == g ? key[j] : 0;
+            second = max(second, min(best, own)), best = max(best, own);
+        }
+        uint32_t top = __reduce_max_sync(~0u, best);
+        // The lane that has it (of equals only one) offers its second one in the next vote.
+        if (lane == __ffs(__ballot_sync(~0u, best == top)) - 1) best = second;
+        second = __reduce_max_sync(~0u, best);
+        if (lane == 0) group[g] = order_value(top) + order_value(second);
     }
     __syncwarp();
     for (int i = 0; i < d.topk_group; i++) {
         int g = warp_argmax(group, d.n_group);
-        for (int e = lane; e < size; e += WARP) kept[g * size + e] = choice[g * size + e];
-        __syncwarp();
+#pragma unroll
+        for (int j = 0; j < EACH; j++) open |= (member[j] == g) << j;
         if (lane == 0) group[g] = -INFINITY;
         __syncwarp();
     }
+#pragma unroll
+    for (int j = 0; j < EACH; j++)
+        if (!(open >> j & 1)) key[j] = min(key[j], none);
     for (int i = 0; i < d.k; i++) {
-        int e = warp_argmax(kept, d.n_experts);
+        uint32_t best = key[0];
+        int at = lane;
+#pragma unroll
+        for (int j = 1; j < EACH; j++)
+            if (key[j] > best) best = key[j], at = j * WARP + lane;
+        uint32_t top = __reduce_max_sync(~0u, best);
+        int e = __reduce_min_sync(~0u, best == top ? at : EACH * WARP);
+#pragma unroll
+        for (int j = 0; j < EACH; j++)
+            if (j * WARP + lane == e) key[j] = min(key[j], none);
         if (lane == i) mine = e;
-        __syncwarp();
-        if (lane == 0) kept[e] = -INFINITY;
-        __syncwarp();
     }
-    float weight = sigmoid(product[mine]), total = 0;
+    float weight = route_score(product + mine, stride, d.parts), total = 0;
     for (int i = 0; i < d.k; i++) total += __shfl_sync(~0u, weight, i);
     if (lane >= d.k) return;
     r.expert[row * d.k + lane] = mine;
@@ -769,8 +2487,8 @@ static __global__ void route_kernel(Routing r, const float *product, const float
 static __global__ void route_lists_kernel(Routing r, int pairs) {
     __shared__ int own[WARP], smaller[WARP];
     int e = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, before = 0, at = 0;
-    overlap_next();
-    overlap_wait();
+    launch_dependents();
+    grid_wait();
     for (int p = threadIdx.x; p < pairs; p += blockDim.x) before += r.expert[p] < e;
     before = __reduce_add_sync(~0u, before);
     if (lane == 0) smaller[warp] = before;
@@ -794,29 +2512,46 @@ static __global__ void route_lists_kernel(Routing r, int pairs) {
     }
 }
 
-// From the router's product [n][n_experts], which r->sum holds.
-static void route(Routing *r, const Vector *bias, const Config *c, int n) {
-    RouteDims d = {c->n_routed_experts, c->n_group, c->topk_group, c->num_experts_per_tok,
+// From the router's product [parts][n][n_experts], which r->sum holds.
+static void route(Routing *r, const Vector *bias, const Config *c, int n, int parts) {
+    RouteDims d = {c->n_routed_experts, c->n_group, c->topk_group, c->num_experts_per_tok, parts,
                    (float)c->routed_scaling_factor};
-    int pairs = n * d.k, threads = pairs < 512 ? div_up(pairs, WARP) * WARP : 512;
-    launch(route_kernel, n, WARP, (2 * d.n_experts + d.n_group) * sizeof(float), *r, r->sum,
-           (const float *)bias->data, d);
+    int pairs = n * d.k, threads = pairs < 512 ? units(pairs, WARP) * WARP : 512;
+    auto kernel = d.n_experts <= WARP       ? route_kernel<1>
+                  : d.n_experts <= 8 * WARP ? route_kernel<8>
+                                            : route_kernel<32>;  // config_load allows 1,024
+    launch(kernel, n, WARP, d.n_group * sizeof(float), *r, r->sum, (const float *)bias->data, d);
     launch(route_lists_kernel, d.n_experts, threads, 0, *r, pairs);
+}
+
+void logits(float *out, const Act *a, const Linear *lm_head, const int *rows, int n_rows) {
+    if (n_rows) product_bf16(out, a, lm_head, rows, n_rows, 1);
+}
+
+// 256 rows of weights would keep 16 multiprocessors busy, so few rows' product is cut along K.
+static int router_parts(const Config *c, int n) {
+    int most = max_int(c->hidden_size, c->n_routed_experts) / c->n_routed_experts;
+    return n > 64 ? 1 : min_int(min_int(8, most), c->hidden_size / (BLOCK / 2));
 }
 
 void moe_route(Routing *r, const Act *a, const Linear *gate, const Vector *bias, const Config *c,
                int n) {
-    logits(r->sum, a, gate, NULL, n);
-    route(r, bias, c, n);
+    int parts = router_parts(c, n);
+    product_bf16(r->sum, a, gate, NULL, n, parts);
+    route(r, bias, c, n, parts);
 }
 
 // ---- Choosing a token ---------------------------------------------------------------------------
-// A row of logits is 129,280 numbers, half a megabyte. A team of eight blocks, a cluster, takes it:
-// every question about the row (its largest value, its sum, how many are above a threshold) is one
-// pass of all its threads over L2 and one exchange through the cluster's shared memory, some two
-// microseconds. Nothing is sorted: the place where top_k, top_p and min_p cut is found digit by digit.
+// A row of logits is 129,280 numbers, half a megabyte. A team of eight blocks, a cluster, takes it
+// and holds it in shared memory, 64 KB a block. So every question about the row (its largest value,
+// its sum, what stands above a threshold) is a short pass and one exchange inside the cluster, one
+// or two microseconds. Nothing is sorted: the place where top_k, top_p and min_p cut is found digit
+// by digit.
 
-enum { TEAM = 8, TEAM_THREADS = 1024, DIGIT = 8, BINS = 1 << DIGIT };
+enum {
+    TEAM = 8, TEAM_THREADS = 1024, MOST_IDS = 50000,  // of a block
+    DIGIT = 8, BINS = 1 << DIGIT,
+};
 
 static __host__ __device__ void philox_rounds(uint32_t out[4], uint64_t key, uint32_t c0,
                                               uint32_t c1, uint32_t c2, uint32_t c3) {
@@ -844,7 +2579,14 @@ static __device__ float gumbel(uint64_t seed, int position, int id) {
 
 namespace cg = cooperative_groups;
 
-typedef struct { int id, step, turn; } Team;  // the thread's first id of the row, and how far on
+typedef struct {
+    float *v;         // [n] the block's part of the row, of which a thread has every 1,024th entry
+    int first, n;     // ids in it
+    bool leader;      // of all threads
+    int turn;         // exchanges so far
+} Team;
+
+static __device__ void team_sync(void) { cg::this_cluster().sync(); }
 
 static __device__ uint64_t larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
 static __device__ double plus(double a, double b) { return a + b; }
@@ -853,7 +2595,6 @@ static __device__ double plus(double a, double b) { return a + b; }
 // slots take turns: who writes one again has seen all others leave it.
 template <typename T, T (*combine)(T, T)> static __device__ T team_all(Team *t, T v) {
     __shared__ T warp[WARP], block[2];
-    cg::cluster_group team = cg::this_cluster();
     T *slot = &block[t->turn++ % 2];
     for (int d = WARP / 2; d; d /= 2) v = combine(v, __shfl_xor_sync(~0u, v, d));
     if (threadIdx.x % WARP == 0) warp[threadIdx.x / WARP] = v;
@@ -863,9 +2604,9 @@ template <typename T, T (*combine)(T, T)> static __device__ T team_all(Team *t, 
         for (int d = WARP / 2; d; d /= 2) v = combine(v, __shfl_xor_sync(~0u, v, d));
         if (threadIdx.x == 0) *slot = v;
     }
-    team.sync();
-    v = *team.map_shared_rank(slot, 0);
-    for (int i = 1; i < TEAM; i++) v = combine(v, *team.map_shared_rank(slot, i));
+    team_sync();
+    v = *cg::this_cluster().map_shared_rank(slot, 0);
+    for (int i = 1; i < TEAM; i++) v = combine(v, *cg::this_cluster().map_shared_rank(slot, i));
     return v;
 }
 
@@ -874,231 +2615,235 @@ static __device__ uint64_t id_key(float v, int id) { return (uint64_t)order(v) <
 static __device__ int key_id(uint64_t key) { return ~(uint32_t)key; }
 static __device__ float key_value(uint64_t key) { return order_value(key >> 32); }
 
-static __device__ uint64_t team_best(Team *t, const float *l, int vocab) {
-    uint64_t best = 0;
-#pragma unroll 8
-    for (int id = t->id; id < vocab; id += t->step) best = larger(best, id_key(l[id], id));
-    return team_all<uint64_t, larger>(t, best);
-}
-
 // The same for the filters, which look at probabilities: how far a logit is below the highest, in
 // steps that two different probabilities are apart (2^-25), evenly spread over digits.
 static __device__ uint64_t depth_key(float depth, int id) {
     return (uint64_t)~__float2uint_rz(depth * 0x1p25f) << 32 | (uint32_t)~id;
 }
 
+// The key of the likeliest id below `limit`.
+static __device__ uint64_t team_best(Team *t, uint64_t limit) {
+    uint64_t best = 0;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) {
+        uint64_t key = id_key(t->v[i], t->first + i);
+        if (key < limit) best = larger(best, key);
+    }
+    return team_all<uint64_t, larger>(t, best);
+}
+
 typedef struct { uint32_t count[BINS]; unsigned long long mass[BINS]; } Histogram;
 typedef struct { uint64_t digit, before, mass; uint32_t count; } Cut;
 
-// Warp 0 walks over the team's histograms from the largest digit down, eight bins a lane, to the last
-// bin whose first entry is kept: fewer than most_ids stand before it, and no more than most_mass.
-static __device__ void cut_find(Cut *cut, Histogram *h, uint64_t most_ids, uint64_t most_mass) {
-    cg::cluster_group team = cg::this_cluster();
-    enum { EACH = BINS / WARP };
-    uint32_t count[EACH];
-    uint64_t mass[EACH], ids = 0, sum = 0;
-    int lane = threadIdx.x;
-    for (int i = 0; i < EACH; i++) {
-        int bin = BINS - 1 - (lane * EACH + i);
-        count[i] = 0, mass[i] = 0;
+// Sums the team's histograms, then warp 0 walks from the largest digit down, eight bins a lane, to
+// the last bin whose first entry is kept: fewer than most_ids stand before it, and no more than
+// most_mass.
+static __device__ void cut_find(Cut *cut, Histogram *own, uint64_t most_ids, uint64_t most_mass) {
+    __shared__ Histogram all;
+    enum { PER_LANE = BINS / WARP };
+    int lane = threadIdx.x, bin = threadIdx.x;
+    if (bin < BINS) {
+        uint32_t count = 0;
+        uint64_t mass = 0;
         for (int r = 0; r < TEAM; r++) {
-            count[i] += team.map_shared_rank(h, r)->count[bin];
-            mass[i] += team.map_shared_rank(h, r)->mass[bin];
+            Histogram *h = cg::this_cluster().map_shared_rank(own, r);
+            count += h->count[bin], mass += h->mass[bin];
         }
-        ids += count[i], sum += mass[i];
+        all.count[bin] = count, all.mass[bin] = mass;
     }
-    uint64_t own_ids = ids, own_sum = sum;
+    __syncthreads();
+    if (threadIdx.x >= WARP) return;
+    uint64_t ids = 0, sum = 0;
+    for (int i = 0; i < PER_LANE; i++) {
+        bin = BINS - 1 - (lane * PER_LANE + i);
+        ids += all.count[bin], sum += all.mass[bin];
+    }
+    Cut found = {0, cut->before - ids, cut->mass - sum, 0}, last = found;
     for (int d = 1; d < WARP; d *= 2) {
         uint64_t left_ids = __shfl_up_sync(~0u, ids, d), left_sum = __shfl_up_sync(~0u, sum, d);
         if (lane >= d) ids += left_ids, sum += left_sum;
     }
-    Cut found = {0, cut->before + ids - own_ids, cut->mass + sum - own_sum, 0}, last = found;
-    for (int i = 0; i < EACH; i++) {
-        if (count[i] && found.before < most_ids && found.mass <= most_mass) {
-            last = found;
-            last.digit = BINS - 1 - (lane * EACH + i), last.count = count[i];
-        }
-        found.before += count[i], found.mass += mass[i];
+    found.before += ids, found.mass += sum;
+    for (int i = 0; i < PER_LANE; i++) {
+        bin = BINS - 1 - (lane * PER_LANE + i);
+        if (all.count[bin] && found.before < most_ids && found.mass <= most_mass)
+            last = found, last.digit = bin, last.count = all.count[bin];
+        found.before += all.count[bin], found.mass += all.mass[bin];
     }
-    __syncwarp();
     if (lane == 31 - __clz(__ballot_sync(~0u, last.count > 0))) *cut = last;
 }
 
 // The key of the last id that top_k, top_p and min_p leave. Probabilities are summed as integers of
 // 2^-62: exactly, and in whatever order the atomics come. Each round settles one digit of the key,
 // and mostly three or four leave a single id.
-static __device__ uint64_t cut_key(Team *t, const float *l, const Sampling *s, float top, int vocab) {
+static __device__ uint64_t cut_key(Team *t, const Sampling *s, float top) {
     __shared__ Histogram h;
     __shared__ Cut cut;
-    cg::cluster_group team = cg::this_cluster();
     double total = 0;
 #pragma unroll 4
-    for (int id = t->id; id < vocab; id += t->step) total += expf(l[id] / s->temperature - top);
+    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) total += expf(t->v[i] - top);
     total = team_all<double, plus>(t, total);
     float least = s->min_p * (float)(1 / total);
     uint64_t most_ids = s->top_k < 0 ? UINT64_MAX : s->top_k, prefix = 0;
     uint64_t most_mass = s->top_p >= 1 ? UINT64_MAX : (uint64_t)(s->top_p * 0x1p62);
     if (threadIdx.x == 0) cut = (Cut){};
     for (int shift = 64 - DIGIT;; shift -= DIGIT) {
-        for (int i = threadIdx.x; i < BINS; i += blockDim.x) h.count[i] = 0, h.mass[i] = 0;
+        if (threadIdx.x < BINS) h.count[threadIdx.x] = 0, h.mass[threadIdx.x] = 0;
         __syncthreads();
-        for (int id = t->id; id < vocab; id += t->step) {
-            float depth = top - l[id] / s->temperature;
-            uint64_t digits = depth_key(depth, id) >> shift;
+#pragma unroll 2
+        for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) {
+            float depth = top - t->v[i];
+            uint64_t digits = depth_key(depth, t->first + i) >> shift;
             if (shift < 64 - DIGIT && digits >> DIGIT != prefix) continue;
             float p = expf(-depth) / total;
             if (s->min_p > 0 && p < least) continue;
             atomicAdd(&h.count[digits % BINS], 1);
             atomicAdd(&h.mass[digits % BINS], (unsigned long long)(p * 0x1p62));
         }
-        team.sync();
-        if (threadIdx.x < WARP) cut_find(&cut, &h, most_ids, most_mass);
-        team.sync();
+        team_sync();
+        cut_find(&cut, &h, most_ids, most_mass);
+        team_sync();
         prefix = prefix << DIGIT | cut.digit;
         if (cut.count == 1 || shift == 0) return prefix << shift;
     }
 }
 
-static __device__ bool penalised(const Sampling *s) {
-    return s->repetition_penalty != 1 || s->frequency_penalty != 0 || s->presence_penalty != 0;
-}
-
-// work = the logits after penalties, bias and bans. An id's place in work first counts how often it
-// stands in the output (times two) and whether it stands anywhere (one).
-static __device__ void adjust(Team *t, float *work, const float *l, const Sampling *s, int vocab) {
-    cg::cluster_group team = cg::this_cluster();
-    uint32_t *count = (uint32_t *)work;
-    bool penalise = penalised(s);
-    if (penalise) {
-        for (int id = t->id; id < vocab; id += t->step) count[id] = 0;
-        team.sync();
-        for (int i = t->id; i < s->n_tokens; i += t->step) {
-            atomicOr(&count[s->tokens[i]], 1);
-            if (i >= s->n_prompt) atomicAdd(&count[s->tokens[i]], 2);
-        }
-        team.sync();
+// How often each id stands in the output (times two) and whether it stands anywhere (one) is counted
+// in its own place in l. The logits are in t->v meanwhile, and return to l.
+static __device__ void penalise(Team *t, float *l, const Sampling *s) {
+    uint32_t *count = (uint32_t *)l, *own = count + t->first;
+    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) own[i] = 0;
+    team_sync();
+    for (int i = blockIdx.x * TEAM_THREADS + threadIdx.x; i < s->n_tokens; i += TEAM * TEAM_THREADS) {
+        atomicOr(&count[s->tokens[i]], 1);
+        if (i >= s->n_prompt) atomicAdd(&count[s->tokens[i]], 2);
     }
-    for (int id = t->id; id < vocab; id += t->step) {
-        uint32_t seen = penalise ? count[id] : 0;
-        float v = l[id];
+    team_sync();
+    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) {
+        uint32_t seen = __ldcg(&own[i]);
+        float v = t->v[i];
+        l[t->first + i] = v;
         if (seen && s->repetition_penalty != 1)
             v = v > 0 ? v / s->repetition_penalty : v * s->repetition_penalty;
         if (seen > 1)
             v = __fsub_rn(__fsub_rn(v, __fmul_rn(s->frequency_penalty, seen / 2)),
                           s->presence_penalty);
-        work[id] = v;
+        t->v[i] = v;
     }
-    team.sync();
-    for (int i = t->id; i < s->n_bias; i += t->step) work[s->bias_id[i]] += s->bias[i];
-    team.sync();
-    for (int i = t->id; i < s->n_banned; i += t->step)
-        if (s->banned[i] < vocab) work[s->banned[i]] = -INFINITY;
-    team.sync();
 }
 
-static __device__ int choose(Team *t, float *work, const float *l, const Sampling *s, int vocab) {
-    adjust(t, work, l, s, vocab);
-    uint64_t best = team_best(t, work, vocab), cut = 0, chosen = 0;
+// Adds to one id's logit, whoever has it.
+static __device__ void team_add(Team *t, int id, float add) {
+    int i = id - t->first;
+    if (i >= 0 && i < t->n && i % TEAM_THREADS == (int)threadIdx.x) t->v[i] += add;
+}
+
+static __host__ __device__ bool penalised(const Sampling *s) {
+    return !s->given && (s->repetition_penalty != 1 || s->frequency_penalty != 0 ||
+                         s->presence_penalty != 0);
+}
+
+static __device__ int choose(Team *t, float *l, const Sampling *s, int vocab) {
+    if (penalised(s)) penalise(t, l, s);
+    for (int i = 0; i < s->n_bias; i++) team_add(t, s->bias_id[i], s->bias[i]);
+    for (int i = 0; i < s->n_banned; i++) team_add(t, s->banned[i], -INFINITY);
+    uint64_t best = team_best(t, UINT64_MAX), cut = 0;
     if (key_value(best) == -INFINITY) return -1;  // all that were finite are banned
     if (s->temperature < 1e-6f || s->top_k == 1) return key_id(best);
     float top = key_value(best) / s->temperature;
-    if ((s->top_k > 0 && s->top_k < vocab) || s->top_p < 1 || s->min_p > 0)
-        cut = cut_key(t, work, s, top, vocab);
-    for (int id = t->id; id < vocab; id += t->step) {
-        float v = work[id] / s->temperature;
-        if (v == -INFINITY || depth_key(top - v, id) < cut) continue;
-        chosen = larger(chosen, id_key(v + gumbel(s->seed, s->n_tokens, id), id));
+    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) t->v[i] /= s->temperature;
+    if ((s->top_k > 0 && s->top_k < vocab) || s->top_p < 1 || s->min_p > 0) cut = cut_key(t, s, top);
+    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) {
+        if (depth_key(top - t->v[i], t->first + i) < cut) t->v[i] = -INFINITY;
+        else t->v[i] += gumbel(s->seed, s->n_tokens, t->first + i);
     }
-    return key_id(team_all<uint64_t, larger>(t, chosen));
+    return key_id(team_best(t, UINT64_MAX));
 }
 
 static __device__ float logprob(float v, float best, double log_total) {
     return fmaxf((float)(v - best - log_total), -9999.0f);
 }
 
+static __device__ void row_load(Team *t, const float *l) {
+#pragma unroll 8
+    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) t->v[i] = l[t->first + i];
+}
+
 // The chosen id's logprob by the model's own logits, and the likeliest ids: each is the largest key
 // below the last one.
 static __device__ void list_logprobs(Team *t, Choice *out, const float *l, int id, int n_top,
-                                     uint64_t best, int vocab) {
+                                     uint64_t best) {
     double total = 0;
     float top = key_value(best);
-    for (int i = t->id; i < vocab; i += t->step) total += exp((double)l[i] - top);
+    team_sync();  // what penalise gave back is there
+    row_load(t, l);
+#pragma unroll 2
+    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) total += exp((double)t->v[i] - top);
     total = log(team_all<double, plus>(t, total));
-    if (t->id == 0) out->logprob = logprob(l[id], top, total);
-    for (int i = 0; i < n_top; i++) {
-        if (t->id == 0) out->top_id[i] = key_id(best);
-        if (t->id == 0) out->top_logprob[i] = logprob(key_value(best), top, total);
-        uint64_t next = 0;
-        for (int k = t->id; k < vocab; k += t->step)
-            if (id_key(l[k], k) < best) next = larger(next, id_key(l[k], k));
-        best = team_all<uint64_t, larger>(t, next);
+    if (t->leader) out->logprob = logprob(l[id], top, total);
+    for (int i = 0; i < n_top; i++, best = team_best(t, best)) {
+        if (!t->leader) continue;
+        out->top_id[i] = key_id(best);
+        out->top_logprob[i] = logprob(key_value(best), top, total);
     }
 }
 
-// A team takes a row. Its logits stay as they are; work [n][vocab] holds the adjusted ones.
+// A team takes a row, reads it once or, for logprobs, twice, and writes what was chosen.
 static __global__ void __cluster_dims__(TEAM) __launch_bounds__(TEAM_THREADS)
-    sample_kernel(Choice *out, float *work, const float *l, const Sampling *sampling, int vocab,
-                  int stride) {
-    cg::cluster_group team = cg::this_cluster();
+    sample_kernel(Choice *out, float *l, const Sampling *sampling, int vocab, int stride) {
+    extern __shared__ float part[];
     const Sampling *s = &sampling[blockIdx.y];
-    Team t = {(int)(blockIdx.x * TEAM_THREADS + threadIdx.x), TEAM * TEAM_THREADS, 0};
-    l += (size_t)blockIdx.y * stride, work += (size_t)blockIdx.y * vocab, out += blockIdx.y;
-    uint64_t best = 0, broken = UINT64_MAX;
-    for (int id = t.id; id < vocab; id += t.step)
-        best = larger(best, l[id] != l[id] || l[id] == INFINITY ? broken : id_key(l[id], id));
-    best = team_all<uint64_t, larger>(&t, best);
-    bool good = best != broken && key_value(best) != -INFINITY;
-    int id = !good ? -1 : s->given ? *s->given : choose(&t, work, l, s, vocab);
+    int n = units(vocab, TEAM), first = blockIdx.x * n;
+    Team t = {part, first, max(min(n, vocab - first), 0), blockIdx.x == 0 && threadIdx.x == 0, 0};
+    uint64_t broken = 0;
+    l += (size_t)blockIdx.y * stride, out += blockIdx.y;
+    row_load(&t, l);
+    for (int i = threadIdx.x; i < t.n; i += TEAM_THREADS)
+        broken |= t.v[i] != t.v[i] || t.v[i] == INFINITY;
+    broken = team_all<uint64_t, larger>(&t, broken);
+    uint64_t best = team_best(&t, UINT64_MAX);
+    bool good = !broken && key_value(best) != -INFINITY;
+    int id = !good ? -1 : s->given ? *s->given : choose(&t, l, s, vocab);
     int n_top = id < 0 || s->top_logprobs < 0 ? 0 : min(s->top_logprobs, vocab);
-    if (t.id == 0) out->id = id, out->logprob = 0, out->n_top = n_top;
-    if (id >= 0 && s->top_logprobs >= 0) list_logprobs(&t, out, l, id, n_top, best, vocab);
-    team.sync();  // nobody leaves while others read its shared memory
+    if (t.leader) out->id = id, out->logprob = 0, out->n_top = n_top;
+    if (id >= 0 && s->top_logprobs >= 0) list_logprobs(&t, out, l, id, n_top, best);
+    team_sync();  // nobody leaves while others read its shared memory
 }
 
 // Bytes that a row's lists take on their way to the device.
-static size_t sampling_bytes(const Sampling *s, bool with_tokens) {
-    return mail_bytes(with_tokens ? s->n_tokens * sizeof(int) : 0) +
+static size_t sampling_bytes(const Sampling *s) {
+    return mail_bytes(penalised(s) ? s->n_tokens * sizeof(int) : 0) +
            mail_bytes(s->n_banned * sizeof(int)) + 2 * mail_bytes(s->n_bias * sizeof(int)) +
            mail_bytes(s->given ? sizeof(int) : 0);
 }
 
-static bool wants_tokens(const Sampling *s) {
-    return !s->given && (s->repetition_penalty != 1 || s->frequency_penalty != 0 ||
-                         s->presence_penalty != 0);
-}
-
 // Only the rows' parameters go there, with lists where something is on that needs them, and only
-// Choices come back. The host waits here, and nowhere else in a step.
+// Choices come back: the kernel writes them into the host's memory. The host waits here, and nowhere
+// else in a step.
 void sample(Choice *out, float *l, const Sampling *s, int vocab, int stride, int n) {
     static Mailbox asked, answered;
-    static float *work;
-    static size_t work_size;
     size_t bytes = mail_bytes(n * sizeof *s);
-    if (work_size < (size_t)n * vocab) {
-        check(cudaStreamSynchronize(stream), "stream"), device_free(work);
-        work_size = (size_t)n * vocab;
-        work = (float *)device_alloc(work_size * sizeof *work);
-    }
-    for (int i = 0; i < n; i++) bytes += sampling_bytes(&s[i], wants_tokens(&s[i]));
+    size_t shared = units(vocab, TEAM) * sizeof(float);
+    if (vocab > TEAM * MOST_IDS) die("got %d tokens, a GPU wants at most %d", vocab, TEAM * MOST_IDS);
+    check(cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               MOST_IDS * sizeof(float)), "shared memory");
+    for (int i = 0; i < n; i++) bytes += sampling_bytes(&s[i]);
     mail_open(&asked, bytes), mail_open(&answered, mail_bytes(n * sizeof *out));
     Sampling *to = (Sampling *)asked.host;
     const Sampling *there = (const Sampling *)mail_add(&asked, s, n * sizeof *s);
     for (int i = 0; i < n; i++) {
-        size_t bias = s[i].n_bias * sizeof(int);
-        to[i].tokens = NULL;
-        if (wants_tokens(&s[i]))
+        size_t biases = s[i].n_bias * sizeof(int);
+        if (penalised(&s[i]))
             to[i].tokens = (int *)mail_add(&asked, s[i].tokens, s[i].n_tokens * sizeof(int));
         to[i].banned = (int *)mail_add(&asked, s[i].banned, s[i].n_banned * sizeof(int));
-        to[i].bias_id = (int *)mail_add(&asked, s[i].bias_id, bias);
-        to[i].bias = (float *)mail_add(&asked, s[i].bias, bias);
+        to[i].bias_id = (int *)mail_add(&asked, s[i].bias_id, biases);
+        to[i].bias = (float *)mail_add(&asked, s[i].bias, biases);
         if (s[i].given) to[i].given = (int *)mail_add(&asked, s[i].given, sizeof(int));
     }
     mail_send(&asked);
-    sample_kernel<<<dim3(TEAM, n), TEAM_THREADS, 0, stream>>>((Choice *)answered.device, work, l,
-                                                              there, vocab, stride);
+    sample_kernel<<<dim3(TEAM, n), TEAM_THREADS, shared, stream>>>((Choice *)answered.host, l, there,
+                                                                   vocab, stride);
     check(cudaGetLastError(), "sample");
-    check(cudaMemcpyAsync(answered.host, answered.device, n * sizeof *out, cudaMemcpyDeviceToHost,
-                          stream), "copy");
     check(cudaStreamSynchronize(stream), "sample");
     memcpy(out, answered.host, n * sizeof *out);
 }

@@ -799,6 +799,7 @@ Model *model_load(const char *dir, bool dummy, int max_rows, int max_out, int n_
     m->dense_hidden = act_new(max_rows, c->intermediate_size);
     m->expert_hidden = act_new(max_rows * (k + 1), c->moe_intermediate_size);
     m->routing = routing_new(max_rows, c);
+    step_reserve(max_rows, c);
     return m;
 }
 
@@ -1964,13 +1965,13 @@ static int serve_main(char **argv) {
     sigaction(SIGINT, &stop, NULL);
     int listener = http_listen(o.host, o.port);
     server_setup(&o);
+    device_init();
     server_size(&o);
     log_options(&server.options);
     log_line(-1, "chat template: %s (%s), prompts %s in <think>",
              server.template_kind == TEMPLATE_R1 ? "r1" : "r1-0528",
              strcmp(o.chat_template, "auto") ? "by flag" : "recognised from tokenizer_config.json",
              server.think ? "end" : "don't end");
-    device_init();
     pthread_t thread;
     if (pthread_create(&thread, NULL, engine_main, NULL) != 0) die("can't start the engine thread");
     http_serve(listener);
@@ -2026,8 +2027,8 @@ static int run_main(char **argv) {
     Options o;
     const char *argument = flags_parse(&command, &o, argv);
     server_setup(&o);
-    server_size(&o);
     device_init();
+    server_size(&o);
     Buf text = text_or_stdin(argument);
     engine_load(1);
     Seq *s = seq_new();

@@ -326,8 +326,10 @@ typedef enum {
 size_t place_vector(Vector *v);
 size_t place_linear(Linear *w, Place as);
 size_t place_mlp(Mlp *m, int n, Mlp *shared);    // n of equal size and perhaps one more
-void place_free(void);                           // gives back all that was placed
+void place_free(void);           // gives back all that was placed, and what was reserved
 
+// What the stages of a step of so many rows keep to themselves.
+void step_reserve(int rows, const Config *c);
 // A step's arrays are placed, too. Between the two calls stand the stages of one step, always the
 // same ones; false where they need not be called, since the twin has recorded them at an equal
 // step.
