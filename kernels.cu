@@ -32,6 +32,7 @@ enum {
     STRIP = 16,       // rows of a weight matrix that lie together
     ROW_BYTES = 128,       // bytes of a row that lie together: the width of the swizzle
     CHUNK = 8,        // bf16 values of a 16-byte load
+    MAX_SHARED = 227 << 10,  // bytes that a block can have
     PAGE_BYTES = PAGE * CACHE_DIM * 2,
     TOKEN_PAD = 128,  // an Act has room for whole tiles of tokens
     MAX_COLS = 1024 * CHUNK,  // of a row that a block norms
@@ -89,6 +90,12 @@ static void launch(void (*kernel)(Wanted...), dim3 grid, int threads, size_t sha
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {grid, dim3(threads), shared, stream, &early, 1};
+    if (shared > 48 << 10) {  // what a kernel gets without asking; for what it asks once, it may keep
+        cudaFuncAttributes a;
+        check(cudaFuncGetAttributes(&a, kernel), "kernel");
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   MAX_SHARED - (int)a.sharedSizeBytes), "shared memory");
+    }
     check(cudaLaunchKernelEx(&config, kernel, (Wanted)args...), "kernel");
 }
 
@@ -343,9 +350,12 @@ static __device__ void quantise8(const Act &a, int token, int c, float v[CHUNK],
     float amax = MIN_AMAX;
     for (int i = 0; i < CHUNK; i++) amax = fmaxf(amax, fabsf(v[i]));
     for (int d = GROUP / 2; d; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-    float scale = amax / E4M3_MAX;
+    float scale = amax / E4M3_MAX, inverse = 1 / scale;
     if (!there) return;
-    for (int i = 0; i < CHUNK; i++) v[i] /= scale;
+    for (int i = 0; i < CHUNK; i++) {  // v / scale, correctly rounded (Markstein 1990)
+        float guess = v[i] * inverse;
+        v[i] = fmaf(fmaf(-guess, scale, v[i]), inverse, guess);
+    }
     uint2 q = make_uint2(e4m3_pair(v[0], v[1]) | e4m3_pair(v[2], v[3]) << 16,
                          e4m3_pair(v[4], v[5]) | e4m3_pair(v[6], v[7]) << 16);
     size_t line = (size_t)(c / GROUP) * a.stride + token;
@@ -1458,8 +1468,8 @@ static __device__ void act_norm(const Act &a, int token, float v[CHUNK], const f
 
 // A block takes a row, so that one exchange gives its sum of squares. Reads 28 KB and writes 35 KB a
 // row; at few rows only latency counts, which is one trip to L2 and one exchange.
-static __global__ void add_norm_kernel(uint4 *x, Act a, const uint4 *y, const float *gain,
-                                       float eps) {
+static __global__ void __launch_bounds__(1024, 2)
+    add_norm_kernel(uint4 *x, Act a, const uint4 *y, const float *gain, float eps) {
     int c = threadIdx.x, chunks = a.cols / CHUNK;
     size_t at = (size_t)blockIdx.x * chunks + c;
     float v[CHUNK] = {0}, add[CHUNK], g[CHUNK] = {0};
@@ -1507,9 +1517,9 @@ static __device__ void cache_store(bf16 *cache, const Batch &b, int token, int c
 
 // Two blocks a row, which need nothing of each other: one norms and quantises q, the other makes
 // the cache's entry. Some KB a row; latency is all.
-static __global__ void mla_latent_kernel(Act qa, bf16 *cache, const uint4 *q, const uint4 *kv,
-                                         const float *q_gain, const float *kv_gain, float eps,
-                                         const float *rope, Batch b) {
+static __global__ void __launch_bounds__(1024, 2)
+    mla_latent_kernel(Act qa, bf16 *cache, const uint4 *q, const uint4 *kv, const float *q_gain,
+                      const float *kv_gain, float eps, const float *rope, Batch b) {
     enum { LATENT_CHUNKS = LATENT_DIM / CHUNK, ALL_CHUNKS = CACHE_DIM / CHUNK };
     bool is_q = blockIdx.y == 0;
     int token = blockIdx.x, c = threadIdx.x, normed = is_q ? qa.cols / CHUNK : LATENT_CHUNKS;
@@ -1557,14 +1567,13 @@ static __device__ void chunks_load(uint4 (&x)[4], const bf16 *row, bool there) {
 static __device__ void brick_product(float (&sum)[BRICK_STRIPS][4], const Brick &a,
                                      const uint4 (&x)[4]) {
 #pragma unroll
-    for (int s = 0; s < BRICK_STRIPS; s++) {
-        sum[s][0] = sum[s][1] = sum[s][2] = sum[s][3] = 0;
+    for (int s = 0; s < BRICK_STRIPS; s++) sum[s][0] = sum[s][1] = sum[s][2] = sum[s][3] = 0;
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            mma_bf16(sum[s], (const uint32_t *)&a[s][2 * i], x[i].x, x[i].y);
-            mma_bf16(sum[s], (const uint32_t *)&a[s][2 * i + 1], x[i].z, x[i].w);
-        }
-    }
+    for (int i = 0; i < BRICK_STEPS; i++)  // the strips' four sums hide each other's latency
+#pragma unroll
+        for (int s = 0; s < BRICK_STRIPS; s++)
+            mma_bf16(sum[s], (const uint32_t *)&a[s][i], i % 2 ? x[i / 2].z : x[i / 2].x,
+                     i % 2 ? x[i / 2].w : x[i / 2].y);
 }
 
 // ---- mla_query ----------------------------------------------------------------------------------
@@ -2177,25 +2186,6 @@ void mla_attend(bf16 *u, const bf16 *query, const bf16 *cache, float scale, int 
 
 // ---- The stages: products ------------------------------------------------------------------------
 
-static void products_setup(void) {
-    int most = 227 << 10;
-    cudaFuncAttribute smem = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    const void *kernels[] = {
-        (void *)skinny<false, false, 1>, (void *)skinny<false, false, 4>,
-        (void *)skinny<true, false, 1>,  (void *)skinny<true, false, 4>,
-        (void *)skinny<true, true, 1>,   (void *)skinny<true, true, 4>,
-        (void *)wide<1>,                 (void *)wide<2>,
-        (void *)attend_kernel<16, 1>,    (void *)attend_kernel<32, 2>,
-    };
-    for (const void *kernel : kernels) {
-        cudaFuncAttributes a;
-        check(cudaFuncGetAttributes(&a, kernel), "kernel attributes");
-        check(cudaFuncSetAttribute(kernel, smem, most - (int)a.sharedSizeBytes), "shared memory");
-    }
-}
-
-// Room for what one stage's kernels leave to each other: f32 parts of a product, or all experts'
-// products where rows are many.
 static void products_reserve(int rows, const Config *c) {
     size_t few = min_int(rows, EXPERT_ROWS), slots = c->num_experts_per_tok + 1;
     size_t up = 2 * c->moe_intermediate_size, down = c->hidden_size / 2, pairs = rows * slots;
@@ -2203,7 +2193,6 @@ static void products_reserve(int rows, const Config *c) {
                       4 * few * slots * up, pairs + 64 + pairs * (up > down ? up : down)}, most = 0;
     for (size_t size : sizes) most = size > most ? size : most;
     scratch = (float *)place_alloc(most * sizeof(float));
-    products_setup();
 }
 
 void step_reserve(int rows, const Config *c) {
@@ -2396,17 +2385,7 @@ static __device__ float order_value(uint32_t key) {
     return __uint_as_float(key & 0x80000000 ? key ^ 0x80000000 : ~key);
 }
 
-// The index of the largest of n values, the lowest on a tie, for all lanes of a warp.
-static __device__ int warp_argmax(const float *v, int n) {
-    uint32_t best = 0;
-    int at = n;
-    for (int i = threadIdx.x; i < n; i += WARP)
-        if (at == n || order(v[i]) > best) best = order(v[i]), at = i;
-    uint32_t top = __reduce_max_sync(~0u, best);
-    return __reduce_min_sync(~0u, best == top ? at : n);
-}
-
-typedef struct { int n_experts, n_group, topk_group, k, parts; float scale; } RouteDims;
+typedef struct { int n_experts, group_size, topk_group, k, parts; float scale; } RouteDims;
 
 // The router's product, of which parts of the columns may stand in [parts] places.
 static __device__ float route_score(const float *product, size_t stride, int parts) {
@@ -2415,70 +2394,71 @@ static __device__ float route_score(const float *product, size_t stride, int par
     return 1 / (1 + expf(-sum));
 }
 
-// A warp takes a row and holds its experts as order-preserving keys, EACH a lane, number j x 32 +
-// lane; the largest of all is found by a vote. First each group's two best, then the best groups,
-// then the best experts inside them. The bias steers the choice and never enters a weight. Some
-// twenty dependent votes, a microsecond; a row reads 1 KB.
+// Finds the largest key of all lanes, for each of them the lowest lane that has it.
+static __device__ int vote(uint32_t key) {
+    return __ffs(__ballot_sync(~0u, key == __reduce_max_sync(~0u, key))) - 1;
+}
+
+// A warp takes a row, a lane EACH neighbouring experts as order-preserving keys; a group is some
+// neighbouring lanes. First each group's two best, then the best groups, then the best experts
+// inside them: a dozen dependent votes. The bias steers the choice and never enters a weight. A row
+// reads 1 KB; its latency is all.
 template <int EACH>
 static __global__ void route_kernel(Routing r, const float *product, const float *bias,
                                     RouteDims d) {
-    extern __shared__ float group[];  // [n_group]
     const uint32_t none = order(-INFINITY);
-    int row = blockIdx.x, lane = threadIdx.x, size = d.n_experts / d.n_group, mine = 0;
-    uint32_t key[EACH], open = 0;
-    int member[EACH];  // of which group
+    int row = blockIdx.x, lane = threadIdx.x, lanes = d.group_size / EACH, group = lane / lanes;
     size_t stride = (size_t)gridDim.x * d.n_experts;  // from part to part
+    uint32_t key[EACH], best = none, second = none;
+    float score[EACH], mine = 0;
+    bool open = false;
+    int chosen = 0;
     product += (size_t)row * d.n_experts;
     launch_dependents();
     grid_wait();
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
-        int e = j * WARP + lane;
-        key[j] = e < d.n_experts ? order(route_score(product + e, stride, d.parts) + bias[e]) : 0;
-        member[j] = e / size;
+        int e = lane * EACH + j;
+        score[j] = e < d.n_experts ? route_score(product + e, stride, d.parts) : 0;
+        key[j] = e < d.n_experts ? order(score[j] + bias[e]) : 0;
+        second = max(second, min(best, key[j])), best = max(best, key[j]);
     }
-    for (int g = 0; g < d.n_group; g++) {
-        uint32_t best = none, second = none;
-#pragma unroll
-        for (int j = 0; j < EACH; j++) {
-            uint32_t own = member[j] == g ? key[j] : 0;
-            second = max(second, min(best, own)), best = max(best, own);
-        }
-        uint32_t top = __reduce_max_sync(~0u, best);
-        // The lane that has it (of equals only one) offers its second one in the next vote.
-        if (lane == __ffs(__ballot_sync(~0u, best == top)) - 1) best = second;
-        second = __reduce_max_sync(~0u, best);
-        if (lane == 0) group[g] = order_value(top) + order_value(second);
+    uint32_t own_best = best, own_second = second;
+    for (int i = 1; i < lanes; i++) {  // with the group's other lanes, one after the other
+        int other = group * lanes + (lane - group * lanes + i) % lanes;
+        uint32_t b = __shfl_sync(~0u, own_best, other), s = __shfl_sync(~0u, own_second, other);
+        second = max(max(second, s), min(best, b)), best = max(best, b);
     }
-    __syncwarp();
-    for (int i = 0; i < d.topk_group; i++) {
-        int g = warp_argmax(group, d.n_group);
-#pragma unroll
-        for (int j = 0; j < EACH; j++) open |= (member[j] == g) << j;
-        if (lane == 0) group[g] = -INFINITY;
-        __syncwarp();
-    }
+    uint32_t group_key = order(order_value(best) + order_value(second));
+    if (lane * EACH >= d.n_experts) group_key = 0;
+    for (int i = 0; i < d.topk_group; i++)
+        if (vote(group_key) / lanes == group) open = true, group_key = 0;
 #pragma unroll
     for (int j = 0; j < EACH; j++)
-        if (!(open >> j & 1)) key[j] = min(key[j], none);
+        if (!open) key[j] = min(key[j], none);
     for (int i = 0; i < d.k; i++) {
-        uint32_t best = key[0];
-        int at = lane;
+        uint32_t top = key[0];
+        int at = 0;
 #pragma unroll
         for (int j = 1; j < EACH; j++)
-            if (key[j] > best) best = key[j], at = j * WARP + lane;
-        uint32_t top = __reduce_max_sync(~0u, best);
-        int e = __reduce_min_sync(~0u, best == top ? at : EACH * WARP);
+            if (key[j] > top) top = key[j], at = j;
+        int owner = vote(top);
+        float weight = score[0];
 #pragma unroll
         for (int j = 0; j < EACH; j++)
-            if (j * WARP + lane == e) key[j] = min(key[j], none);
-        if (lane == i) mine = e;
+            if (j == at) {
+                weight = score[j];
+                if (lane == owner) key[j] = 0;
+            }
+        int e = __shfl_sync(~0u, lane * EACH + at, owner);
+        weight = __shfl_sync(~0u, weight, owner);
+        if (lane == i) chosen = e, mine = weight;
     }
-    float weight = route_score(product + mine, stride, d.parts), total = 0;
-    for (int i = 0; i < d.k; i++) total += __shfl_sync(~0u, weight, i);
+    float total = 0;
+    for (int i = 0; i < d.k; i++) total += __shfl_sync(~0u, mine, i);
     if (lane >= d.k) return;
-    r.expert[row * d.k + lane] = mine;
-    r.weight[row * d.k + lane] = weight / (total + 1e-20f) * d.scale;
+    r.expert[row * d.k + lane] = chosen;
+    r.weight[row * d.k + lane] = mine / (total + 1e-20f) * d.scale;
 }
 
 // A block makes one expert's list: it counts the choices of smaller experts, which is where the list
@@ -2489,6 +2469,7 @@ static __global__ void route_lists_kernel(Routing r, int pairs) {
     int e = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, before = 0, at = 0;
     launch_dependents();
     grid_wait();
+#pragma unroll 4
     for (int p = threadIdx.x; p < pairs; p += blockDim.x) before += r.expert[p] < e;
     before = __reduce_add_sync(~0u, before);
     if (lane == 0) smaller[warp] = before;
@@ -2514,13 +2495,14 @@ static __global__ void route_lists_kernel(Routing r, int pairs) {
 
 // From the router's product [parts][n][n_experts], which r->sum holds.
 static void route(Routing *r, const Vector *bias, const Config *c, int n, int parts) {
-    RouteDims d = {c->n_routed_experts, c->n_group, c->topk_group, c->num_experts_per_tok, parts,
-                   (float)c->routed_scaling_factor};
-    int pairs = n * d.k, threads = pairs < 512 ? units(pairs, WARP) * WARP : 512;
-    auto kernel = d.n_experts <= WARP       ? route_kernel<1>
-                  : d.n_experts <= 8 * WARP ? route_kernel<8>
-                                            : route_kernel<32>;  // config_load allows 1,024
-    launch(kernel, n, WARP, d.n_group * sizeof(float), *r, r->sum, (const float *)bias->data, d);
+    RouteDims d = {c->n_routed_experts, c->n_routed_experts / c->n_group, c->topk_group,
+                   c->num_experts_per_tok, parts, (float)c->routed_scaling_factor};
+    int pairs = n * d.k, threads = min_int(units(pairs, WARP) * WARP, 1024);
+    int each = d.n_experts <= WARP ? 1 : d.n_experts <= 8 * WARP ? 8 : 32;
+    if (d.group_size % each)
+        die("got groups of %d experts, a GPU wants a multiple of %d", d.group_size, each);
+    launch(each == 1 ? route_kernel<1> : each == 8 ? route_kernel<8> : route_kernel<32>, n, WARP, 0,
+           *r, r->sum, (const float *)bias->data, d);
     launch(route_lists_kernel, d.n_experts, threads, 0, *r, pairs);
 }
 
@@ -2545,13 +2527,10 @@ void moe_route(Routing *r, const Act *a, const Linear *gate, const Vector *bias,
 // A row of logits is 129,280 numbers, half a megabyte. A team of eight blocks, a cluster, takes it
 // and holds it in shared memory, 64 KB a block. So every question about the row (its largest value,
 // its sum, what stands above a threshold) is a short pass and one exchange inside the cluster, one
-// or two microseconds. Nothing is sorted: the place where top_k, top_p and min_p cut is found digit
-// by digit.
+// or two microseconds. Nothing is sorted, and where top_k, top_p and min_p cut is never found out:
+// an id is drawn from all, and only for this one it is asked whether they would have left it.
 
-enum {
-    TEAM = 8, TEAM_THREADS = 1024, MOST_IDS = 50000,  // of a block
-    DIGIT = 8, BINS = 1 << DIGIT,
-};
+enum { TEAM = 8, TEAM_THREADS = 1024, QUAD = 4, MOST_IDS = 50000 };  // of a block
 
 static __host__ __device__ void philox_rounds(uint32_t out[4], uint64_t key, uint32_t c0,
                                               uint32_t c1, uint32_t c2, uint32_t c3) {
@@ -2569,11 +2548,8 @@ void philox(uint32_t out[4], uint64_t key, const uint32_t counter[4]) {
     philox_rounds(out, key, counter[0], counter[1], counter[2], counter[3]);
 }
 
-static __device__ float gumbel(uint64_t seed, int position, int id) {
-    uint32_t word[4];
-    philox_rounds(word, seed, id / 4, position, 0, 0);
-    uint32_t mine = id % 4 < 2 ? id % 4 < 1 ? word[0] : word[1] : id % 4 < 3 ? word[2] : word[3];
-    float u = fminf(((float)mine + 0.5f) * 0x1p-32f, 0x1.fffffep-1f);
+static __device__ float gumbel(uint32_t word) {
+    float u = fminf(((float)word + 0.5f) * 0x1p-32f, 0x1.fffffep-1f);
     return -logf(-log1pf(-u));
 }
 
@@ -2582,6 +2558,7 @@ namespace cg = cooperative_groups;
 typedef struct {
     float *v;         // [n] the block's part of the row, of which a thread has every 1,024th entry
     int first, n;     // ids in it
+    int part;         // ids of a part, a multiple of QUAD
     bool leader;      // of all threads
     int turn;         // exchanges so far
 } Team;
@@ -2615,12 +2592,6 @@ static __device__ uint64_t id_key(float v, int id) { return (uint64_t)order(v) <
 static __device__ int key_id(uint64_t key) { return ~(uint32_t)key; }
 static __device__ float key_value(uint64_t key) { return order_value(key >> 32); }
 
-// The same for the filters, which look at probabilities: how far a logit is below the highest, in
-// steps that two different probabilities are apart (2^-25), evenly spread over digits.
-static __device__ uint64_t depth_key(float depth, int id) {
-    return (uint64_t)~__float2uint_rz(depth * 0x1p25f) << 32 | (uint32_t)~id;
-}
-
 // The key of the likeliest id below `limit`.
 static __device__ uint64_t team_best(Team *t, uint64_t limit) {
     uint64_t best = 0;
@@ -2632,79 +2603,55 @@ static __device__ uint64_t team_best(Team *t, uint64_t limit) {
     return team_all<uint64_t, larger>(t, best);
 }
 
-typedef struct { uint32_t count[BINS]; unsigned long long mass[BINS]; } Histogram;
-typedef struct { uint64_t digit, before, mass; uint32_t count; } Cut;
-
-// Sums the team's histograms, then warp 0 walks from the largest digit down, eight bins a lane, to
-// the last bin whose first entry is kept: fewer than most_ids stand before it, and no more than
-// most_mass.
-static __device__ void cut_find(Cut *cut, Histogram *own, uint64_t most_ids, uint64_t most_mass) {
-    __shared__ Histogram all;
-    enum { PER_LANE = BINS / WARP };
-    int lane = threadIdx.x, bin = threadIdx.x;
-    if (bin < BINS) {
-        uint32_t count = 0;
-        uint64_t mass = 0;
-        for (int r = 0; r < TEAM; r++) {
-            Histogram *h = cg::this_cluster().map_shared_rank(own, r);
-            count += h->count[bin], mass += h->mass[bin];
+// The key of the id with the highest logit plus noise, of those likelier than `limit`. A thread takes
+// four neighbouring ids, since one call of philox makes four numbers.
+static __device__ uint64_t team_draw(Team *t, const Sampling *s, uint64_t limit) {
+    uint64_t best = 0;
+    for (int i = QUAD * threadIdx.x; i < t->n; i += QUAD * TEAM_THREADS) {
+        uint32_t word[QUAD];
+        philox_rounds(word, s->seed, (t->first + i) / QUAD, s->n_tokens, 0, 0);
+#pragma unroll
+        for (int k = 0; k < QUAD; k++) {
+            float v = i + k < t->n ? t->v[i + k] : -INFINITY;
+            if (v == -INFINITY || id_key(v, t->first + i + k) <= limit) continue;
+            best = larger(best, id_key(v + gumbel(word[k]), t->first + i + k));
         }
-        all.count[bin] = count, all.mass[bin] = mass;
     }
-    __syncthreads();
-    if (threadIdx.x >= WARP) return;
-    uint64_t ids = 0, sum = 0;
-    for (int i = 0; i < PER_LANE; i++) {
-        bin = BINS - 1 - (lane * PER_LANE + i);
-        ids += all.count[bin], sum += all.mass[bin];
-    }
-    Cut found = {0, cut->before - ids, cut->mass - sum, 0}, last = found;
-    for (int d = 1; d < WARP; d *= 2) {
-        uint64_t left_ids = __shfl_up_sync(~0u, ids, d), left_sum = __shfl_up_sync(~0u, sum, d);
-        if (lane >= d) ids += left_ids, sum += left_sum;
-    }
-    found.before += ids, found.mass += sum;
-    for (int i = 0; i < PER_LANE; i++) {
-        bin = BINS - 1 - (lane * PER_LANE + i);
-        if (all.count[bin] && found.before < most_ids && found.mass <= most_mass)
-            last = found, last.digit = bin, last.count = all.count[bin];
-        found.before += all.count[bin], found.mass += all.mass[bin];
-    }
-    if (lane == 31 - __clz(__ballot_sync(~0u, last.count > 0))) *cut = last;
+    return team_all<uint64_t, larger>(t, best);
 }
 
-// The key of the last id that top_k, top_p and min_p leave. Probabilities are summed as integers of
-// 2^-62: exactly, and in whatever order the atomics come. Each round settles one digit of the key,
-// and mostly three or four leave a single id.
-static __device__ uint64_t cut_key(Team *t, const Sampling *s, float top) {
-    __shared__ Histogram h;
-    __shared__ Cut cut;
-    double total = 0;
+// Whether top_k, top_p and min_p leave the id with this key, by the ids that are likelier.
+static __device__ bool team_keeps(Team *t, const Sampling *s, uint64_t key, float top, double total) {
+    double ids = 0, mass = 0;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) total += expf(t->v[i] - top);
-    total = team_all<double, plus>(t, total);
-    float least = s->min_p * (float)(1 / total);
-    uint64_t most_ids = s->top_k < 0 ? UINT64_MAX : s->top_k, prefix = 0;
-    uint64_t most_mass = s->top_p >= 1 ? UINT64_MAX : (uint64_t)(s->top_p * 0x1p62);
-    if (threadIdx.x == 0) cut = (Cut){};
-    for (int shift = 64 - DIGIT;; shift -= DIGIT) {
-        if (threadIdx.x < BINS) h.count[threadIdx.x] = 0, h.mass[threadIdx.x] = 0;
-        __syncthreads();
-#pragma unroll 2
-        for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) {
-            float depth = top - t->v[i];
-            uint64_t digits = depth_key(depth, t->first + i) >> shift;
-            if (shift < 64 - DIGIT && digits >> DIGIT != prefix) continue;
-            float p = expf(-depth) / total;
-            if (s->min_p > 0 && p < least) continue;
-            atomicAdd(&h.count[digits % BINS], 1);
-            atomicAdd(&h.mass[digits % BINS], (unsigned long long)(p * 0x1p62));
-        }
-        team_sync();
-        cut_find(&cut, &h, most_ids, most_mass);
-        team_sync();
-        prefix = prefix << DIGIT | cut.digit;
-        if (cut.count == 1 || shift == 0) return prefix << shift;
+    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) {
+        if (id_key(t->v[i], t->first + i) <= key) continue;
+        ids++, mass += (float)(expf(t->v[i] - top) / total);
+    }
+    if (s->min_p > 0 && (float)(expf(key_value(key) - top) / total) < s->min_p * (float)(1 / total))
+        return false;
+    if (s->top_k > 0 && !(team_all<double, plus>(t, ids) < s->top_k)) return false;
+    return s->top_p >= 1 || team_all<double, plus>(t, mass) <= s->top_p;
+}
+
+// Draws until the filters leave what was drawn. What is less likely than a refused id is refused
+// with it, and the likeliest id is always left: so the result is the highest among those that are
+// left, and mostly it is found at once.
+static __device__ int draw(Team *t, const Sampling *s, uint64_t best, int vocab) {
+    bool filtered = (s->top_k > 0 && s->top_k < vocab) || s->top_p < 1 || s->min_p > 0;
+    float top = key_value(best) / s->temperature;
+    double total = 0;
+    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) {
+        t->v[i] /= s->temperature;
+        total += filtered ? expf(t->v[i] - top) : 0;
+    }
+    if (filtered) total = team_all<double, plus>(t, total);
+    team_sync();  // a thread's ids are others from here on
+    for (uint64_t limit = 0;;) {
+        int id = key_id(team_draw(t, s, limit)), owner = id / t->part;
+        float v = *cg::this_cluster().map_shared_rank(&t->v[id - owner * t->part], owner);
+        limit = id_key(v, id);
+        if (!filtered || team_keeps(t, s, limit, top, total)) return id;
     }
 }
 
@@ -2747,17 +2694,10 @@ static __device__ int choose(Team *t, float *l, const Sampling *s, int vocab) {
     if (penalised(s)) penalise(t, l, s);
     for (int i = 0; i < s->n_bias; i++) team_add(t, s->bias_id[i], s->bias[i]);
     for (int i = 0; i < s->n_banned; i++) team_add(t, s->banned[i], -INFINITY);
-    uint64_t best = team_best(t, UINT64_MAX), cut = 0;
+    uint64_t best = team_best(t, UINT64_MAX);
     if (key_value(best) == -INFINITY) return -1;  // all that were finite are banned
     if (s->temperature < 1e-6f || s->top_k == 1) return key_id(best);
-    float top = key_value(best) / s->temperature;
-    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) t->v[i] /= s->temperature;
-    if ((s->top_k > 0 && s->top_k < vocab) || s->top_p < 1 || s->min_p > 0) cut = cut_key(t, s, top);
-    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) {
-        if (depth_key(top - t->v[i], t->first + i) < cut) t->v[i] = -INFINITY;
-        else t->v[i] += gumbel(s->seed, s->n_tokens, t->first + i);
-    }
-    return key_id(team_best(t, UINT64_MAX));
+    return draw(t, s, best, vocab);
 }
 
 static __device__ float logprob(float v, float best, double log_total) {
@@ -2793,8 +2733,8 @@ static __global__ void __cluster_dims__(TEAM) __launch_bounds__(TEAM_THREADS)
     sample_kernel(Choice *out, float *l, const Sampling *sampling, int vocab, int stride) {
     extern __shared__ float part[];
     const Sampling *s = &sampling[blockIdx.y];
-    int n = units(vocab, TEAM), first = blockIdx.x * n;
-    Team t = {part, first, max(min(n, vocab - first), 0), blockIdx.x == 0 && threadIdx.x == 0, 0};
+    int n = units(vocab, TEAM * QUAD) * QUAD, first = blockIdx.x * n;
+    Team t = {part, first, max(min(n, vocab - first), 0), n, blockIdx.x == 0 && threadIdx.x == 0, 0};
     uint64_t broken = 0;
     l += (size_t)blockIdx.y * stride, out += blockIdx.y;
     row_load(&t, l);
@@ -2823,7 +2763,7 @@ static size_t sampling_bytes(const Sampling *s) {
 void sample(Choice *out, float *l, const Sampling *s, int vocab, int stride, int n) {
     static Mailbox asked, answered;
     size_t bytes = mail_bytes(n * sizeof *s);
-    size_t shared = units(vocab, TEAM) * sizeof(float);
+    size_t shared = units(vocab, TEAM * QUAD) * QUAD * sizeof(float);
     if (vocab > TEAM * MOST_IDS) die("got %d tokens, a GPU wants at most %d", vocab, TEAM * MOST_IDS);
     check(cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                MOST_IDS * sizeof(float)), "shared memory");
