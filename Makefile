@@ -79,13 +79,16 @@ $(BUILD)/test_http: tests/test_http.c tests/test.h r1.h $(patsubst %,$(BUILD)/%.
 $(BUILD)/test_kernels: tests/test_kernels.c tests/test.h kernels.c r1.h $(BUILD)/json.o
 	$(CC) $(CFLAGS) $< $(BUILD)/json.o -o $@ $(LIBS)
 
-# It includes kernels.cu and compares it with the C twin, whose names all get "ref_" in front.
-$(BUILD)/ref_kernels.o: $(BUILD)/kernels.o
-	nm -g --defined-only $< | sed 's/.* \(.*\)/\1 ref_\1/' >$(BUILD)/ref_names
-	objcopy --redefine-syms=$(BUILD)/ref_names $< $@
+# It includes kernels.cu and compares it with r1.c on the C twin, all of whose names get "ref_" in front.
+$(BUILD)/ref.o: $(BUILD)/r1_test.o $(BUILD)/kernels.o
+	ld -r $^ -o $@
+	nm -g --defined-only $@ | sed 's/.* \(.*\)/\1 ref_\1/' >$(BUILD)/ref_names
+	objcopy --redefine-syms=$(BUILD)/ref_names $@
 
-$(BUILD)/test_cuda: tests/test_cuda.cu tests/test.h kernels.cu r1.h $(BUILD)/ref_kernels.o $(BUILD)/json.o
-	$(NVCC) $(NVCCFLAGS) $< $(BUILD)/ref_kernels.o $(BUILD)/json.o -o $@ $(LIBS)
+REF := $(patsubst %,$(BUILD)/%.o,ref r1_test tokenizer json http)
+
+$(BUILD)/test_cuda: tests/test_cuda.cu tests/test.h kernels.cu r1.h $(REF)
+	$(NVCC) $(NVCCFLAGS) $< $(REF) -o $@ $(LIBS)
 
 $(BUILD)/test_oracle_exact: tests/test_oracle.c tests/test.h r1.h $(BUILD)/r1_exact.o $(BUILD)/kernels_exact.o $(PARTS)
 	$(CC) $(CFLAGS) -DEXACT $< $(BUILD)/r1_exact.o $(BUILD)/kernels_exact.o \

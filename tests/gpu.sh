@@ -34,7 +34,7 @@ only="$*"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 part build 400 make CUDA=1 -j"$(nproc)" build/cuda/r1 build/cuda/test_cuda
 part build_cpu 100 make CUDA=0 -j"$(nproc)" build/r1
-for name in place steps rows routes sample; do part $name 60 build/cuda/test_cuda $name; done
+for name in place steps rows routes sample model; do part $name 60 build/cuda/test_cuda $name; done
 part answers 60 sh -c "$answers"
 part memcheck_run 60 compute-sanitizer --error-exitcode 9 build/cuda/r1 run --model-path tiny-r1 \
     --max-total-tokens 1024 --max-tokens 3 "How many r are there in strawberry ?"
