@@ -14,7 +14,6 @@
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
 
 // r1.h is C. C++ spells two of its words otherwise, and no atomic of it is used here.
 #define _Noreturn [[noreturn]]
@@ -29,13 +28,13 @@ extern "C" {
 
 enum {
     WARP = 32,
-    STRIP = 16,       // rows of a weight matrix that lie together
-    ROW_BYTES = 128,       // bytes of a row that lie together: the width of the swizzle
-    CHUNK = 8,        // bf16 values of a 16-byte load
     MAX_SHARED = 227 << 10,  // bytes that a block can have
+    ROW_BYTES = 128,              // bytes of a row that lie together: the width of the swizzle
+    STRIP = 16,              // rows of a weight matrix that lie together
+    CHUNK = 8,               // bf16 values of a 16-byte load
+    MAX_COLS = 1024 * CHUNK, // of a row that a block norms
+    TOKEN_PAD = 128,         // an Act has room for whole tiles of tokens
     PAGE_BYTES = PAGE * CACHE_DIM * 2,
-    TOKEN_PAD = 128,  // an Act has room for whole tiles of tokens
-    MAX_COLS = 1024 * CHUNK,  // of a row that a block norms
 };
 
 static __host__ __device__ int min_int(int a, int b) { return a < b ? a : b; }
@@ -150,10 +149,10 @@ static __device__ void copy_4(void *dst_smem, const void *src) {
                  "l"(src) : "memory");
 }
 
-// Arrives when this thread's copies so far have come.
-static __device__ void bar_arrive_copies(uint64_t *bar) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(bar))
-                 : "memory");
+static __device__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int N> static __device__ void copies_wait() {  // all but this thread's last N groups
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
 // wgmma reads shared memory past the ordinary path: what ordinary stores wrote must be fenced.
@@ -180,9 +179,8 @@ static __device__ uint64_t smem_desc(const void *p) {
 
 // c [64][128] (+)= a [64][32] b [128][32]^T. Thread (warp, g = lane / 4, t = lane % 4) holds in
 // c[4 j + i] row 16 warp + g + i / 2 * 8, column 8 j + 2 t + i % 2.
-static __device__ void wgmma_e4m3(float c[64], uint64_t a, uint64_t b, int accumulate) {
-#define C8(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), \
-              "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+static __device__ void wgmma_128(float c[64], uint64_t a, uint64_t b, int accumulate) {
+#define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
@@ -190,30 +188,27 @@ static __device__ void wgmma_e4m3(float c[64], uint64_t a, uint64_t b, int accum
                  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
                  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
                  "%64, %65, p, 1, 1; }"
-                 : C8(0), C8(8), C8(16), C8(24), C8(32), C8(40), C8(48), C8(56)
+                 : C4(0), C4(4), C4(8), C4(12), C4(16), C4(20), C4(24), C4(28), C4(32), C4(36),
+                   C4(40), C4(44), C4(48), C4(52), C4(56), C4(60)
                  : "l"(a), "l"(b), "r"(accumulate));
-#undef C8
 }
 
-// c [16][8] += a [16][16] b [16][8]; where the elements stand is told in multiply_unit.
-static __device__ void mma_f16(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-static __device__ void mma_bf16(float c[4], const uint32_t a[4], uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, "
-        "{%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-static __device__ uint32_t f16_pair(uint32_t e4m3_pair) {  // of the low 16 bits; exact
-    uint32_t pair;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"((uint16_t)e4m3_pair));
-    return pair;
+// c [64][32] likewise, of 32 bytes of each row: 32 columns in e4m3, 16 in bf16.
+template <bool FP8>
+static __device__ void wgmma_32(float c[16], uint64_t a, uint64_t b, int accumulate) {
+    if (FP8)
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                     "%16, %17, p, 1, 1; }"
+                     : C4(0), C4(4), C4(8), C4(12) : "l"(a), "l"(b), "r"(accumulate));
+    else
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                     "%16, %17, p, 1, 1, 0, 0; }"
+                     : C4(0), C4(4), C4(8), C4(12) : "l"(a), "l"(b), "r"(accumulate));
+#undef C4
 }
 
 static __device__ uint32_t bf16_pair(float low, float high) {
@@ -254,6 +249,14 @@ template <int TRANS> static __device__ void wgmma(float (&d)[16], uint64_t a, ui
                    "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
                    "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
                  : "l"(a), "l"(b), "r"(add), "n"(TRANS));
+}
+
+// d [16][8] += a [16][16] b [16][8], bf16.
+static __device__ void mma_bf16(float (&d)[4], const uint4 &a, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
 // An 8x8 tile of bf16 over a warp, transposed: registers to registers, and registers to rows.
@@ -384,7 +387,7 @@ static bool mail_open(Mailbox *m, size_t bytes) {
     if (bytes <= m->size) return false;
     check(cudaStreamSynchronize(stream), "stream");
     check(cudaFreeHost(m->host), "free"), check(cudaFree(m->device), "free");
-    m->size = 2 * bytes;
+    m->size = 2 * bytes + 4096;
     check(cudaMallocHost(&m->host, m->size), "pinned memory");
     m->device = (uint8_t *)device_alloc(m->size);
     return true;
@@ -483,25 +486,29 @@ void step_end(void) {
 
 // ---- W_UK and W_UV ------------------------------------------------------------------------------
 // Both products are out[m] = sum_k A[m][k] x[k] with A of one head and few x. A is cut into bricks
-// of 64 x 128, each inside one scale block, which lie in memory as mma.sync wants them in registers:
-// 32 fragments of 16 x 16 (4 strips of rows, 8 steps along k), 16 bytes a lane, so that a warp loads
-// a brick with whole lines and without shared memory. They are bf16: e4m3 is exact in it, checkpoints
-// in bf16 come for free, and at 2 MB more per layer no kernel converts anything. (+0.15 % of a
-// rank's weights)
+// of 64 x 128, each inside one scale block, which lie in memory as mma.sync wants them in
+// registers: 32 fragments of 16 x 16 (4 strips of rows, 8 steps along k), 16 bytes a lane, so that
+// a warp loads a brick in whole lines and without shared memory. They are bf16: e4m3 is exact in
+// it, a checkpoint in bf16 needs nothing else, and for 2 MB more per layer of 16 heads (0.15 % of a
+// rank's weights) no kernel converts anything.
 //
 // Two orders are ours to choose. Which k a fragment's column means is free if A and x agree: lane
-// (g, t) takes 16-byte chunk 4 i + t of x for steps 2 i and 2 i + 1. And rows g and g + 8 of strip s
-// are m = 8 g + 2 s and the next, so that a lane ends up with 8 consecutive m of a token: a chunk.
+// (g, t) takes 16-byte chunk 4 i + t of x for steps 2 i and 2 i + 1. And rows g and g + 8 of strip
+// s are m = 8 g + 2 s and the next: a lane ends up with 8 consecutive m of a token, a chunk.
 
 enum { BRICK_ROWS = 64, BRICK_STRIPS = 4, BRICK_STEPS = 8, BRICKS = KV_DIM * LATENT_DIM / 64 / 128,
-       UK_BRICKS = BRICKS / 2, FRAGMENTS = BRICK_STRIPS * BRICK_STEPS, LATENT_SCALES = 4 };
+       UK_BRICKS = BRICKS / 2, FRAGMENTS = BRICK_STRIPS * BRICK_STEPS, LATENT_SCALES = 4,
+       TOKENS = 8 };  // of one product
 
 typedef uint4 Brick[BRICK_STRIPS][BRICK_STEPS];
+
+enum { HEAD_BRICKS = BRICKS * FRAGMENTS * WARP * (int)sizeof(uint4) };  // bytes
 
 static __device__ uint32_t weight_bits(const uint8_t *w, bool fp8, size_t i) {  // as bf16
     if (!fp8) return w[2 * i] | w[2 * i + 1] << 8;
     // e4m3 in the place of f32's bits is the value x 2^-120, as in kernels.c.
-    return __float_as_uint(__int_as_float((int)(int8_t)w[i] << 20 & (int)0x87f00000) * 0x1p120f) >> 16;
+    float v = __int_as_float((int)(int8_t)w[i] << 20 & (int)0x87f00000) * 0x1p120f;
+    return __float_as_uint(v) >> 16;
 }
 
 // bricks [heads][16] of w [heads * 256][512], e4m3 or bf16 at any byte: of each head W_UK^T's eight
@@ -526,6 +533,8 @@ static __global__ void kv_b_repack_kernel(uint4 *bricks, const uint8_t *w, bool 
         make_uint4(out[0], out[1], out[2], out[3]);
 }
 
+// Weights are constants and can be asked for before grid_wait(). Callers do so under a condition:
+// the assembler moves loads past the wait, but not out of a branch.
 // ---- Placing weights ----------------------------------------------------------------------------
 // A weight's bytes are read into one of two pinned buffers, copied to one on the device, and
 // repacked from there, while the next ones are read into the other. What is not read and not copied
@@ -533,7 +542,7 @@ static __global__ void kv_b_repack_kernel(uint4 *bricks, const uint8_t *w, bool 
 // the 16-byte chunk c of row r stands at c ^ (r mod 8). That is the order in which a tensor core's
 // operand of 8 rows by 128 bytes is free of bank conflicts.
 
-enum { STAGE_BYTES = 32 << 20 };
+enum { UPLOAD_BYTES = 32 << 20 };
 
 static struct {
     uint8_t *host[2], *device[2];
@@ -556,40 +565,42 @@ void place_free(void) {
     placed.data = NULL, step.heads = 0;
 }
 
+static size_t dtype_size(DType dtype) {
+    return dtype == DTYPE_F8_E4M3 ? 1 : dtype == DTYPE_BF16 ? 2 : 4;
+}
+
 static float value_at(const uint8_t *data, DType dtype, size_t i) {  // bf16 or f32, at any byte
-    size_t size = dtype == DTYPE_BF16 ? 2 : 4;
+    size_t size = dtype_size(dtype);
     float f = 0;
     memcpy((uint8_t *)&f + 4 - size, data + i * size, size);
     return f;
 }
 
 // To bf16 as kernels.c rounds, for the few matrices that some copies of R1 store in f32.
-static uint16_t round_half(float f) {
+static bf16 round_half(float f) {
     uint32_t bits;
     memcpy(&bits, &f, sizeof bits);
     return f != f ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-// Brings n values to the device, f32 ones of a matrix as bf16, and returns which buffer holds them.
-// stage_done must follow when what reads the buffer is in the stream.
-static int stage_load(const uint8_t *src, DType dtype, size_t n) {
+// Brings n values to the device, f32 ones as bf16, and returns which buffer holds them. When all that
+// reads it is in the stream, its event `used` has to be recorded.
+static int upload_next(const uint8_t *src, DType dtype, size_t n) {
     int i = upload.turn ^= 1;
     size_t bytes = n * (dtype == DTYPE_F8_E4M3 ? 1 : 2);
     if (!upload.host[i]) {
-        check(cudaMallocHost(&upload.host[i], STAGE_BYTES), "pinned memory");
-        upload.device[i] = (uint8_t *)device_alloc(STAGE_BYTES);
+        check(cudaMallocHost(&upload.host[i], UPLOAD_BYTES), "pinned memory");
+        upload.device[i] = (uint8_t *)device_alloc(UPLOAD_BYTES);
         check(cudaEventCreateWithFlags(&upload.used[i], cudaEventDisableTiming), "event");
     }
     check(cudaEventSynchronize(upload.used[i]), "copy");
     if (dtype != DTYPE_F32) memcpy(upload.host[i], src, bytes);
     for (size_t k = 0; k < n && dtype == DTYPE_F32; k++)
-        ((uint16_t *)upload.host[i])[k] = round_half(value_at(src, dtype, k));
+        ((bf16 *)upload.host[i])[k] = round_half(value_at(src, dtype, k));
     check(cudaMemcpyAsync(upload.device[i], upload.host[i], bytes, cudaMemcpyHostToDevice, stream),
           "copy");
     return i;
 }
-
-static void stage_done(int i) { check(cudaEventRecord(upload.used[i], stream), "event"); }
 
 // Row r of a matrix goes to row r / group x 16 + r mod group + offset of dst: all 16 rows of a strip
 // (group 16), or 8 rows of gate_proj (offset 0) and 8 of up_proj (offset 8), which SwiGLU then finds
@@ -606,120 +617,85 @@ static __global__ void repack_kernel(uint8_t *dst, const uint8_t *src, int first
     ((uint4 *)line)[c % 8 ^ to % 8] = ((const uint4 *)src)[i];
 }
 
-static void repack(uint8_t *dst, const uint8_t *src, int first, int n, int row_bytes, int group,
-                   int offset) {
+// Takes [rows][cols] to dst, part by part, and returns the bytes that the checkpoint has for it.
+static size_t place_rows(uint8_t *dst, const uint8_t *src, DType dtype, size_t rows, size_t cols,
+                         Place as, int group, int offset) {
     enum { THREADS = 256 };
-    size_t chunks = (size_t)n * (row_bytes / 16);
-    repack_kernel<<<(chunks + THREADS - 1) / THREADS, THREADS, 0, stream>>>(
-        dst, src, first, n, row_bytes, group, offset);
-    check(cudaGetLastError(), "repack");
-}
-
-// Returns the bytes that the checkpoint has for it.
-static size_t place_matrix(uint8_t *dst, const Linear *w, int group, int offset) {
-    size_t from = w->dtype == DTYPE_F8_E4M3 ? 1 : w->dtype == DTYPE_BF16 ? 2 : 4;
-    int row_bytes = w->in * (from > 1 ? 2 : 1), most = STAGE_BYTES / row_bytes;
-    assert(most > 0);
-    for (int first = 0, n; first < w->out; first += n) {
-        n = w->out - first < most ? w->out - first : most;
-        int i = stage_load(w->data + (size_t)first * w->in * from, w->dtype, (size_t)n * w->in);
-        repack(dst, upload.device[i], first, n, row_bytes, group, offset);
-        stage_done(i);
-    }
-    return (size_t)w->out * w->in * from;
-}
-
-// As it lies in the checkpoint, but for f32 that becomes bf16.
-static size_t place_rows(uint8_t *dst, const uint8_t *src, DType dtype, size_t n) {
-    size_t from = dtype == DTYPE_F8_E4M3 ? 1 : dtype == DTYPE_BF16 ? 2 : 4, to = from > 1 ? 2 : 1;
-    for (size_t first = 0, part; first < n; first += part) {
-        part = n - first < STAGE_BYTES / to ? n - first : STAGE_BYTES / to;
-        int i = stage_load(src + first * from, dtype, part);
-        check(cudaMemcpyAsync(dst + first * to, upload.device[i], part * to,
-                              cudaMemcpyDeviceToDevice, stream), "copy");
-        stage_done(i);
-    }
-    return n * from;
-}
-
-static size_t place_key_value(uint8_t *dst, const Linear *w) {
-    const size_t head = KV_DIM * LATENT_DIM, brick = sizeof(Brick) * WARP;
-    int heads = w->out / KV_DIM, most = STAGE_BYTES / head;
-    if (w->dtype != DTYPE_F8_E4M3) die("this checkpoint is bf16, a GPU wants R1's FP8 one");
-    for (int first = 0, n; first < heads; first += n) {
-        n = min_int(heads - first, most);
-        int i = stage_load(w->data + first * head, w->dtype, n * head);
-        kv_b_repack_kernel<<<dim3(n, BRICKS), FRAGMENTS * WARP, 0, stream>>>(
-            (uint4 *)(dst + first * BRICKS * brick), upload.device[i], true);
+    size_t row_bytes = cols * (dtype == DTYPE_F8_E4M3 ? 1 : 2), whole = as == PLACE_KV_B ? KV_DIM : 1;
+    size_t most = UPLOAD_BYTES / (row_bytes * whole) * whole;
+    for (size_t first = 0, n; first < rows; first += n) {
+        n = rows - first < most ? rows - first : most;
+        int i = upload_next(src + first * cols * dtype_size(dtype), dtype, n * cols);
+        if (as == PLACE_TABLE)
+            check(cudaMemcpyAsync(dst + first * row_bytes, upload.device[i], n * row_bytes,
+                                  cudaMemcpyDeviceToDevice, stream), "copy");
+        else if (as == PLACE_MATRIX)
+            repack_kernel<<<units(n * row_bytes / 16, THREADS), THREADS, 0, stream>>>(
+                dst, upload.device[i], first, n, row_bytes, group, offset);
+        else
+            kv_b_repack_kernel<<<dim3(n / KV_DIM, BRICKS), FRAGMENTS * WARP, 0, stream>>>(
+                (uint4 *)(dst + first / KV_DIM * HEAD_BRICKS), upload.device[i], true);
         check(cudaGetLastError(), "repack");
-        stage_done(i);
+        check(cudaEventRecord(upload.used[i], stream), "event");
     }
-    return heads * head;
+    return rows * cols * dtype_size(dtype);
 }
 
-static size_t scale_count(const Linear *w) {
-    return w->dtype == DTYPE_F8_E4M3 ? (size_t)units(w->out, BLOCK) * (w->in / BLOCK) : 0;
-}
-
-// Bytes of a placed matrix: whole strips.
-static size_t matrix_bytes(const Linear *w) {
-    return (size_t)units(w->out, STRIP) * STRIP * w->in * (w->dtype == DTYPE_F8_E4M3 ? 1 : 2);
-}
-
-// The scales stay as they are, four bytes each.
-static size_t place_scales(uint8_t *dst, const Linear *w) {
-    return place_rows(dst, w->scale, DTYPE_F8_E4M3, scale_count(w) * sizeof(float));
+static size_t place_bytes(uint8_t *dst, const void *src, size_t n) {
+    return place_rows(dst, (const uint8_t *)src, DTYPE_F8_E4M3, n, 1, PLACE_TABLE, 0, 0);
 }
 
 // Vectors are f32 on the device, whatever they were.
 size_t place_vector(Vector *v) {
-    size_t from = v->dtype == DTYPE_BF16 ? 2 : 4, bytes = v->dim * sizeof(float);
+    size_t bytes = v->dim * sizeof(float), from = v->dim * dtype_size(v->dtype);
     float *values = (float *)xmalloc(bytes);
     uint8_t *data = place_alloc(bytes);
     for (int i = 0; i < v->dim; i++) values[i] = value_at(v->data, v->dtype, i);
-    place_rows(data, (uint8_t *)values, DTYPE_F8_E4M3, bytes);
+    place_bytes(data, values, bytes);
     free(values);
     *v = (Vector){v->dim, DTYPE_F32, data};
-    return v->dim * from;
+    return from;
+}
+
+// Bytes of a matrix on the device, whole strips, and of its scales, which stay as they are.
+static size_t matrix_bytes(const Linear *w) {
+    return (size_t)units(w->out, STRIP) * STRIP * w->in * (w->dtype == DTYPE_F8_E4M3 ? 1 : 2);
+}
+
+static size_t scale_bytes(const Linear *w) {
+    return w->dtype == DTYPE_F8_E4M3 ? units(w->out, BLOCK) * (w->in / BLOCK) * sizeof(float) : 0;
+}
+
+// Places a matrix and its scales there, and lets w point to them.
+static size_t linear_move(Linear *w, uint8_t *data, uint8_t *scale, Place as, int group, int offset) {
+    size_t bytes = place_rows(data, w->data, w->dtype, w->out, w->in, as, group, offset);
+    bytes += place_bytes(scale, w->scale, scale_bytes(w));
+    *w = (Linear){w->out, w->in, w->dtype == DTYPE_F32 ? DTYPE_BF16 : w->dtype, data, scale};
+    return bytes;
 }
 
 size_t place_linear(Linear *w, Place as) {
-    size_t size = as == PLACE_KV_B ? w->out / KV_DIM * sizeof(Brick) * WARP * BRICKS : matrix_bytes(w);
-    uint8_t *data = place_alloc(size), *scale = NULL;
-    size_t bytes = as == PLACE_MATRIX ? place_matrix(data, w, STRIP, 0)
-                   : as == PLACE_KV_B
-                       ? place_key_value(data, w)
-                       : place_rows(data, w->data, w->dtype, (size_t)w->out * w->in);
-    if (w->dtype == DTYPE_F8_E4M3) {
-        scale = place_alloc(scale_count(w) * sizeof(float));
-        bytes += place_scales(scale, w);
-    }
-    DType dtype = w->dtype == DTYPE_F8_E4M3 ? DTYPE_F8_E4M3 : DTYPE_BF16;
-    *w = (Linear){w->out, w->in, dtype, data, scale};
-    return bytes;
+    if (as == PLACE_KV_B && w->dtype != DTYPE_F8_E4M3)
+        die("this checkpoint is bf16, a GPU wants R1's FP8 one");
+    size_t size = as == PLACE_KV_B ? w->out / KV_DIM * HEAD_BRICKS : matrix_bytes(w);
+    return linear_move(w, place_alloc(size), place_alloc(scale_bytes(w)), as, STRIP, 0);
 }
 
 // A layer's experts lie side by side, so that a kernel finds number e at base + e x size, and the
 // shared one is number n. Gate and up are one matrix of twice the rows; their scales are two arrays.
 size_t place_mlp(Mlp *m, int n, Mlp *shared) {
-    int all = n + (shared != NULL);
-    size_t up_size = matrix_bytes(&m->up_proj), down_size = matrix_bytes(&m->down_proj), bytes = 0;
-    size_t up_scales = scale_count(&m->up_proj) * sizeof(float);
-    size_t down_scales = scale_count(&m->down_proj) * sizeof(float);
-    uint8_t *up = place_alloc(2 * all * up_size), *down = place_alloc(all * down_size);
-    uint8_t *scale[3] = {place_alloc(all * up_scales), place_alloc(all * up_scales),
-                         place_alloc(all * down_scales)};
-    for (int e = 0; e < all; e++) {
-        Mlp *x = e < n ? m + e : shared;
-        Linear *part[3] = {&x->gate_proj, &x->up_proj, &x->down_proj};
-        for (int i = 0; i < 3; i++) {
-            uint8_t *data = i < 2 ? up + e * 2 * up_size : down + e * down_size;
-            bytes += place_matrix(data, part[i], i < 2 ? STRIP / 2 : STRIP, i == 1 ? STRIP / 2 : 0);
-            part[i]->data = data;
-            if (part[i]->dtype != DTYPE_F8_E4M3) continue;
-            scale[i] += e ? i < 2 ? up_scales : down_scales : 0;
-            bytes += place_scales(scale[i], part[i]);
-            part[i]->scale = scale[i];
+    uint8_t *data = NULL;
+    size_t bytes = 0, all = n + (shared != NULL);
+    for (int i = 0; i < 3; i++) {
+        const Linear *first = i == 0 ? &m->gate_proj : i == 1 ? &m->up_proj : &m->down_proj;
+        size_t size = matrix_bytes(first) * (i < 2 ? 2 : 1), scales = scale_bytes(first);
+        if (i != 1) data = place_alloc(all * size);
+        uint8_t *scale = place_alloc(all * scales);
+        for (size_t e = 0; e < all; e++) {
+            Mlp *x = e < (size_t)n ? m + e : shared;
+            Linear *w = i == 0 ? &x->gate_proj : i == 1 ? &x->up_proj : &x->down_proj;
+            bytes += linear_move(w, data + e * size, scale + e * scales, PLACE_MATRIX,
+                                 i < 2 ? STRIP / 2 : STRIP, i == 1 ? STRIP / 2 : 0);
         }
     }
     return bytes;
@@ -756,7 +732,8 @@ static __host__ __device__ int known_entries(const Slots *s, int tile) {
 }
 
 static int max_entries(const Slots *s, int tile) {  // that list_entries can make
-    return s->n_experts ? 2 * s->n_experts + s->n * s->top_k / tile : 0;
+    int pairs = s->n * s->top_k;
+    return min_int(pairs, 2 * s->n_experts + pairs / tile);
 }
 
 static __device__ Entry entry_at(const Slots &s, const Entry *table, int tile, int i) {
@@ -766,16 +743,19 @@ static __device__ Entry entry_at(const Slots &s, const Entry *table, int tile, i
 }
 
 static __device__ int slot_row(const Slots &s, int slot) {
-    return slot < s.listed ? slot : s.list[slot - s.listed] / s.divisor;
+    return slot < s.listed ? slot : __ldcg(s.list + slot - s.listed) / s.divisor;
 }
 
-// Writes the experts' tiles into the table, experts ascending, and returns how many there are.
-// Tiles start at multiples of `align`: the first may begin with slots of the expert before. All
-// threads of the block come here, at least as many as there are experts.
-static __device__ int list_entries(const Slots &s, Entry *table, int tile, int align) {
-    __shared__ int warp_sum[12];
+// Writes the experts' tiles into the table, experts ascending, and returns how many there are; and
+// the slots' rows into row_of, if that is wanted. Tiles start at multiples of `align`: the first may
+// begin with slots of the expert before. All threads of the block come here, at least as many as
+// there are experts.
+static __device__ int list_entries(const Slots &s, Entry *table, int tile, int align,
+                                   uint16_t *row_of, int slots) {
+    __shared__ int warp_sum[16];
     int e = threadIdx.x, warp = e / 32, first = 0, last = 0;
-    if (e < s.n_experts) first = s.n + s.start[e], last = s.n + s.start[e + 1];
+    if (e < s.n_experts) first = s.n + __ldcg(s.start + e), last = s.n + __ldcg(s.start + e + 1);
+    for (int i = threadIdx.x; row_of && i < slots; i += blockDim.x) row_of[i] = slot_row(s, i);
     int begin = first / align * align, sum = first < last ? (last - begin + tile - 1) / tile : 0;
     int tiles = sum, before = 0, total = 0;
     for (int d = 1; d < 32; d *= 2) {
@@ -797,22 +777,26 @@ static __device__ int list_entries(const Slots &s, Entry *table, int tile, int a
 // ---- A few rows ---------------------------------------------------------------------------------
 // y = x W^T for up to some tens of rows: each weight is read once, so the memory's speed is the
 // limit, and all that counts is that it never waits. Four warps of a block only ask for copies: a
-// ring of stages of 16 KB, 8 units of 2 KB (one strip's rows, one K block). Eight warps multiply,
-// each its own unit of every stage, with mma.sync on f16: every e4m3 is one exactly, and the
-// e4m3 form of mma.sync is an emulation that converts both operands each time. Their sums are
-// added in a fixed order when a strip is done. Kernels overlap, so the ring fills with weights
-// while the kernel before is still at work; activations follow behind grid_wait.
+// ring of stages of 16 KB, 8 units of 2 KB (one strip's 16 rows, one K block). Two warpgroups
+// multiply, each 4 units of every stage. Kernels overlap, so the ring fills with weights while the
+// kernel before is still at work; activations follow behind grid_wait.
 //
-// 1 << shift strips run side by side in a stage and share the activations that come with it: 1
-// spreads few strips over the whole chip, 4 saves three quarters of the traffic from L2 where rows
-// are many. `parts` splits K over blocks where strips don't fill the chip; the next kernel adds.
+// wgmma wants 64 rows that meet the same columns, and four units of one strip are four blocks of K.
+// So the activations of all four stand side by side as 32 columns: 4 blocks of 8 rows, and each
+// warp keeps the 8 columns that are its own block's. Three quarters of the products are thrown
+// away; the tensor cores have the time. (Turning e4m3 into f16 for mma.sync has not: the chip
+// converts 16 pairs a clock.) With SHIFT 2 the four units are four strips, and the 32 columns are
+// 32 rows of activations: fewer bytes from L2 where rows are many.
 //
-// DOWN is the experts' second product: a block owns 4 strips of the output and walks all experts,
-// adding weight x product to its rows in shared memory. Nothing is written but y, in one order.
+// `parts` splits K over blocks where strips don't fill the chip; the next kernel adds. DOWN is the
+// experts' second product: a block owns 4 strips of the output and walks all experts, adding weight
+// x product to its rows in shared memory. Nothing is written but y, in one order.
 
 enum {
     CONSUMERS = 8, PRODUCERS = 4, SKINNY_THREADS = (CONSUMERS + PRODUCERS) * 32,
-    UNITS = 8, STAGE_WEIGHTS = UNITS * UNIT, MAX_STAGES = 8,
+    UNITS = 8, MAX_STAGES = 8, COLUMNS = 32,  // of a warpgroup's product
+    STAGE_WEIGHTS = UNITS * UNIT, STAGE_BYTES = STAGE_WEIGHTS + 2 * COLUMNS * ROW_BYTES,
+    STAGE_SCALES = 2 * UNITS + 2 * COLUMNS,  // floats: two of each unit, one of each column
     SUM_STRIDE = 20,  // floats from row to row of the warps' sums: no two lanes meet in a bank
     SKINNY_ROWS = 32, EXPERT_ROWS = 256,  // more rows than these are `wide`'s
 };
@@ -828,9 +812,8 @@ typedef struct {
     const float *weight;    // DOWN: of a pair
     void *y;                // bf16 [n][out], or f32 [parts][slots][out]
     bool y_f32;
-    int slots, shift, parts;  // 1 << shift strips run together
-    // launch_skinny's
-    int groups, part_blocks, item_stages, stages, stage_bytes, x_rows, n_sums, table;
+    int slots, parts;
+    int groups, part_blocks, item_stages, stages, x_rows, n_sums, table;  // launch_skinny's
     uint64_t by_groups, by_parts;  // for divide
 } Skinny;
 
@@ -862,113 +845,104 @@ template <bool DOWN> static __device__ void next_item(const Skinny &p, Item *ite
     else if (++item->entry == entries) item->entry = 0, item->group += gridDim.x;
 }
 
-// A stage in shared memory: the units, the blocks' rows [block][x_rows][128], then scales: two of
-// each unit, and [block][x_rows].
-static __device__ float *stage_scales(const Skinny &p, uint8_t *stage) {
-    return (float *)(stage + STAGE_WEIGHTS + (UNITS >> p.shift) * p.x_rows * ROW_BYTES);
-}
-
-// Each warp brings one strip: the copy engine takes requests from one lane at a time, slowly.
-template <bool FP8>
+// One warp brings a whole stage, and four warps take turns: a copy's way is long, but they overlap.
+// Unit u of a stage is block u >> SHIFT of strip u % (1 << SHIFT): only with SHIFT 0 do a strip's
+// blocks stay one piece.
+template <bool FP8, int SHIFT>
 static __device__ void load_weights(const Skinny &p, const Item &item, int block, int expert,
-                                    uint8_t *stage, uint64_t *bar) {
-    int lane = threadIdx.x % 32, k = threadIdx.x / 32 - CONSUMERS, per = UNITS >> p.shift;
-    int strip = (item.group << p.shift) + k;
-    int blocks = k < 1 << p.shift && strip < p.w.strips ? max(0, min(per, item.end - block)) : 0;
-    if (lane == 0) {
-        bar_expect(bar, blocks * UNIT);
-        if (blocks)
-            bulk_load(stage + k * per * UNIT,
-                      p.w.data + expert * p.w.expert_bytes +
-                          ((size_t)strip * p.w.blocks + block) * UNIT, blocks * UNIT, bar);
-    }
-    if (FP8 && lane < 2 * blocks)
-        copy_4(stage_scales(p, stage) + 2 * k * per + lane,
-               p.w.scale[lane % 2] + expert * p.w.expert_scales +
-                   strip / p.w.scale_strips * p.w.blocks + block + lane / 2);
+                                    uint8_t *stage, float *scales, uint64_t *bar) {
+    int lane = threadIdx.x % 32, first = item.group << SHIFT;
+    int strips = min(1 << SHIFT, p.w.strips - first);
+    int blocks = max(0, min(UNITS >> SHIFT, item.end - block));
+    const uint8_t *from = p.w.data + expert * p.w.expert_bytes +
+                          ((size_t)first * p.w.blocks + block) * UNIT;
+    if (lane == 0) bar_expect(bar, strips * blocks * UNIT);
+    __syncwarp();
+    int unit = SHIFT == 0 ? lane / 2 : lane, k = unit >> SHIFT, strip = unit & (1 << SHIFT) - 1;
+    if (SHIFT == 0 && lane == 0 && blocks) bulk_load(stage, from, blocks * UNIT, bar);
+    if (SHIFT > 0 && k < blocks && strip < strips)
+        bulk_load(stage + unit * UNIT, from + ((size_t)strip * p.w.blocks + k) * UNIT, UNIT, bar);
+    unit = lane / 2, k = unit >> SHIFT, strip = unit & (1 << SHIFT) - 1;
+    if (FP8 && k < blocks && strip < strips)
+        copy_4(scales + lane, p.w.scale[lane % 2] + expert * p.w.expert_scales +
+                                  (first + strip) / p.w.scale_strips * p.w.blocks + block + k);
 }
 
-// Eight lanes bring 128 bytes of a row and swizzle them by its place in the stage. Few rows leave
-// the lanes to several blocks.
-template <bool FP8>
+// Eight lanes bring 128 bytes of a row and swizzle them by its place in the stage.
+template <bool FP8, int SHIFT>
 static __device__ void load_rows(const Skinny &p, const Item &item, int block, const Entry &entry,
-                                 const uint16_t *row_of, uint8_t *stage, uint64_t *bar) {
-    int thread = threadIdx.x - CONSUMERS * 32, chunk = thread % 8, piece = thread / 8;
-    int shift = entry.rows >= 16 ? 4 : 32 - __clz(entry.rows - 1);  // of the 16 pieces at a time
-    int blocks = min(UNITS >> p.shift, item.end - block);
-    float *scales = stage_scales(p, stage) + 2 * UNITS;
-    for (int k = piece >> shift; k < blocks; k += 16 >> shift)
-        for (int i = piece & (1 << shift) - 1; i < entry.rows; i += 16) {
-            int slot = entry.slot + i, row = p.s.gather ? row_of[slot] : slot;
-            int from = p.x_swizzled ? chunk ^ row & 7 : chunk, to = k * p.x_rows + i;
-            copy_16(stage + STAGE_WEIGHTS + to * ROW_BYTES + ((chunk ^ i & 7) << 4),
-                    p.x + (block + k) * p.x_block + row * p.x_row + from * 16);
-            if (FP8 && chunk == 0)
-                copy_4(scales + to, p.x_scale + (size_t)(block + k) * p.x_stride + row);
-        }
-    bar_arrive_copies(bar);
+                                 const uint16_t *row_of, uint8_t *stage, float *scales) {
+    enum { ROWS = 8 << SHIFT, BLOCKS = UNITS >> SHIFT };
+    int lane = threadIdx.x % 32, chunk = lane % 8, blocks = min((int)BLOCKS, item.end - block);
+    const uint8_t *x = p.x + block * p.x_block;
+    for (int i = lane / 8; i < entry.rows; i += 4) {
+        int slot = entry.slot + i, row = p.s.gather ? row_of[slot] : slot;
+        const uint8_t *from = x + row * p.x_row + (p.x_swizzled ? chunk ^ row & 7 : chunk) * 16;
+        uint8_t *to = stage + STAGE_WEIGHTS + i * ROW_BYTES + ((chunk ^ i & 7) << 4);
+#pragma unroll
+        for (int k = 0; k < BLOCKS; k++, from += p.x_block)
+            if (k < blocks) copy_16(to + k * ROWS * ROW_BYTES, from);
+    }
+#pragma unroll
+    for (int c = lane; FP8 && c < 2 * COLUMNS; c += 32) {
+        int k = c / ROWS, i = c % ROWS, slot = entry.slot + i;
+        if (k >= blocks || i >= entry.rows) continue;
+        copy_4(scales + 2 * UNITS + c, p.x_scale + (size_t)(block + k) * p.x_stride +
+                                           (p.s.gather ? row_of[slot] : slot));
+    }
 }
 
-// One warp's product: sum[tile] [16][8] += 16 rows of weights times 8 activation rows, over one
-// block. The order of K is free as long as both sides agree: lane (g = lane / 4, t = lane % 4) takes
-// chunks 2 t and 2 t + 1 of weight rows g and g + 8 and of activation row g. Four bytes of e4m3 (or
-// eight of bf16) are then its share of one mma, and no two lanes meet in a bank.
-template <bool FP8, int TILES>
-static __device__ void multiply_unit(float sum[TILES][4], const uint8_t *w, const uint8_t *x,
-                                     int rows, const float *w_scale, const float *x_scale) {
-    int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    uint4 low[2], high[2], b[2];
-    for (int i = 0; i < 2; i++) {
-        const uint8_t *chunk = w + g * ROW_BYTES + (((2 * t + i) ^ g) << 4);
-        low[i] = *(const uint4 *)chunk, high[i] = *(const uint4 *)(chunk + 8 * ROW_BYTES);
-    }
-    const uint32_t *l = (const uint32_t *)low, *h = (const uint32_t *)high;
-    uint32_t a[8][4];
-    for (int i = 0; i < 8; i++)
-        if (FP8) a[i][0] = f16_pair(l[i]), a[i][1] = f16_pair(h[i]),
-                 a[i][2] = f16_pair(l[i] >> 16), a[i][3] = f16_pair(h[i] >> 16);
-        else if (i < 4) a[i][0] = l[2 * i], a[i][1] = h[2 * i],
-                        a[i][2] = l[2 * i + 1], a[i][3] = h[2 * i + 1];
+// A warpgroup's share of a stage. sum[tile] is [16][8]: this warp's unit times 8 rows.
+template <bool FP8, int SHIFT>
+static __device__ void multiply(float sum[1 << SHIFT][4], const uint8_t *stage, const float *scales,
+                                int blocks, int rows) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = warp >> SHIFT;
+    int group = __shfl_sync(~0u, warp / 4, 0);  // so that the compiler knows it is one for all
+    uint64_t w = smem_desc(stage) + group * (4 * UNIT >> 4);
+    uint64_t x = smem_desc(stage + STAGE_WEIGHTS) + group * (COLUMNS * ROW_BYTES >> 4);
+    float c[16], low = scales[2 * warp], high = scales[2 * warp + 1];
+    const float2 *x_scale = (const float2 *)(scales + 2 * UNITS + (block << SHIFT + 3)) + lane % 4;
+    wgmma_fence();
+    for (int k = 0; k < 4; k++) wgmma_32<FP8>(c, w + 2 * k, x + 2 * k, k > 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (block >= blocks) return;
 #pragma unroll
-    for (int tile = 0; tile < TILES; tile++) {
-        if (tile * 8 >= rows) break;
-        int row = min(tile * 8 + g, rows - 1);  // what is past the last row is never looked at
-        for (int i = 0; i < 2; i++)
-            b[i] = *(const uint4 *)(x + row * ROW_BYTES + (((2 * t + i) ^ row & 7) << 4));
-        const uint32_t *v = (const uint32_t *)b;
-        if (!FP8) {
-            for (int i = 0; i < 4; i++) mma_bf16(sum[tile], a[i], v[2 * i], v[2 * i + 1]);
-            continue;
+    for (int tile = 0; tile < 1 << SHIFT; tile++) {
+        if (tile > 0 && tile * 8 >= rows) break;
+        float v[4], by[4] = {1, 1, 1, 1};
+        for (int i = 0; i < 4; i++) {
+            float even = warp & 2 ? c[8 + i] : c[i], odd = warp & 2 ? c[12 + i] : c[4 + i];
+            v[i] = SHIFT ? c[4 * tile + i] : warp & 1 ? odd : even;
         }
-        float c[2][4] = {};  // two chains: an mma waits for the one before
-        for (int i = 0; i < 8; i++)
-            mma_f16(c[i % 2], a[i], f16_pair(v[i]), f16_pair(v[i] >> 16));
-        for (int i = 0; i < 4; i++)
-            sum[tile][i] += (c[0][i] + c[1][i]) *
-                            (x_scale[min(tile * 8 + 2 * t + i % 2, rows - 1)] * w_scale[i / 2]);
+        if (FP8) {
+            float2 s = x_scale[tile * 4];
+            by[0] = s.x * low, by[1] = s.y * low, by[2] = s.x * high, by[3] = s.y * high;
+        }
+        for (int i = 0; i < 4; i++) sum[tile][i] += v[i] * by[i];
     }
 }
 
 // All warps' sums of an item, added over the warps that shared a strip. The next item's go to the
 // other half of `sums`, so one barrier is enough.
-template <int TILES>
+template <int SHIFT>
 static __device__ void store_item(const Skinny &p, const Item &item, const Entry &entry,
-                                  float *sums, const float sum[TILES][4]) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, per = UNITS >> p.shift;
-    int shift = p.shift + 4, out = p.w.strips * STRIP;  // 1 << shift columns
+                                  float *sums, const float sum[1 << SHIFT][4]) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, out = p.w.strips * STRIP;
     int stride = p.x_rows * SUM_STRIDE;  // from warp to warp
 #pragma unroll
-    for (int i = 0; i < 4 * TILES; i++) {
+    for (int i = 0; i < 4 << SHIFT; i++) {
         int row = i / 4 * 8 + lane % 4 * 2 + i % 2;
         if (row < entry.rows)
             sums[warp * stride + row * SUM_STRIDE + lane / 4 + i % 4 / 2 * 8] = sum[i / 4][i % 4];
     }
     sync_threads(1, CONSUMERS * 32);
-    for (int i = threadIdx.x; i < entry.rows << shift; i += CONSUMERS * 32) {
-        int row = i >> shift, column = i & (1 << shift) - 1, to = (item.group << shift) + column;
-        const float *from = sums + column / STRIP * per * stride + row * SUM_STRIDE + column % STRIP;
+    for (int i = threadIdx.x; i < entry.rows * STRIP << SHIFT; i += CONSUMERS * 32) {
+        int row = i / (STRIP << SHIFT), column = i % (STRIP << SHIFT);
+        int to = item.group * (STRIP << SHIFT) + column;
+        const float *from = sums + column / STRIP * stride + row * SUM_STRIDE + column % STRIP;
         float total = 0;
-        for (int k = 0; k < per; k++) total += from[k * stride];
+        for (int k = 0; k < UNITS; k += 1 << SHIFT) total += from[k * stride];
         size_t y = ((size_t)item.part * p.slots + entry.slot + row) * out + to;
         if (to >= out) continue;
         if (p.y_f32) ((float *)p.y)[y] = total;
@@ -977,13 +951,14 @@ static __device__ void store_item(const Skinny &p, const Item &item, const Entry
 }
 
 // DOWN: an expert's product, weighted, goes to its rows' sums. Each warp has its own [n][16].
-template <int TILES>
+template <int SHIFT>
 static __device__ void scatter_item(const Entry &entry, float *mine, const uint16_t *row_of,
-                                    const float *weight_of, const float sum[TILES][4]) {
+                                    const float *weight_of, const float sum[1 << SHIFT][4]) {
     int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < 2 * TILES; i++) {
+    for (int i = 0; i < 2 << SHIFT; i++) {
         int row = i / 2 * 8 + lane % 4 * 2 + i % 2, slot = entry.slot + row;
+        if (i / 2 * 8 >= entry.rows) break;
         if (row >= entry.rows) continue;
         float *to = mine + row_of[slot] * STRIP + lane / 4;
         to[0] += weight_of[slot] * sum[i / 2][i % 2];
@@ -992,94 +967,102 @@ static __device__ void scatter_item(const Entry &entry, float *mine, const uint1
     __syncwarp();  // the next expert may give a row to another lane
 }
 
+template <int SHIFT>
 static __device__ void store_down(const Skinny &p, int group, const float *sums) {
-    int shift = p.shift + 4, out = p.w.strips * STRIP, per = UNITS >> p.shift;
+    int out = p.w.strips * STRIP;
     sync_threads(1, CONSUMERS * 32);
-    for (int i = threadIdx.x; i < p.s.n << shift; i += CONSUMERS * 32) {
-        int row = i >> shift, column = i & (1 << shift) - 1, to = (group << shift) + column;
-        const float *from = sums + (column / STRIP * per * p.s.n + row) * STRIP + column % STRIP;
+    for (int i = threadIdx.x; i < p.s.n * STRIP << SHIFT; i += CONSUMERS * 32) {
+        int row = i / (STRIP << SHIFT), column = i % (STRIP << SHIFT);
+        int to = group * (STRIP << SHIFT) + column;
+        const float *from = sums + (column / STRIP * p.s.n + row) * STRIP + column % STRIP;
         float total = 0;
-        for (int k = 0; k < per; k++) total += from[k * p.s.n * STRIP];
+        for (int k = 0; k < UNITS; k += 1 << SHIFT) total += from[k * p.s.n * STRIP];
         if (to < out) ((bf16 *)p.y)[(size_t)row * out + to] = bf16_pair(total, 0);
     }
     sync_threads(1, CONSUMERS * 32);
 }
 
-template <bool FP8, bool DOWN, int TILES>
-static __global__ void __launch_bounds__(SKINNY_THREADS, TILES == 1 ? 2 : 1)
+template <bool FP8, bool DOWN, int SHIFT>
+static __global__ void __launch_bounds__(SKINNY_THREADS, SHIFT ? 1 : 2)
 skinny(const __grid_constant__ Skinny p) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ uint64_t full[MAX_STAGES], empty[MAX_STAGES];
-    float *sums = (float *)(smem + p.stages * p.stage_bytes);
+    __shared__ __align__(16) float scales[MAX_STAGES][STAGE_SCALES];
+    float *sums = (float *)(smem + p.stages * STAGE_BYTES);
     Entry *table = (Entry *)(sums + p.n_sums);
     float *weight_of = (float *)(table + p.table);
     uint16_t *row_of = (uint16_t *)(weight_of + (DOWN ? p.slots : 0));
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = TILES * 8;
-    int per = UNITS >> p.shift, entries = known_entries(&p.s, tile), issued = 0;
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = 8 << SHIFT, per = UNITS >> SHIFT;
+    int entries = known_entries(&p.s, tile), issued = 0;
     bool producer = warp >= CONSUMERS;
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.stages; i++)
-            bar_init(&full[i], PRODUCERS + PRODUCERS * 32), bar_init(&empty[i], CONSUMERS);
+            bar_init(&full[i], 2), bar_init(&empty[i], CONSUMERS);
         bar_init_done();
     }
     __syncthreads();
-    launch_dependents();
-    // Weights of entries that are known without the lists are asked for now. (The kernel before
-    // DOWN starts its successors behind its own grid_wait: for DOWN the lists are complete.)
-    if (DOWN) entries += list_entries(p.s, table, tile, 1);
+    // The experts' first product starts its successors only when the lists are complete. So DOWN,
+    // the second of them, may read them at once. (From L2: nobody has emptied its L1.)
+    if (DOWN || !p.s.n_experts) launch_dependents();
+    // Weights of entries that are known without the lists are asked for now.
+    if (DOWN) entries += list_entries(p.s, table, tile, 1, row_of, p.slots);
     Item item = first_item<DOWN>(p);
     for (; producer && issued < p.stages && has_item<DOWN>(p, item, entries);
          next_item<DOWN>(p, &item, entries)) {
         int expert = entry_at(p.s, table, tile, item.entry).expert;
         for (int n = 0; n < p.item_stages && issued < p.stages; n++, issued++)
-            load_weights<FP8>(p, item, item.block + n * per, expert,
-                              smem + issued * p.stage_bytes, &full[issued]);
+            if (issued % PRODUCERS == warp % PRODUCERS)
+                load_weights<FP8, SHIFT>(p, item, item.block + n * per, expert,
+                                         smem + issued * STAGE_BYTES, scales[issued],
+                                         &full[issued]);
     }
+    for (int i = threadIdx.x; DOWN && i < p.slots; i += blockDim.x)
+        weight_of[i] = i < p.s.n ? 1 : __ldcg(p.weight + __ldcg(p.s.list + i - p.s.n));
     grid_wait();
-    if (!DOWN && p.s.n_experts) entries += list_entries(p.s, table, tile, 1);
-    if (p.s.list)
-        for (int i = threadIdx.x; i < p.slots; i += blockDim.x) {
-            row_of[i] = slot_row(p.s, i);
-            if (DOWN) weight_of[i] = i < p.s.n ? 1 : p.weight[p.s.list[i - p.s.n]];
-        }
+    if (!DOWN && p.s.n_experts) launch_dependents();
+    if (!DOWN && p.s.list) entries += list_entries(p.s, table, tile, 1, row_of, p.slots);
     __syncthreads();
 
-    int slot = 0, parity = producer, k = warp & per - 1, strip = warp >> 3 - p.shift, half = 0;
-    int x_at = STAGE_WEIGHTS + k * p.x_rows * ROW_BYTES;
-    float sum[TILES][4] = {}, *mine = sums + warp * p.s.n * STRIP;
+    int slot = 0, parity = producer, turn = warp % PRODUCERS, half = 0;
+    float sum[1 << SHIFT][4] = {}, *mine = sums + warp * p.s.n * STRIP;
     if (DOWN && !producer)
         for (int i = lane; i < p.s.n * STRIP; i += 32) mine[i] = 0;
     __syncwarp();
     for (item = first_item<DOWN>(p); has_item<DOWN>(p, item, entries);
          next_item<DOWN>(p, &item, entries)) {
         Entry entry = entry_at(p.s, table, tile, item.entry);
-        int end = (item.group << p.shift) + strip < p.w.strips ? item.end : 0;
         for (int block = item.block, n = 0; n < p.item_stages; n++, block += per) {
-            uint8_t *stage = smem + slot * p.stage_bytes;
+            uint8_t *stage = smem + slot * STAGE_BYTES;
             if (producer) {
-                if (--issued < 0) {
-                    bar_wait(&empty[slot], parity);
-                    load_weights<FP8>(p, item, block, entry.expert, stage, &full[slot]);
+                if (--turn < 0) {
+                    turn = PRODUCERS - 1;
+                    if (issued <= 0) {
+                        bar_wait(&empty[slot], parity);
+                        load_weights<FP8, SHIFT>(p, item, block, entry.expert, stage, scales[slot],
+                                                 &full[slot]);
+                    }
+                    load_rows<FP8, SHIFT>(p, item, block, entry, row_of, stage, scales[slot]);
+                    copies_commit();
+                    copies_wait<0>();
+                    fence_async();
+                    __syncwarp();
+                    if (lane == 0) bar_arrive(&full[slot]);
                 }
-                load_rows<FP8>(p, item, block, entry, row_of, stage, &full[slot]);
+                issued--;
             } else {
-                const float *scales = stage_scales(p, stage);
                 bar_wait(&full[slot], parity);
-                if (block + k < end)
-                    multiply_unit<FP8, TILES>(sum, stage + warp * UNIT, stage + x_at, entry.rows,
-                                              scales + 2 * warp,
-                                              scales + 2 * UNITS + k * p.x_rows);
+                multiply<FP8, SHIFT>(sum, stage, scales[slot], item.end - block, entry.rows);
                 __syncwarp();
                 if (lane == 0) bar_arrive(&empty[slot]);
             }
             if (++slot == p.stages) slot = 0, parity ^= 1;
         }
         if (producer) continue;
-        if (DOWN) scatter_item<TILES>(entry, mine, row_of, weight_of, sum);
-        else store_item<TILES>(p, item, entry, sums + (half ^= p.n_sums / 2), sum);
+        if (DOWN) scatter_item<SHIFT>(entry, mine, row_of, weight_of, sum);
+        else store_item<SHIFT>(p, item, entry, sums + (half ^= p.n_sums / 2), sum);
         memset(sum, 0, sizeof sum);
         if (DOWN && item.entry == entries - 1) {
-            store_down(p, item.group, sums);
+            store_down<SHIFT>(p, item.group, sums);
             for (int j = lane; j < p.s.n * STRIP; j += 32) mine[j] = 0;
             __syncwarp();
         }
@@ -1087,47 +1070,43 @@ skinny(const __grid_constant__ Skinny p) {
 }
 
 // Shares the shared memory out between ring and sums. With few rows two kernels fit side by side.
-template <bool FP8, bool DOWN, int TILES> static void launch_skinny(Skinny *p) {
-    int per = UNITS >> p->shift, tile = TILES * 8, pairs = p->s.n * p->s.top_k;
-    p->groups = units(p->w.strips, 1 << p->shift);
+template <bool FP8, bool DOWN, int SHIFT> static void launch_skinny(Skinny *p) {
+    int tile = 8 << SHIFT, pairs = p->s.n * p->s.top_k;
+    p->groups = units(p->w.strips, 1 << SHIFT);
     p->by_groups = divisor(p->groups), p->by_parts = divisor(p->parts);
     p->table = max_entries(&p->s, tile);
     p->x_rows = min_int(p->s.n, tile);
     p->part_blocks = units(p->w.blocks, p->parts);
-    p->item_stages = units(p->part_blocks, per);
-    int scale_bytes = (2 * UNITS + per * p->x_rows) * sizeof(float);
-    p->stage_bytes = STAGE_WEIGHTS + per * p->x_rows * ROW_BYTES + units(scale_bytes, 128) * 128;
+    p->item_stages = units(p->part_blocks, UNITS >> SHIFT);
     p->n_sums = CONSUMERS * (DOWN ? p->s.n * STRIP : 2 * p->x_rows * SUM_STRIDE);
-    size_t rest = p->n_sums * sizeof(float) + p->table * sizeof(Entry) +
-                  (p->s.list ? p->slots : 0) * (sizeof(uint16_t) + (DOWN ? sizeof(float) : 0));
-    size_t room = (p->s.n <= 8 ? 110 : 224) << 10;
-    p->stages = min_int(MAX_STAGES, (int)(room - rest) / p->stage_bytes);
-    assert(p->stages >= 2 && p->s.n_experts <= 256 && 1 << p->shift <= PRODUCERS);
+    int rest = p->n_sums * sizeof(float) + p->table * sizeof(Entry) +
+               (p->s.list ? p->slots : 0) * (sizeof(uint16_t) + (DOWN ? sizeof(float) : 0));
+    int room = (p->s.n <= 8 ? 110 : 222) << 10;
+    p->stages = min_int(MAX_STAGES, (room - rest) / STAGE_BYTES);
+    assert(p->stages >= 2 && p->s.n_experts <= 256);
     int items = p->groups * p->parts * (known_entries(&p->s, tile) + min_int(pairs, p->table));
-    launch(skinny<FP8, DOWN, TILES>, min_int(n_sms, DOWN ? p->groups : items), SKINNY_THREADS,
-           p->stages * p->stage_bytes + rest, *p);
+    launch(skinny<FP8, DOWN, SHIFT>, min_int(n_sms, DOWN ? p->groups : items), SKINNY_THREADS,
+           (size_t)p->stages * STAGE_BYTES + rest, *p);
 }
 
-// More strips side by side where rows are many and all blocks have work all the same.
 static void run_skinny(Skinny *p, DType dtype) {
-    bool few = p->s.n <= 8;
-    int matrices = p->s.n_experts ? min_int(p->s.n * p->s.top_k, p->s.n_experts) + 1 : 1;
-    for (p->shift = 0; p->s.n > 2 && p->shift < 2; p->shift++)
-        if ((p->w.strips >> p->shift + 1) * p->parts * matrices < n_sms) break;
-    if (dtype == DTYPE_BF16 && few) launch_skinny<false, false, 1>(p);
-    else if (dtype == DTYPE_BF16) launch_skinny<false, false, 4>(p);
-    else if (few) launch_skinny<true, false, 1>(p);
-    else launch_skinny<true, false, 4>(p);
+    if (dtype == DTYPE_BF16 && p->s.n <= 8) launch_skinny<false, false, 0>(p);
+    else if (dtype == DTYPE_BF16) launch_skinny<false, false, 2>(p);
+    else if (p->s.n <= 8) launch_skinny<true, false, 0>(p);
+    else launch_skinny<true, false, 2>(p);
 }
 
 // ---- Many rows ----------------------------------------------------------------------------------
 // y = x W^T with tiles of 128 or 256 weight rows by 128 slots on wgmma, which takes a strip's rows
 // as they lie: W is always the first operand, so that few slots waste nothing of it. One warpgroup
 // copies, two multiply. After each block of 128 columns the tensor cores' sums are scaled and added
-// to f32 sums: their own keep only about 14 bits. Two warpgroups take turns: while one scales, the
-// other multiplies. Tiles of 256 x 128 ask L2 for 48 bytes a clock, just what it gives.
+// to f32 sums: their own keep only about 14 bits. Warpgroups take turns: while one scales, the
+// others multiply. Tiles of 256 x 128 ask L2 for 48 bytes a clock, just what it gives.
 
-enum { WIDE_THREADS = 384, WIDE_SLOTS = 128, WIDE_STAGES = 4, WARP_STAGING = 1024 };
+enum {
+    WIDE_SLOTS = 128, WIDE_STAGES = 4, WARP_STAGING = 1024,
+    LAG = 2,  // stages whose copies are on their way while the next are asked for
+};
 
 typedef struct {
     Weights w;
@@ -1139,17 +1118,17 @@ typedef struct {
     bool y_f32;
 } Wide;
 
-template <int WAVES> struct WideStage {
-    uint8_t w[WAVES * 2 * 64 * ROW_BYTES], x[WIDE_SLOTS * ROW_BYTES];
-    float scale[WIDE_SLOTS], w_scale[WAVES * 8][2];
-    uint8_t pad[512 - WAVES * 8 * 8];  // stages start at multiples of 1 KB
+template <int GROUPS> struct WideStage {
+    uint8_t w[GROUPS * 64 * ROW_BYTES], x[WIDE_SLOTS * ROW_BYTES];
+    float scale[WIDE_SLOTS], w_scale[GROUPS * 4][2];
+    uint8_t pad[512 - GROUPS * 4 * 8];  // stages start at multiples of 1 KB
 };
 
 typedef struct { Entry entry; int strip, part, block, end; } WideTile;
 
-template <int WAVES>
+template <int GROUPS>
 static __device__ WideTile wide_tile(const Wide &p, const Entry *table, int i) {
-    int strips = WAVES * 8, columns = (p.w.strips + strips - 1) / strips;
+    int strips = GROUPS * 4, columns = (p.w.strips + strips - 1) / strips;
     int part = i % p.parts, block = part * p.part_blocks;
     return (WideTile){entry_at(p.s, table, WIDE_SLOTS, i / p.parts / columns), i / p.parts % columns * strips,
                   part, block, min(block + p.part_blocks, p.w.blocks)};
@@ -1157,24 +1136,24 @@ static __device__ WideTile wide_tile(const Wide &p, const Entry *table, int i) {
 
 // Gathered rows are swizzled by their own number and wanted by their place: 8 lanes bring a row's
 // chunks and turn them. Others come as one copy.
-template <int WAVES>
+template <int GROUPS>
 static __device__ void wide_produce(const Wide &p, const Entry *table, int tiles,
-                                    WideStage<WAVES> *ring, uint64_t *full, uint64_t *empty) {
-    int thread = threadIdx.x, chunk = thread % 8, slot = 0, parity = 1, row[8], scale_row = 0;
+                                    WideStage<GROUPS> *ring, uint64_t *full, uint64_t *empty) {
+    int thread = threadIdx.x, chunk = thread % 8, slot = 0, parity = 1, behind = -LAG, row[8], scale_row = 0;
     for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
-        WideTile t = wide_tile<WAVES>(p, table, i);
+        WideTile t = wide_tile<GROUPS>(p, table, i);
         if (p.s.gather) {
             int last = t.entry.slot + t.entry.rows - 1;
             for (int k = 0; k < 8; k++)
                 row[k] = slot_row(p.s, min(t.entry.slot + k * 16 + thread / 8, last));
             scale_row = slot_row(p.s, min(t.entry.slot + thread, last));
         }
-        int strips = min(WAVES * 8, p.w.strips - t.strip), rows = min(WIDE_SLOTS, p.x_stride - t.entry.slot);
+        int strips = min(GROUPS * 4, p.w.strips - t.strip), rows = min(WIDE_SLOTS, p.x_stride - t.entry.slot);
         size_t w_scale = t.entry.expert * p.w.expert_scales +
                          (t.strip + thread / 2) / p.w.scale_strips * p.w.blocks;
         const uint8_t *w = p.w.data + t.entry.expert * p.w.expert_bytes + (size_t)t.strip * p.w.blocks * UNIT;
         for (int block = t.block; block < t.end; block++) {
-            WideStage<WAVES> *stage = &ring[slot];
+            WideStage<GROUPS> *stage = &ring[slot];
             bar_wait(&empty[slot], parity);
             size_t from = (size_t)block * p.x_stride + t.entry.slot;
             int lane = thread % 32, mine = thread / 32 + lane * 4;  // this lane's strip
@@ -1198,10 +1177,20 @@ static __device__ void wide_produce(const Wide &p, const Entry *table, int tiles
             }
             if (thread < 2 * strips)
                 copy_4(&stage->w_scale[0][thread], p.w.scale[thread % 2] + w_scale + block);
-            bar_arrive_copies(&full[slot]);
+            copies_commit();
+            copies_wait<LAG>();
+            fence_async();
+            __syncwarp();
+            if (behind >= 0 && lane == 0) bar_arrive(&full[behind]);
+            if (++behind == WIDE_STAGES) behind = 0;
             if (++slot == WIDE_STAGES) slot = 0, parity ^= 1;
         }
     }
+    copies_wait<0>();
+    fence_async();
+    __syncwarp();
+    for (int i = 0; i < LAG; i++, behind = (behind + 1) % WIDE_STAGES)
+        if (behind >= 0 && thread % 32 == 0) bar_arrive(&full[behind]);
 }
 
 // A warp's 16 columns of y for the tile's slots: transposed in shared memory, 32 slots at a time.
@@ -1236,92 +1225,86 @@ static __device__ void wide_store(const Wide &p, const WideTile &t, int strip, i
     }
 }
 
-template <int WAVES>
+template <int GROUPS>
 static __device__ void wide_consume(const Wide &p, const Entry *table, int tiles,
-                                    WideStage<WAVES> *ring, uint64_t *full, uint64_t *empty,
+                                    WideStage<GROUPS> *ring, uint64_t *full, uint64_t *empty,
                                     uint8_t *staging) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, slot = 0, parity = 0;
     int group = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);  // so that the compiler knows it even
-    uint64_t first_x = smem_desc(ring->x), first_w = smem_desc(ring->w) + group * WAVES * 512;
+    uint64_t first_x = smem_desc(ring->x), first_w = smem_desc(ring->w) + group * 512;
     for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
-        WideTile t = wide_tile<WAVES>(p, table, i);
-        float sum[WAVES][64] = {}, c[64];
-        int own = group * WAVES * 4 + warp, strip = t.strip + own;
+        WideTile t = wide_tile<GROUPS>(p, table, i);
+        float sum[64] = {}, c[64];
+        int own = group * 4 + warp;  // strip of the tile
         for (int block = t.block; block < t.end; block++) {
-            const WideStage<WAVES> *stage = &ring[slot];
+            const WideStage<GROUPS> *stage = &ring[slot];
             uint64_t at = slot * (sizeof *stage >> 4), x = first_x + at, w = first_w + at;
             const float2 *x_scale = (const float2 *)stage->scale + lane % 4;
             bar_wait(&full[slot], parity);
-            if (p.s.gather) fence_async();
+            wgmma_fence();
+            for (int k = 0; k < 4; k++) wgmma_128(c, w + k * 2, x + k * 2, k > 0);
+            wgmma_commit();
+            float low = stage->w_scale[own][0], high = stage->w_scale[own][1];
+            float2 s = x_scale[0], next = x_scale[4];
+            wgmma_wait<0>();
 #pragma unroll
-            for (int v = 0; v < WAVES; v++) {
-                wgmma_fence();
-                for (int k = 0; k < 4; k++) wgmma_e4m3(c, w + v * 512 + k * 2, x + k * 2, k > 0);
-                wgmma_commit();
-                float low = stage->w_scale[own + v * 4][0], high = stage->w_scale[own + v * 4][1];
-                float2 s = x_scale[0], next;
-                wgmma_wait<0>();
-#pragma unroll
-                for (int j = 0; j < 16; j++, s = next) {
-                    if (j < 15) next = x_scale[(j + 1) * 4];
-                    sum[v][4 * j] += c[4 * j] * (s.x * low);
-                    sum[v][4 * j + 1] += c[4 * j + 1] * (s.y * low);
-                    sum[v][4 * j + 2] += c[4 * j + 2] * (s.x * high);
-                    sum[v][4 * j + 3] += c[4 * j + 3] * (s.y * high);
-                }
+            for (int j = 0; j < 16; j++) {
+                sum[4 * j] += c[4 * j] * (s.x * low), sum[4 * j + 1] += c[4 * j + 1] * (s.y * low);
+                sum[4 * j + 2] += c[4 * j + 2] * (s.x * high);
+                sum[4 * j + 3] += c[4 * j + 3] * (s.y * high);
+                s = next;
+                if (j < 14) next = x_scale[(j + 2) * 4];
             }
             __syncwarp();
             if (lane == 0) bar_arrive(&empty[slot]);
             if (++slot == WIDE_STAGES) slot = 0, parity ^= 1;
         }
         int first = t.entry.expert < p.s.n_experts ? p.s.n + p.s.start[t.entry.expert] : 0;
-#pragma unroll
-        for (int v = 0; v < WAVES; v++)
-            if (strip + v * 4 < p.w.strips)
-                wide_store(p, t, strip + v * 4, first, staging + (group * 4 + warp) * WARP_STAGING, sum[v]);
+        if (t.strip + own < p.w.strips)
+            wide_store(p, t, t.strip + own, first, staging + own * WARP_STAGING, sum);
     }
 }
 
-template <int WAVES>
-static __global__ void __launch_bounds__(WIDE_THREADS, 1) wide(const __grid_constant__ Wide p) {
+template <int GROUPS>
+static __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) wide(const __grid_constant__ Wide p) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];
-    WideStage<WAVES> *ring = (WideStage<WAVES> *)smem;
+    WideStage<GROUPS> *ring = (WideStage<GROUPS> *)smem;
     uint8_t *staging = smem + WIDE_STAGES * sizeof *ring;
-    Entry *table = (Entry *)(staging + 8 * WARP_STAGING);
+    Entry *table = (Entry *)(staging + GROUPS * 4 * WARP_STAGING);
     if (threadIdx.x == 0) {
         for (int i = 0; i < WIDE_STAGES; i++)
-            bar_init(&full[i], 1 + 128), bar_init(&empty[i], 8);
+            bar_init(&full[i], 1 + 4), bar_init(&empty[i], GROUPS * 4);
         bar_init_done();
     }
     launch_dependents();
     grid_wait();
     int entries = known_entries(&p.s, WIDE_SLOTS);
-    if (p.s.n_experts) entries += list_entries(p.s, table, WIDE_SLOTS, 8);
+    if (p.s.n_experts) entries += list_entries(p.s, table, WIDE_SLOTS, 8, NULL, 0);
     __syncthreads();
-    int tiles = entries * ((p.w.strips + WAVES * 8 - 1) / (WAVES * 8)) * p.parts;
+    int tiles = entries * ((p.w.strips + GROUPS * 4 - 1) / (GROUPS * 4)) * p.parts;
     if (threadIdx.x < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        wide_produce<WAVES>(p, table, tiles, ring, full, empty);
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        wide_produce<GROUPS>(p, table, tiles, ring, full, empty);
     } else {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        wide_consume<WAVES>(p, table, tiles, ring, full, empty, staging);
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+        wide_consume<GROUPS>(p, table, tiles, ring, full, empty, staging);
     }
 }
 
-template <int WAVES> static void launch_wide(Wide *p) {
-    size_t smem = WIDE_STAGES * sizeof(WideStage<WAVES>) + 8 * WARP_STAGING +
+template <int GROUPS> static void launch_wide(Wide *p) {
+    size_t smem = WIDE_STAGES * sizeof(WideStage<GROUPS>) + GROUPS * 4 * WARP_STAGING +
                   max_entries(&p->s, WIDE_SLOTS) * sizeof(Entry);
-    launch(wide<WAVES>, n_sms, WIDE_THREADS, smem, *p);
+    launch(wide<GROUPS>, n_sms, 128 * (GROUPS + 1), smem, *p);
 }
 
 // The larger tile where that leaves no block idle.
 static void run_wide(Wide *p) {
     p->part_blocks = units(p->w.blocks, p->parts);
     p->parts = units(p->w.blocks, p->part_blocks);  // none is empty
-    int large = units(p->w.strips, 16) * known_entries(&p->s, WIDE_SLOTS) * p->parts;
-    if (p->s.n_experts || large >= n_sms) launch_wide<2>(p);
-    else launch_wide<1>(p);
+    int large = units(p->w.strips, 12) * known_entries(&p->s, WIDE_SLOTS) * p->parts;
+    if (p->s.n_experts || large >= n_sms) launch_wide<3>(p);
+    else launch_wide<2>(p);
 }
 
 // ---- Between products ---------------------------------------------------------------------------
@@ -1347,13 +1330,12 @@ static __device__ float gated(float gate, float up) {
 
 // h = quant(silu(gate) up) from f32 [parts][slots][2 cols], in which 8 columns of gate and 8 of up
 // take turns. A warp makes one scale group of one slot: a lane 4 columns of it. For `wide`, it also
-// notes where each pair's slot is. Its successor may start only behind grid_wait: what older
-// kernels wrote is then complete for it.
+// notes where each pair's slot is.
 static __global__ void gate_quant(uint8_t *q, float *scale, int stride, const float *from,
                                   int parts, int cols, int slots, int *slot_of, const int *pair,
                                   int n) {
-    grid_wait();
     launch_dependents();
+    grid_wait();
     int unit = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
     int slot = unit / (cols / BLOCK), group = unit % (cols / BLOCK);
     if (slot >= slots) return;
@@ -1552,50 +1534,71 @@ void mla_latent(Act *qa, bf16 *cache, const bf16 *q, const bf16 *kv, const Vecto
 
 static __device__ void brick_load(Brick &a, const uint4 *bricks, int head, int brick) {
     const uint4 *p = bricks + ((size_t)head * BRICKS + brick) * FRAGMENTS * 32 + threadIdx.x % 32;
-#pragma unroll
     for (int i = 0; i < FRAGMENTS; i++) a[i / BRICK_STEPS][i % BRICK_STEPS] = __ldg(p + i * 32);
 }
 
-// A lane's four chunks of its token's 128 x values; nothing (zeros) past the last token.
-static __device__ void chunks_load(uint4 (&x)[4], const bf16 *row, bool there) {
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        x[i] = there ? ((const uint4 *)row)[4 * i + threadIdx.x % 4] : make_uint4(0, 0, 0, 0);
+// Tiles of eight tokens' 128 x, `stride` apart: a lane's four chunks of token g. Zeros past the
+// last.
+template <int TILES>
+static __device__ void rows_load(uint4 (&x)[TILES][4], const bf16 *p, size_t stride, int first,
+                                 int n) {
+    for (int j = 0; j < TILES; j++) {
+        size_t token = first + j * TOKENS + threadIdx.x % 32 / 4;
+        const uint4 *row = (const uint4 *)(p + token * stride);
+        for (int i = 0; i < 4; i++)
+            x[j][i] = token < n ? row[4 * i + threadIdx.x % 4] : make_uint4(0, 0, 0, 0);
+    }
 }
 
 // sum [s][0, 2] and [s][1, 3]: m = 8 g + 2 s and the next of tokens 2 t and 2 t + 1.
 static __device__ void brick_product(float (&sum)[BRICK_STRIPS][4], const Brick &a,
                                      const uint4 (&x)[4]) {
-#pragma unroll
     for (int s = 0; s < BRICK_STRIPS; s++) sum[s][0] = sum[s][1] = sum[s][2] = sum[s][3] = 0;
-#pragma unroll
     for (int i = 0; i < BRICK_STEPS; i++)  // the strips' four sums hide each other's latency
-#pragma unroll
         for (int s = 0; s < BRICK_STRIPS; s++)
-            mma_bf16(sum[s], (const uint32_t *)&a[s][i], i % 2 ? x[i / 2].z : x[i / 2].x,
+            mma_bf16(sum[s], a[s][i], i % 2 ? x[i / 2].z : x[i / 2].x,
                      i % 2 ? x[i / 2].w : x[i / 2].y);
 }
 
 // ---- mla_query ----------------------------------------------------------------------------------
 
-// Turns 8 consecutive values (4 pairs) of a head's q_pe by their row's angles; rounds like the twin.
+// Turns 8 consecutive values (4 pairs) of a head's q_pe by their row's angles, rounding one by one.
 static __device__ uint4 rotate_chunk(uint4 x, const float *rope) {
     uint32_t in[4] = {x.x, x.y, x.z, x.w}, out[4];
-#pragma unroll
     for (int i = 0; i < 4; i++) {
-        float re = bf16_low(in[i]), im = bf16_high(in[i]), cosine = rope[2 * i], sine = rope[2 * i + 1];
+        float re = bf16_low(in[i]), im = bf16_high(in[i]);
+        float cosine = rope[2 * i], sine = rope[2 * i + 1];
         out[i] = bf16_pair(__fsub_rn(__fmul_rn(re, cosine), __fmul_rn(im, sine)),
                            __fadd_rn(__fmul_rn(re, sine), __fmul_rn(im, cosine)));
     }
     return make_uint4(out[0], out[1], out[2], out[3]);
 }
 
-enum { QUERY_WARPS = 4, TOKENS = 8, CACHE_BLOCKS = CACHE_DIM / 64 };
+enum { QUERY_WARPS = 4, QUERY_TILES = 4, QUERY_TOKENS = QUERY_TILES * TOKENS,
+       CACHE_BLOCKS = CACHE_DIM / 64 };
+
+// A brick times eight tokens' q_nope: a lane has a chunk of two of them.
+static __device__ void query_product(uint4 *out, const Brick &a, const uint4 (&x)[4], int first,
+                                     float factor, int block, int head, int heads, int n) {
+    float sum[BRICK_STRIPS][4];
+    int lane = threadIdx.x % 32;
+    if (first >= n) return;
+    brick_product(sum, a, x);
+    for (int i = 0; i < 2; i++) {
+        size_t token = first + lane % 4 * 2 + i;
+        uint32_t v[BRICK_STRIPS];
+        for (int s = 0; s < BRICK_STRIPS; s++)
+            v[s] = bf16_pair(sum[s][i] * factor, sum[s][i + 2] * factor);
+        if (token < n)
+            out[((token * CACHE_BLOCKS + block) * heads + head) * 8 +
+                swizzle_chunk(head, lane / 4)] = make_uint4(v[0], v[1], v[2], v[3]);
+    }
+}
 
 // query [n][9 blocks of 64][heads][128 B], swizzled by head: block y of head x is a brick times
 // q_nope, block 8 the rotated q_pe. A warp holds its brick in 128 registers and walks over tokens,
-// eight at a time, all loads coalesced and no shared memory: at one token 1.2 MB of weights on 144
-// SMs' worth of blocks, latency only; at many tokens bound by the 1,152 bytes it writes per head.
+// 32 at a time, all loads coalesced and no shared memory. One token of 16 heads is 2.1 MB of
+// weights for 144 blocks, latency only; many are bound by the 1,152 bytes written per head.
 static __global__ void __launch_bounds__(QUERY_WARPS * 32)
     query_kernel(bf16 *query, const bf16 *q, const uint4 *bricks, const float *scale,
                  const float *rope, int heads, int n) {
@@ -1615,136 +1618,102 @@ static __global__ void __launch_bounds__(QUERY_WARPS * 32)
         return;
     }
     Brick a;
-    uint4 x[4], next[4];
-    float sum[BRICK_STRIPS][4];
-    if (first * TOKENS < n) brick_load(a, bricks, head, block);  // a constant: before the wait
+    uint4 x[QUERY_TILES][4];
+    if (first * QUERY_TOKENS < n) brick_load(a, bricks, head, block);
     float factor = scale ? scale[2 * head * LATENT_SCALES + block / 2] : 1;
     grid_wait();
     launch_dependents();
-    int mine = first * TOKENS + lane / 4;
-    chunks_load(next, q + ((size_t)mine * heads + head) * QK_DIM, mine < n);
-    for (int tile = first; tile * TOKENS < n; tile += step) {
-        for (int i = 0; i < 4; i++) x[i] = next[i];
-        mine += step * TOKENS;
-        chunks_load(next, q + ((size_t)mine * heads + head) * QK_DIM, mine < n);
-        brick_product(sum, a, x);
-        for (int i = 0; i < 2; i++) {
-            size_t token = tile * TOKENS + lane % 4 * 2 + i;
-            uint32_t v[BRICK_STRIPS];
-#pragma unroll
-            for (int s = 0; s < BRICK_STRIPS; s++)
-                v[s] = i ? bf16_pair(sum[s][1] * factor, sum[s][3] * factor)
-                         : bf16_pair(sum[s][0] * factor, sum[s][2] * factor);
-            if (token < n)
-                out[((token * CACHE_BLOCKS + block) * heads + head) * 8 +
-                    swizzle_chunk(head, lane / 4)] = make_uint4(v[0], v[1], v[2], v[3]);
-        }
+    for (int token = first * QUERY_TOKENS; token < n; token += step * QUERY_TOKENS) {
+        rows_load(x, q + head * QK_DIM, (size_t)heads * QK_DIM, token, n);
+        for (int j = 0; j < QUERY_TILES; j++)
+            query_product(out, a, x[j], token + j * TOKENS, factor, block, head, heads, n);
     }
 }
 
 void mla_query(bf16 *query, const bf16 *q, const Linear *kv_b_proj, const float *rope, int heads,
                int n) {
-    dim3 grid(heads, CACHE_BLOCKS, min_int(units(n, QUERY_WARPS * TOKENS), 16));
+    dim3 grid(heads, CACHE_BLOCKS, min_int(units(n, QUERY_WARPS * QUERY_TOKENS), 16));
     launch(query_kernel, grid, QUERY_WARPS * 32, 0, query, q,
            (const uint4 *)kv_b_proj->data, (const float *)kv_b_proj->scale, rope, heads, n);
 }
 
 // ---- mla_value ----------------------------------------------------------------------------------
 
-enum { VALUE_WARPS = 8, VALUE_BLOCKS = LATENT_DIM / BLOCK, VALUE_STAGES = 4 };
+enum { VALUE_WARPS = 8, VALUE_TILES = 2, VALUE_TOKENS = VALUE_TILES * TOKENS,
+       VALUE_BLOCKS = LATENT_DIM / BLOCK };
 
-typedef struct {
-    uint4 u[VALUE_STAGES][TOKENS][LATENT_DIM / 8 + 4];  // + 4: neighbours in other banks
-    float4 part[2][VALUE_BLOCKS][TOKENS][V_DIM / 4 + 1];
-    uint64_t full[VALUE_STAGES];
-} ValueShared;
+typedef float4 ValueRow[V_DIM / 4 + 1];  // + 1: neighbours in other banks
 
-// Asks for one head's u of eight tokens; a lane of the first warp fetches one token's 1,024 bytes.
-static __device__ void value_load(ValueShared *s, const bf16 *u, int tile, int stage, int head,
-                                  int heads, int n) {
-    int lane = threadIdx.x, token = tile * TOKENS + lane, there = min_int(n - tile * TOKENS, TOKENS);
-    if (lane >= 32 || there <= 0) return;
-    if (lane == 0) bar_expect(&s->full[stage], there * LATENT_DIM * 2);
-    __syncwarp();
-    if (lane < there)
-        bulk_load(s->u[stage][lane], u + ((size_t)token * heads + head) * LATENT_DIM,
-                  LATENT_DIM * 2, &s->full[stage]);
+// Adds the four quarters of one token's 128 values, 4 a lane, and quantises them.
+static __device__ void value_store(const Act &o, const ValueRow (&part)[VALUE_BLOCKS][VALUE_TOKENS],
+                                   int i, size_t token, int head) {
+    int lane = threadIdx.x % 32;
+    float4 v = part[0][i][lane];
+    for (int k = 1; k < VALUE_BLOCKS; k++) {
+        float4 p = part[k][i][lane];
+        v.x += p.x, v.y += p.y, v.z += p.z, v.w += p.w;
+    }
+    uint2 x = make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
+    v = make_float4(bf16_low(x.x), bf16_high(x.x), bf16_low(x.y), bf16_high(x.y));
+    float amax = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+    float size = fmaxf(warp_max(amax), MIN_AMAX) / E4M3_MAX;
+    size_t at = (size_t)head * o.stride + token;
+    ((uint2 *)(o.x + token * o.cols + head * V_DIM))[lane] = x;
+    ((uint32_t *)o.q)[at * 32 + swizzle_chunk(token, lane / 4) * 4 + lane % 4] =
+        e4m3_pair(v.x / size, v.y / size) | e4m3_pair(v.z / size, v.w / size) << 16;
+    if (lane == 0) o.scale[at] = size;
 }
 
 // o [n][heads * 128] = W_UV u per head, rounded, and quantised: a head is one scale group. A block
 // holds all of one head's W_UV, a brick per warp (two halves of the values, four quarters of the
-// latent), and walks over tokens, eight at a time, with three tiles of u on their way: the quarters'
-// scaled sums meet in shared memory and a warp finishes one token. It reads u and writes o once.
+// latent), and walks over tokens, 16 at a time; the quarters' scaled sums meet in shared memory,
+// and a warp finishes two tokens while the next 16 are on their way. u is read and o written once;
+// few tokens are bound by the 128 KB that a block reads.
 static __global__ void __launch_bounds__(VALUE_WARPS * 32)
     value_kernel(Act o, const bf16 *u, const uint4 *bricks, const float *scale, int heads, int n) {
-    extern __shared__ __align__(1024) uint8_t shared[];
-    ValueShared *s = (ValueShared *)shared;
-    int head = blockIdx.x, step = gridDim.y, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int half = warp % 2, quarter = warp / 2;
+    __shared__ ValueRow part[VALUE_BLOCKS][VALUE_TOKENS];
+    int head = blockIdx.x, step = gridDim.y * VALUE_TOKENS, warp = threadIdx.x / 32;
+    int lane = threadIdx.x % 32, half = warp % 2, quarter = warp / 2;
     Brick a;
-    uint4 x[4];
+    uint4 x[VALUE_TILES][4];
     float sum[BRICK_STRIPS][4];
-    if (threadIdx.x == 0) {
-        for (int i = 0; i < VALUE_STAGES; i++) bar_init(&s->full[i], 1);
-        asm volatile("fence.mbarrier_init.release.cluster;");
-    }
-    __syncthreads();
-    brick_load(a, bricks, head, UK_BRICKS + warp);  // a constant: before the wait
+    const bf16 *mine = u + head * LATENT_DIM + quarter * BLOCK;
+    size_t stride = (size_t)heads * LATENT_DIM;
+    int first = blockIdx.y * VALUE_TOKENS;
+    if (first < n) brick_load(a, bricks, head, UK_BRICKS + warp);
     float factor = scale ? scale[(2 * head + 1) * LATENT_SCALES + quarter] : 1;
     grid_wait();
     launch_dependents();
-    for (int i = 0; i < VALUE_STAGES - 1; i++)
-        value_load(s, u, blockIdx.y + i * step, i, head, heads, n);
-    for (int tile = blockIdx.y, k = 0; tile * TOKENS < n; tile += step, k++) {
-        int stage = k % VALUE_STAGES, ahead = VALUE_STAGES - 1;
-        value_load(s, u, tile + ahead * step, (k + ahead) % VALUE_STAGES, head, heads, n);
-        bar_wait(&s->full[stage], k / VALUE_STAGES % 2);
-        for (int i = 0; i < 4; i++)
-            x[i] = s->u[stage][lane / 4][quarter * BLOCK / 8 + 4 * i + lane % 4];
-        brick_product(sum, a, x);
-        for (int i = 0; i < 2; i++) {
-            float4 *to = &s->part[k % 2][quarter][lane % 4 * 2 + i][half * 16 + lane / 4 * 2];
-            for (int j = 0; j < 2; j++)
-                to[j] = make_float4(sum[2 * j][i] * factor, sum[2 * j][i + 2] * factor,
-                                    sum[2 * j + 1][i] * factor, sum[2 * j + 1][i + 2] * factor);
+    rows_load(x, mine, stride, first, n);
+    for (; first < n; first += step) {
+        for (int j = 0; j < VALUE_TILES && first + j * TOKENS < n; j++) {
+            brick_product(sum, a, x[j]);
+            for (int i = 0; i < 4; i++) {  // two tokens' 8 values each
+                const float *v = &sum[i % 2 * 2][i / 2], *w = &sum[i % 2 * 2 + 1][i / 2];
+                part[quarter][j * TOKENS + lane % 4 * 2 + i / 2][half * 16 + lane / 4 * 2 + i % 2] =
+                    make_float4(v[0] * factor, v[2] * factor, w[0] * factor, w[2] * factor);
+            }
         }
-        // One is enough: the next tile's sums go to the other half of part.
+        rows_load(x, mine, stride, first + step, n);
         __syncthreads();
-        size_t token = tile * TOKENS + warp;
-        if (token >= n) continue;
-        float4 v = s->part[k % 2][0][warp][lane];
-        for (int i = 1; i < VALUE_BLOCKS; i++) {
-            float4 p = s->part[k % 2][i][warp][lane];
-            v.x += p.x, v.y += p.y, v.z += p.z, v.w += p.w;
-        }
-        uint2 rounded = make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
-        v = make_float4(bf16_low(rounded.x), bf16_high(rounded.x), bf16_low(rounded.y),
-                        bf16_high(rounded.y));
-        float amax = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-        float size = fmaxf(warp_max(amax), MIN_AMAX) / E4M3_MAX;
-        size_t at = (size_t)head * o.stride + token;
-        ((uint2 *)(o.x + token * o.cols + head * V_DIM))[lane] = rounded;
-        ((uint32_t *)o.q)[at * 32 + swizzle_chunk(token, lane / 4) * 4 + lane % 4] =
-            e4m3_pair(v.x / size, v.y / size) | e4m3_pair(v.z / size, v.w / size) << 16;
-        if (lane == 0) o.scale[at] = size;
+        for (int i = warp; i < VALUE_TOKENS && first + i < n; i += VALUE_WARPS)
+            value_store(o, part, i, first + i, head);
+        __syncthreads();
     }
 }
 
 void mla_value(Act *o, const bf16 *u, const Linear *kv_b_proj, int heads, int n) {
-    dim3 grid(heads, min_int(units(n, TOKENS), units(n_sms, heads)));
-    launch(value_kernel, grid, VALUE_WARPS * 32, sizeof(ValueShared), *o, u, (const uint4 *)kv_b_proj->data,
+    dim3 grid(heads, min_int(units(n, VALUE_TOKENS), n_sms > heads ? n_sms / heads : 1));
+    launch(value_kernel, grid, VALUE_WARPS * 32, 0, *o, u, (const uint4 *)kv_b_proj->data,
            (const float *)kv_b_proj->scale, heads, n);
 }
 
 // ---- mla_attend: the plan -----------------------------------------------------------------------
 // A tile is what one page load can serve: neighbouring rows of one sequence, as many as there are
-// columns for. All tiles' pages in a row are cut into equal chunks, one per SM; so a block has the
-// end of a tile, some whole ones and the head of another, whatever the lengths. Who has what depends
-// on device memory only, is worked out once per step, and serves all layers.
+// columns for. The tiles' pages, put end to end, are cut into equal chunks, one per SM; so a block
+// has the end of a tile, some whole ones and the head of another, whatever the lengths. Who has
+// what depends on device memory only, is worked out once per step, and serves all layers.
 
-#ifndef FIXED
-#define FIXED 3
-#endif
 enum { MAX_COLUMNS = 64, BLOCK_BYTES = PAGE * 128,
        LATENT_BLOCKS = LATENT_DIM / 64, PLAN_THREADS = 1024 };
 
@@ -1754,8 +1723,13 @@ typedef struct {  // heads are padded to 8 columns; more than 64 are several sli
     int fixed;            // what a tile costs beside its pages, in pages: queries, store, combine
 } Shape;
 
-typedef struct { int start, pages, slices, table; } Tile;  // table: its sequence's in `pages`
-typedef struct { int tile, begin, end, chunk; } Work;      // a block's range of all tiles' pages
+typedef struct {
+    int start, end;  // its range of the chunks' scale: its pages, then its fixed cost
+    int pages, slices;
+    int table;       // where its sequence's entries of `pages` begin
+} Tile;
+
+typedef struct { int tile, begin, end, chunk; } Work;  // a block's range, and the tile it begins in
 
 static struct {
     Tile *tile;   // [rows * slices] only those that begin a tile are filled
@@ -1777,7 +1751,7 @@ static bool many_columns(int heads, bool prompts) { return prompts || heads > 16
 static Shape shape_of(int heads, bool prompts) {
     int columns = min_int(units(heads, 8) * 8, MAX_COLUMNS), most = many_columns(heads, prompts) ? 64 : 16;
     return (Shape){columns, units(heads, MAX_COLUMNS), heads > 64 ? 1 : most / columns,
-                   many_columns(heads, prompts) ? FIXED : 1};
+                   many_columns(heads, prompts) ? 3 : 1};
 }
 
 // Slices i, i + 1, .. of one sequence as far as the next multiple of s.rows; 0 inside a tile.
@@ -1798,10 +1772,10 @@ static __global__ void __launch_bounds__(PLAN_THREADS)
     grid_wait();
     launch_dependents();
     for (int i = from; i < to; i++) {
-        int slices = tile_slices(i, total, s, seq), most = -PAGE;
+        int slices = tile_slices(i, total, s, seq), most = 0;
         for (int j = 0; j < slices; j++) most = max(most, position[(i + j) / s.slices]);
-        tile[i] = (Tile){0, most / PAGE + 1, slices, seq[i / s.slices] * max_pages};
-        pages += slices ? tile[i].pages + s.fixed : 0;
+        tile[i] = (Tile){0, 0, most / PAGE + 1, slices, seq[i / s.slices] * max_pages};
+        if (slices) pages += tile[i].pages + s.fixed;
     }
     int before = pages;  // becomes the sum up to and with this thread
     for (int d = 1; d < 32; d *= 2) {
@@ -1817,17 +1791,18 @@ static __global__ void __launch_bounds__(PLAN_THREADS)
     }
     int start = before - pages, chunk = units(all, blocks);
     for (int i = from; i < to; i++) {
-        int end = start + (tile[i].slices ? tile[i].pages + s.fixed : 0);
+        if (tile[i].slices == 0) continue;
         tile[i].start = start;
-        for (int b = units(start, chunk); b * chunk < end; b++)
+        tile[i].end = start += tile[i].pages + s.fixed;
+        for (int b = units(tile[i].start, chunk); b * chunk < start; b++)
             work[b] = (Work){i, b * chunk, min_int((b + 1) * chunk, all), chunk};
-        start = end;
     }
     for (int b = units(all, chunk) + threadIdx.x; b < blocks; b += PLAN_THREADS)
         work[b] = (Work){0, 0, 0, chunk};
 }
 
-// Once per step, before the first mla_attend.
+// Once per step, and at least one more kernel before the first mla_attend, which reads the plan and
+// the page table without waiting for its predecessor.
 static void mla_plan(const Batch *b, int heads) {
     launch(plan_kernel, 1, PLAN_THREADS, 0, plan.tile, plan.work, b->position, b->seq, b->max_pages,
            b->n, shape_of(heads, step.prompts), n_sms);
@@ -1835,255 +1810,249 @@ static void mla_plan(const Batch *b, int heads) {
 
 // ---- mla_attend ---------------------------------------------------------------------------------
 
+typedef struct {  // what its two kernels get
+    bf16 *u;
+    const bf16 *query, *cache;
+    const int *pages, *position;
+    const Tile *tile;
+    const Work *work;
+    float *part;
+    float2 *ml;
+    float scale;      // for scores in base 2
+    Shape shape;
+    int heads;
+} Attend;
+
 enum { STAGES = 2 };
 
 template <int N, int W> struct AttendShared {  // N columns of each of W warpgroups
     uint8_t page[STAGES][PAGE_BYTES];          // [9 blocks of 64 dims][64 tokens][128 B]
-    uint8_t q[CACHE_BLOCKS][W][N][128];        // columns' queries
-    uint8_t p[W][N][128];                      // columns' weights of a page's 64 tokens
-    float largest[W][4][N], total[W][4][N];    // what four warps tell each other
+    uint8_t q[CACHE_BLOCKS][W][N][128];        // the columns' queries
+    uint8_t p[W][N][128];                      // the columns' weights of a page's 64 tokens
+    float largest[W][4][N], total[W][4][N];    // what a group's four warps tell each other
     uint64_t full[STAGES], empty[STAGES], q_full, q_empty;
 };
 
-// Two groups in step would multiply together and then idle the tensor cores together. So they take
-// turns: each of a group's two products per page begins when the other group's last one is issued.
-static __device__ void turn_take(int group) {
-    asm volatile("bar.sync %0, 256;" ::"r"(group + 3) : "memory");
+// A block's walk: pages first .. last - 1 of tile `index`, one tile after the other.
+typedef struct { int at, index, first, last; Tile tile; } Walk;
+
+static __device__ bool walk_next(Walk *w, const Attend &a, const Work &work) {
+    do {
+        if (w->at >= work.end) return false;
+        w->index += w->tile.slices;
+        w->tile = a.tile[w->index];
+        w->at = w->tile.end;
+        w->first = max(work.begin - w->tile.start, 0);
+        w->last = min_int(w->tile.pages, work.end - w->tile.start);
+    } while (w->first >= w->last);  // nothing but the tile's fixed cost falls into the range
+    return true;
 }
 
-static __device__ void turn_give(int group) {
-    asm volatile("bar.arrive %0, 256;" ::"r"(4 - group) : "memory");
+// Which of a block's two parts of split tiles: the tile that it begins with, the one that it ends
+// with. All others are whole.
+static __device__ size_t part_slot(const Tile &tile, int block, int begin, int columns) {
+    return (size_t)(2 * block + (tile.start > begin)) * columns;
 }
 
-// The producer warp: pages, and at a tile's first page its queries, as soon as there is room.
+// The producer warp: pages, and at a tile's first page its queries, as soon as there is room. Of
+// what it reads only the queries come from the kernel before: the first pages don't wait for that.
 template <int N, int W>
-static __device__ void attend_load(AttendShared<N, W> *s, const bf16 *query, const bf16 *cache,
-                                   const int *pages, const Tile *tiles, Work work, Shape shape,
-                                   int heads) {
-    int lane = threadIdx.x % 32, k = 0, n_tiles = 0, held = min_int(heads, MAX_COLUMNS);
-    Tile tile;
-    for (int at = work.begin, v = work.tile; at < work.end;
-         at = tile.start + tile.pages + shape.fixed, v += tile.slices) {
-        tile = tiles[v];
-        int first = at - tile.start, last = min_int(tile.pages, work.end - tile.start);
-        if (first >= last) continue;  // all of its pages are another block's
-        for (int i = first; i < last; i++, k++) {
-            size_t page = pages[tile.table + i];
+static __device__ void attend_load(AttendShared<N, W> *s, const Attend &a, const Work &work) {
+    int lane = threadIdx.x % 32, k = 0, n_tiles = 0, held = min_int(a.heads, MAX_COLUMNS);
+    for (Walk w = {work.begin, work.tile}; walk_next(&w, a, work); n_tiles++)
+        for (int i = w.first; i < w.last; i++, k++) {
+            size_t page = a.pages[w.tile.table + i];
             uint64_t *full = &s->full[k % STAGES];
             bar_wait(&s->empty[k % STAGES], k / STAGES % 2 ^ 1);
             if (lane == 0) {
                 bar_expect(full, PAGE_BYTES);
-                bulk_load(s->page[k % STAGES], cache + page * PAGE * CACHE_DIM, PAGE_BYTES, full);
+                bulk_load(s->page[k % STAGES], a.cache + page * PAGE * CACHE_DIM, PAGE_BYTES, full);
             }
-            if (i > first) continue;
+            if (i > w.first) continue;
             if (n_tiles == 0) grid_wait();
- launch_dependents();  // only the queries come from the kernel before
+ launch_dependents();
             bar_wait(&s->q_empty, n_tiles % 2 ^ 1);
-            if (lane == 0) bar_expect(&s->q_full, CACHE_BLOCKS * tile.slices * held * 128);
+            if (lane == 0) bar_expect(&s->q_full, CACHE_BLOCKS * w.tile.slices * held * 128);
             __syncwarp();
-            for (int j = lane; j < CACHE_BLOCKS * tile.slices; j += 32) {
-                int block = j % CACHE_BLOCKS, slice = j / CACHE_BLOCKS, x = v + slice;
-                size_t row = (size_t)(x / shape.slices) * CACHE_BLOCKS + block;
-                bulk_load(s->q[block][0][slice * shape.columns],
-                          query + (row * heads + x % shape.slices * MAX_COLUMNS) * 64, held * 128,
-                          &s->q_full);
+            for (int j = lane; j < CACHE_BLOCKS * w.tile.slices; j += 32) {
+                int block = j % CACHE_BLOCKS, slice = j / CACHE_BLOCKS, x = w.index + slice;
+                size_t row = (size_t)(x / a.shape.slices) * CACHE_BLOCKS + block;
+                bulk_load(s->q[block][0][slice * a.shape.columns],
+                          a.query + (row * a.heads + x % a.shape.slices * MAX_COLUMNS) * 64,
+                          held * 128, &s->q_full);
             }
         }
-        n_tiles++;
-    }
 }
 
 // What a thread of a warpgroup holds of its N columns: of each eight columns j two, 8 j + 2 t and
-// the next (t = lane % 4), and in them two of each warp's 16 rows of every 64, g and g + 8.
+// the next (t = lane % 4), and in them two of its warp's 16 rows of every 64, g and g + 8.
 template <int N> struct Columns {
     float o[LATENT_BLOCKS][N / 2];    // sums; element 4 j + 2 (row g + 8) + (next column)
-    float best[N / 4], total[N / 4];  // [2 j + (next column)] base 2, scaled; of own tokens only
+    float best[N / 4], total[N / 4];  // [2 j + (next column)] base 2; total: of own tokens only
     int limit[N / 8];                 // [j] tokens that the columns' row sees
 };
 
-// One page into the sums. S^T = page . Q^T, softmax down the columns, O^T = page^T . P.
+// Scores become weights: masks them, finds the columns' new largest over all four warps, leaves the
+// weights as wgmma's operand in s->p, and shrinks what was summed relative to an older largest.
 template <int N, int W>
-static __device__ void attend_page(Columns<N> &c, AttendShared<N, W> *s, uint8_t *page, int first,
-                                   int valid, float scale, bool turns, bool q_last) {
+static __device__ void softmax(Columns<N> &c, float (&score)[N / 2], AttendShared<N, W> *s,
+                               int first, float scale) {
     int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-    int token = warp * 16 + lane / 4;
-    float score[N / 2];
-    uint64_t keys = warp_desc(page), q = warp_desc(s->q[0][group]), p = warp_desc(s->p[group]);
-    if (turns) turn_take(group);
-    wgmma_fence();
-#pragma unroll
-    for (int i = 0; i < CACHE_DIM / 16; i++)  // 16 dims are 32 bytes of a row
-        wgmma<0>(score, keys + (i / 4 * BLOCK_BYTES + i % 4 * 32) / 16,
-                 q + (i / 4 * (W * N * 128) + i % 4 * 32) / 16, i > 0);
-    wgmma_commit();
-    if (turns) turn_give(group);
-    // Rows past the sequence's end may hold anything, and 0 x NaN is NaN: the values must be zero.
-    // (The keys need not: their scores are replaced. Both groups write the same.)
-    wgmma_wait<0>();
-    if (q_last && lane == 0) bar_arrive(&s->q_empty);
-    for (int i = valid * 8 + threadIdx.x % 128; i < PAGE * 8; i += 128)
-        for (int b = 0; b < LATENT_BLOCKS; b++)
-            ((uint4 *)(page + b * BLOCK_BYTES))[i] = make_uint4(0, 0, 0, 0);
-#pragma unroll
+    float base[N / 4], shrink[N / 4];
+    uint32_t weight[N / 4];  // pairs of columns: [2 j + (row g + 8)]
     for (int i = 0; i < N / 2; i++) {
-        bool seen = first + token + i / 2 % 2 * 8 < c.limit[i / 4];
+        bool seen = first + warp * 16 + lane / 4 + i / 2 % 2 * 8 < c.limit[i / 4];
         score[i] = seen ? score[i] * scale : -INFINITY;
     }
-    float shrink[N / 4];
-#pragma unroll
     for (int i = 0; i < N / 4; i++) {  // a column's largest of this warp's 16 tokens
         float most = fmaxf(score[i / 2 * 4 + i % 2], score[i / 2 * 4 + i % 2 + 2]);
         for (int d = 4; d < 32; d *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
         if (lane < 4) s->largest[group][warp][i / 2 * 8 + lane * 2 + i % 2] = most;
     }
     sync_threads(group + 1, 128);
-#pragma unroll
     for (int i = 0; i < N / 4; i++) {
         float most = c.best[i];
         for (int w = 0; w < 4; w++)
             most = fmaxf(most, s->largest[group][w][i / 2 * 8 + lane % 4 * 2 + i % 2]);
-        shrink[i] = exp2_fast(c.best[i] - (most == -INFINITY ? 0 : most));
-        c.best[i] = most;
+        base[i] = most == -INFINITY ? 0 : most;  // nothing seen yet: all weights are 0
+        shrink[i] = exp2_fast(c.best[i] - base[i]);
+        c.best[i] = most, c.total[i] *= shrink[i];
     }
-    uint32_t weight[N / 4];  // pairs of columns: [2 j + (row g + 8)]
-#pragma unroll
     for (int i = 0; i < N / 2; i += 2) {
-        float v[2];
-        for (int e = 0; e < 2; e++) {  // where a column has seen nothing yet, its weights are 0
-            float best = c.best[i / 4 * 2 + e];
-            v[e] = exp2_fast(score[i + e] - (best == -INFINITY ? 0 : best));
-        }
+        int j = i / 4 * 2;
+        float v[2] = {exp2_fast(score[i] - base[j]), exp2_fast(score[i + 1] - base[j + 1])};
         weight[i / 2] = bf16_pair(v[0], v[1]);
-        for (int e = 0; e < 2; e++) {
-            float &total = c.total[i / 4 * 2 + e];
-            total = (i / 2 % 2 ? total : total * shrink[i / 4 * 2 + e]) + v[e];
-        }
+        c.total[j] += v[0], c.total[j + 1] += v[1];
     }
     // Four 8x8 tiles at once: lane / 8 is (column group, token group), lane % 8 the column.
-#pragma unroll
     for (int i = 0; i < N / 4; i += 4)
         store_transposed(&s->p[group][i * 4 + lane / 16 * 8 + lane % 8]
                              [swizzle_chunk(lane, warp * 2 + lane / 8 % 2) * 16],
                          weight[i], weight[i + 1], weight[i + 2], weight[i + 3]);
     fence_async();
     sync_threads(group + 1, 128);
-#pragma unroll
     for (int b = 0; b < LATENT_BLOCKS; b++)
-#pragma unroll
         for (int i = 0; i < N / 2; i++) c.o[b][i] *= shrink[i / 4 * 2 + i % 2];
-    if (turns) turn_take(group);
+}
+
+// One page into the sums: S^T = page . Q^T, softmax down the columns, O^T += page^T . P.
+template <int N, int W>
+static __device__ void attend_page(Columns<N> &c, AttendShared<N, W> *s, uint8_t *page, int first,
+                                   int valid, float scale, bool q_last) {
+    int group = threadIdx.x / 128;
+    float score[N / 2];
+    uint64_t keys = warp_desc(page), q = warp_desc(s->q[0][group]), p = warp_desc(s->p[group]);
     wgmma_fence();
-#pragma unroll
+    for (int i = 0; i < CACHE_DIM / 16; i++)  // 16 dims are 32 bytes of a row
+        wgmma<0>(score, keys + (i / 4 * BLOCK_BYTES + i % 4 * 32) / 16,
+                 q + (i / 4 * (W * N * 128) + i % 4 * 32) / 16, i > 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (q_last && threadIdx.x % 32 == 0) bar_arrive(&s->q_empty);
+    // Rows past the sequence's end may hold anything, and 0 x NaN is NaN: the values must be zero.
+    // (The keys need not: their scores are replaced. Both groups write the same.)
+    for (int i = valid * 8 + threadIdx.x % 128; i < PAGE * 8; i += 128)
+        for (int b = 0; b < LATENT_BLOCKS; b++)
+            ((uint4 *)(page + b * BLOCK_BYTES))[i] = make_uint4(0, 0, 0, 0);
+    softmax(c, score, s, first, scale);
+    wgmma_fence();
     for (int i = 0; i < 4; i++)  // 16 tokens are 2,048 bytes of a block
-#pragma unroll
         for (int b = 0; b < LATENT_BLOCKS; b++)
             wgmma<1>(c.o[b], keys + (b * BLOCK_BYTES + i * 2048) / 16, p + i * 2, 1);
     wgmma_commit();
-    if (turns) turn_give(group);
     wgmma_wait<0>();
 }
 
-// A finished range of a tile: u where it is the whole tile, else a partial sum for the combine.
+// Columns of a range that is only a part of its tile: unnormalised, for the combine.
+template <int N>
+static __device__ void store_part(const Columns<N> &c, int j, float *part, float2 *ml) {
+    int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    for (int e = 0; e < 2; e++) {
+        int column = 8 * j + lane % 4 * 2 + e;
+        float *to = part + (size_t)column * LATENT_DIM + warp * 16 + lane / 4;
+        for (int b = 0; b < LATENT_BLOCKS; b++) {
+            to[b * 64] = c.o[b][4 * j + e];
+            to[b * 64 + 8] = c.o[b][4 * j + e + 2];
+        }
+        if (warp == 0 && lane < 4) ml[column] = make_float2(c.best[2 * j + e], c.total[2 * j + e]);
+    }
+}
+
+// Columns of a whole tile. Transposed, a lane has two neighbouring dims of one column.
+template <int N>
+static __device__ void store_whole(const Columns<N> &c, int j, bf16 *u, bool there) {
+    int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    float inverse[2] = {1 / c.total[2 * j], 1 / c.total[2 * j + 1]};
+    for (int i = 0; i < 2 * LATENT_BLOCKS; i++) {
+        const float *o = &c.o[i / 2][4 * j + i % 2 * 2];
+        uint32_t pair = transpose_8x8(bf16_pair(o[0] * inverse[0], o[1] * inverse[1]));
+        if (there) ((uint32_t *)u)[i / 2 * 32 + warp * 8 + i % 2 * 4 + lane % 4] = pair;
+    }
+}
+
 template <int N, int W>
-static __device__ void attend_store(Columns<N> &c, AttendShared<N, W> *s, bf16 *u, float *part,
-                                    float2 *ml, int v, int slices, Shape shape, int heads) {
+static __device__ void attend_store(Columns<N> &c, AttendShared<N, W> *s, const Attend &a,
+                                    const Walk &w, const Work &work) {
     int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
-#pragma unroll
     for (int i = 0; i < N / 4; i++) {
         for (int d = 4; d < 32; d *= 2) c.total[i] += __shfl_xor_sync(~0u, c.total[i], d);
         if (lane < 4) s->total[group][warp][i / 2 * 8 + lane * 2 + i % 2] = c.total[i];
     }
     sync_threads(group + 1, 128);
-#pragma unroll
     for (int i = 0; i < N / 4; i++) {
         const float *total = &s->total[group][0][i / 2 * 8 + lane % 4 * 2 + i % 2];
         c.total[i] = total[0] + total[N] + total[2 * N] + total[3 * N];
     }
-#pragma unroll
+    size_t slot = part_slot(w.tile, blockIdx.x, work.begin, W * N) + group * N;
     for (int j = 0; j < N / 8; j++) {
-        int column = group * N + 8 * j, slice = column / shape.columns;
-        if (slice >= slices) return;
-        if (part) {
-            column += lane % 4 * 2;
-            for (int e = 0; e < 2; e++) {
-                float *to = part + (size_t)(column + e) * LATENT_DIM + warp * 16 + lane / 4;
-#pragma unroll
-                for (int b = 0; b < LATENT_BLOCKS; b++) {
-                    to[b * 64] = c.o[b][4 * j + e];
-                    to[b * 64 + 8] = c.o[b][4 * j + e + 2];
-                }
-                if (warp == 0 && lane < 4)
-                    ml[column + e] = make_float2(c.best[2 * j + e], c.total[2 * j + e]);
-            }
-            continue;
-        }
-        // Transposed, a lane has two neighbouring dims of one column.
-        int x = v + slice, head = x % shape.slices * MAX_COLUMNS + column % shape.columns + lane / 4;
-        uint32_t *to = (uint32_t *)(u + ((size_t)(x / shape.slices) * heads + head) * LATENT_DIM);
-        float inverse[2] = {1 / c.total[2 * j], 1 / c.total[2 * j + 1]};
-#pragma unroll
-        for (int i = 0; i < 2 * LATENT_BLOCKS; i++) {
-            const float *o = &c.o[i / 2][4 * j + i % 2 * 2];
-            uint32_t pair = transpose_8x8(bf16_pair(o[0] * inverse[0], o[1] * inverse[1]));
-            if (head < heads) to[i / 2 * 32 + warp * 8 + i % 2 * 4 + lane % 4] = pair;
-        }
+        int column = group * N + 8 * j, x = w.index + column / a.shape.columns;
+        int head = x % a.shape.slices * MAX_COLUMNS + column % a.shape.columns + lane / 4;
+        size_t at = (size_t)(x / a.shape.slices) * a.heads + head;
+        if (column >= w.tile.slices * a.shape.columns) return;
+        if (w.last - w.first == w.tile.pages)
+            store_whole(c, j, a.u + at * LATENT_DIM, head < a.heads);
+        else store_part(c, j, a.part + slot * LATENT_DIM, a.ml + slot);
     }
 }
 
-// A warpgroup's share of the work: the columns of each tile, over its range of pages.
+// A warpgroup's share of the work: its columns of each tile, over the block's range of pages.
 template <int N, int W>
-static __device__ void attend_compute(AttendShared<N, W> *s, bf16 *u, float *part, float2 *ml,
-                                      const int *position, const Tile *tiles, Work work,
-                                      float scale, Shape shape, int heads) {
+static __device__ void attend_compute(AttendShared<N, W> *s, const Attend &a, const Work &work) {
     int group = threadIdx.x / 128, k = 0, n_tiles = 0;
-    if (W > 1 && group == 1) turn_give(group);
-    Tile tile;
-    for (int at = work.begin, v = work.tile; at < work.end;
-         at = tile.start + tile.pages + shape.fixed, v += tile.slices) {
-        tile = tiles[v];
-        int first = at - tile.start, last = min_int(tile.pages, work.end - tile.start), most = 0;
-        if (first >= last) continue;
-        bool busy = group * N < tile.slices * shape.columns;
-        bool turns = W > 1 && N < tile.slices * shape.columns;
+    for (Walk w = {work.begin, work.tile}; walk_next(&w, a, work); n_tiles++) {
+        bool busy = group * N < w.tile.slices * a.shape.columns, leader = threadIdx.x % 32 == 0;
+        int longest = 0;
         Columns<N> c = {};
-        for (int i = 0; i < tile.slices; i++) most = max(most, position[(v + i) / shape.slices] + 1);
-#pragma unroll
+        for (int i = 0; i < w.tile.slices; i++)
+            longest = max(longest, a.position[(w.index + i) / a.shape.slices] + 1);
         for (int j = 0; j < N / 8; j++) {
-            int slice = (group * N + 8 * j) / shape.columns;
-            c.limit[j] = slice < tile.slices ? position[(v + slice) / shape.slices] + 1 : 0;
+            int slice = (group * N + 8 * j) / a.shape.columns;
+            c.limit[j] = slice < w.tile.slices
+                             ? a.position[(w.index + slice) / a.shape.slices] + 1 : 0;
             c.best[2 * j] = c.best[2 * j + 1] = -INFINITY;
         }
         bar_wait(&s->q_full, n_tiles % 2);
-        for (int i = first; i < last; i++, k++) {
+        for (int i = w.first; i < w.last; i++, k++) {
             bar_wait(&s->full[k % STAGES], k / STAGES % 2);
             if (busy)
-                attend_page<N, W>(c, s, s->page[k % STAGES], i * PAGE, min_int(most - i * PAGE, PAGE),
-                                  scale, turns, i == last - 1);
-            else if (i == last - 1 && threadIdx.x % 32 == 0) bar_arrive(&s->q_empty);
-            if (threadIdx.x % 32 == 0) bar_arrive(&s->empty[k % STAGES]);
+                attend_page<N, W>(c, s, s->page[k % STAGES], i * PAGE,
+                                  min_int(longest - i * PAGE, PAGE), a.scale, i == w.last - 1);
+            else if (leader && i == w.last - 1) bar_arrive(&s->q_empty);
+            if (leader) bar_arrive(&s->empty[k % STAGES]);
         }
-        // The tile that a block begins with and the one that it ends with may be split.
-        size_t slot = (2 * blockIdx.x + (tile.start > work.begin)) * W * N;
-        bool whole = last - first == tile.pages;
-        if (busy)
-            attend_store<N, W>(c, s, u, whole ? NULL : part + slot * LATENT_DIM, ml + slot, v,
-                               tile.slices, shape, heads);
-        n_tiles++;
+        if (busy) attend_store(c, s, a, w, work);
     }
 }
 
 // u [n][heads][512] of query [n][9][heads][128 B] and cache [pages][9][64][128 B]. One block an SM:
-// a producer warp keeps two pages of 72 KB in flight, each warpgroup takes them in turn for its N
-// columns, with all 512 x N sums in registers. N = 16, W = 1 for decoding with up to 16 heads: 68
-// wgmmas of 16 clocks a page, which take 3,840 clocks to arrive at 4.3 TB/s. N = 32, W = 2 for
-// prompts and many heads: a page serves 64 columns (4 rows of 16 heads), bound by shared memory
-// (24 clocks for 2 x 64 x 32 x 16 operations, 2/3 of the tensor cores' rate); while one group does
-// its softmax the other one multiplies. The products are the absorbed 1,088 per pair and head.
+// a producer warp keeps up to two pages of 72 KB in flight, each warpgroup takes them in turn for
+// its N columns, with all 512 x N sums in registers. N = 16, W = 1 for decoding with up to 16
+// heads: 68 wgmmas of 20 clocks a page, which takes 3,500 (H200) to 6,000 (H100) clocks to arrive.
+// N = 32, W = 2 for prompts and many heads: a page serves 64 columns (4 rows of 16 heads), 136
+// wgmmas of 24 clocks, bound by shared memory at 2/3 of the tensor cores' rate; the groups' softmax
+// and products overlap as they drift apart. The products are the absorbed 1,088 per pair and head.
 template <int N, int W>
-static __global__ void __launch_bounds__((W + 1) * 128, 1)
-    attend_kernel(bf16 *u, float *part, float2 *ml, const bf16 *query, const bf16 *cache,
-                  const int *pages, const int *position, const Tile *tiles, const Work *works,
-                  float scale, Shape shape, int heads) {
+static __global__ void __launch_bounds__((W + 1) * 128, 1) attend_kernel(Attend a) {
     extern __shared__ __align__(1024) uint8_t shared[];  // swizzled tiles need multiples of 1,024
     AttendShared<N, W> *s = (AttendShared<N, W> *)shared;
     if (threadIdx.x == 0) {
@@ -2092,14 +2061,13 @@ static __global__ void __launch_bounds__((W + 1) * 128, 1)
         asm volatile("fence.mbarrier_init.release.cluster;");
     }
     __syncthreads();
-    Work work = works[blockIdx.x];
+    Work work = a.work[blockIdx.x];
     if (threadIdx.x >= W * 128) {
         if (W > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        if (threadIdx.x < W * 128 + 32)
-            attend_load<N, W>(s, query, cache, pages, tiles, work, shape, heads);
+        if (threadIdx.x < W * 128 + 32) attend_load(s, a, work);
     } else {
         if (W > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        attend_compute<N, W>(s, u, part, ml, position, tiles, work, scale, shape, heads);
+        attend_compute(s, a, work);
     }
 }
 
@@ -2116,20 +2084,18 @@ static __device__ void merge(float4 &sum, float &total, float &best, float4 o, f
     total = total * a + l * b, best = most;
 }
 
-// Sums the parts of split tiles. 128
-// dims of a column are an item; `share` warps divide its parts among them and meet in shared memory,
-// so that a single row's many parts are read by 64 blocks, and many rows' few by one warp each. With
-// few tiles block x looks at tile x; with many at the tile that reaches from SM x - 1 into SM x,
-// which is where splits are.
+// Sums the parts of split tiles. 128 dims of a column are an item; `share` warps divide its parts
+// among them and meet in shared memory, so that a single row's many parts are read by 64 blocks,
+// and many rows' few by one warp each. With few tiles block x looks at tile x; with many at the
+// tile that reaches from SM x - 1 into SM x, which is where splits are. Bound by latency.
 static __global__ void __launch_bounds__(COMBINE_WARPS * 32)
-    combine_kernel(bf16 *u, const float *part, const float2 *ml, const Tile *tiles,
-                   const Work *works, Shape shape, int columns, int heads, bool by_tile, int share) {
+    combine_kernel(Attend a, int columns, bool by_tile, int share) {
     __shared__ float4 sums[COMBINE_WARPS][32];
     __shared__ float totals[COMBINE_WARPS], bests[COMBINE_WARPS];
     int b = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, me = warp % share;
     int item = blockIdx.y * (COMBINE_WARPS / share) + warp / share, column = item / 4;
-    int v = by_tile ? b : works[b].tile, chunk = works[0].chunk;
-    Tile tile = tiles[v];
+    int v = by_tile ? b : a.work[b].tile, chunk = a.work[0].chunk;
+    Tile tile = a.tile[v];
     int from = tile.start / chunk, to = (tile.start + tile.pages - 1) / chunk;
     grid_wait();
     launch_dependents();
@@ -2138,50 +2104,43 @@ static __global__ void __launch_bounds__(COMBINE_WARPS * 32)
     float4 sum = {};
     for (int i = from + me; i <= to; i += share * COMBINE_BATCH) {
         float4 o[COMBINE_BATCH];
-        float2 scale[COMBINE_BATCH];
-#pragma unroll
-        for (int j = 0; j < COMBINE_BATCH; j++) {
-            int p = i + j * share;
-            size_t at = (size_t)(2 * p + (tile.start > p * chunk)) * columns + column;
-            scale[j] = p <= to ? ml[at] : make_float2(-INFINITY, 0);
-            o[j] = p <= to ? ((const float4 *)(part + at * LATENT_DIM))[item % 4 * 32 + lane]
-                           : make_float4(0, 0, 0, 0);
+        float2 ml[COMBINE_BATCH];
+        for (int j = 0; j < COMBINE_BATCH; j++) {  // past the last the last again, weighing nothing
+            int p = min_int(i + j * share, to);
+            size_t at = part_slot(tile, p, p * chunk, columns) + column;
+            o[j] = ((const float4 *)(a.part + at * LATENT_DIM))[item % 4 * 32 + lane];
+            ml[j] = a.ml[at];
+            if (i + j * share > to) ml[j].x = -INFINITY;
         }
-#pragma unroll
-        for (int j = 0; j < COMBINE_BATCH; j++)
-            merge(sum, total, best, o[j], scale[j].y, scale[j].x);
+        for (int j = 0; j < COMBINE_BATCH; j++) merge(sum, total, best, o[j], ml[j].y, ml[j].x);
     }
     sums[warp][lane] = sum;
     if (lane == 0) totals[warp] = total, bests[warp] = best;
     __syncthreads();
-    int slice = column / shape.columns, x = v + slice;
-    int head = x % shape.slices * MAX_COLUMNS + column % shape.columns;
-    if (me > 0 || slice >= tile.slices || head >= heads) return;
+    int slice = column / a.shape.columns, x = v + slice;
+    int head = x % a.shape.slices * MAX_COLUMNS + column % a.shape.columns;
+    if (me > 0 || slice >= tile.slices || head >= a.heads) return;
     for (int i = 1; i < share; i++)
         merge(sum, total, best, sums[warp + i][lane], totals[warp + i], bests[warp + i]);
-    uint2 *out = (uint2 *)(u + ((size_t)(x / shape.slices) * heads + head) * LATENT_DIM);
-    out[item % 4 * 32 + lane] = make_uint2(bf16_pair(sum.x / total, sum.y / total),
-                                           bf16_pair(sum.z / total, sum.w / total));
+    bf16 *u = a.u + ((size_t)(x / a.shape.slices) * a.heads + head) * LATENT_DIM;
+    ((uint2 *)u)[item % 4 * 32 + lane] = make_uint2(bf16_pair(sum.x / total, sum.y / total),
+                                                    bf16_pair(sum.z / total, sum.w / total));
 }
 
-template <int N, int W>
-static void attend(bf16 *u, const bf16 *query, const bf16 *cache, float scale, int heads,
-                   const Batch *b) {
-    Shape shape = shape_of(heads, step.prompts);
-    size_t bytes = sizeof(AttendShared<N, W>);
-    int tiles = b->n * shape.slices;
-    launch(attend_kernel<N, W>, n_sms, (W + 1) * 128, bytes, u, plan.part, plan.ml, query, cache,
-           b->pages, b->position, plan.tile, plan.work, scale * (float)M_LOG2E, shape, heads);
+template <int N, int W> static void attend(Attend a, int tiles) {
     int share = tiles <= 8 ? 16 : tiles <= 32 ? 4 : 1;  // a tile has about n_sms / tiles parts
+    launch(attend_kernel<N, W>, n_sms, (W + 1) * 128, sizeof(AttendShared<N, W>), a);
     launch(combine_kernel, dim3(min_int(tiles, n_sms), W * N * 4 * share / COMBINE_WARPS),
-           COMBINE_WARPS * 32, 0, u, plan.part, plan.ml, plan.tile, plan.work, shape, W * N, heads,
-           tiles <= n_sms, share);
+           COMBINE_WARPS * 32, 0, a, W * N, tiles <= n_sms, share);
 }
 
 void mla_attend(bf16 *u, const bf16 *query, const bf16 *cache, float scale, int heads,
                 const Batch *b) {
-    if (many_columns(heads, step.prompts)) attend<32, 2>(u, query, cache, scale, heads, b);
-    else attend<16, 1>(u, query, cache, scale, heads, b);
+    Shape shape = shape_of(heads, step.prompts);
+    Attend a = {u, query, cache, b->pages, b->position, plan.tile, plan.work, plan.part, plan.ml,
+                scale * (float)M_LOG2E, shape, heads};
+    if (many_columns(heads, step.prompts)) attend<32, 2>(a, b->n * shape.slices);
+    else attend<16, 1>(a, b->n * shape.slices);
 }
 
 // ---- The stages: products ------------------------------------------------------------------------
@@ -2235,24 +2194,23 @@ static Wide wide_of(const Act *a, Weights w, Slots s) {
 }
 
 // Few tiles would leave most of the chip idle: K is split, each part at least 4 blocks.
-static int wide_parts(const Weights *w, int n) {
-    int tiles = units(w->strips, 8) * units(n, WIDE_SLOTS);
+static int k_parts(const Weights *w, int tiles) {
     return max_int(1, min_int(n_sms / tiles, w->blocks / 4));
 }
 
 void linear(bf16 *y, const Act *a, const Linear *w, int n) {
     assert(a->cols == w->in);
-    if (w->dtype == DTYPE_BF16 || n <= SKINNY_ROWS) {
-        Skinny p = skinny_of(a, weights(w), all_rows(n), w->dtype);
-        p.y = y;
-        run_skinny(&p, w->dtype);
-        return;
-    }
-    Wide p = wide_of(a, weights(w), all_rows(n));
-    p.parts = wide_parts(&p.w, n);
+    Skinny p = skinny_of(a, weights(w), all_rows(n), w->dtype);
+    Wide q = wide_of(a, p.w, p.s);
+    bool few = w->dtype == DTYPE_BF16 || n <= SKINNY_ROWS;
+    if (n > 8 && few) p.parts = k_parts(&p.w, units(p.w.strips, 4) * units(n, SKINNY_ROWS));
+    q.parts = k_parts(&q.w, units(q.w.strips, 8) * units(n, WIDE_SLOTS));
     p.y_f32 = p.parts > 1, p.y = p.y_f32 ? (void *)scratch : y;
-    run_wide(&p);
-    if (p.y_f32) launch(add_parts, units(n * w->out, 4 * 256), 256, 0, y, scratch, p.parts, n * w->out);
+    q.y_f32 = q.parts > 1, q.y = q.y_f32 ? (void *)scratch : y;
+    if (few) run_skinny(&p, w->dtype);
+    else run_wide(&q);
+    int parts = few ? p.parts : q.parts;
+    if (parts > 1) launch(add_parts, units(n * w->out, 4 * 256), 256, 0, y, scratch, parts, n * w->out);
 }
 
 // out f32 [parts][n][w.out] = rows of a, unquantised, times a bf16 matrix, to be summed over parts.
@@ -2282,7 +2240,7 @@ void mlp(bf16 *y, Act *h, const Act *a, const Mlp *m, int n) {
         run_skinny(&p, DTYPE_F8_E4M3);
     } else {
         Wide p = wide_of(a, w, all_rows(n));
-        p.parts = wide_parts(&w, n), p.y = scratch, p.y_f32 = true;
+        p.parts = k_parts(&w, units(w.strips, 8) * units(n, WIDE_SLOTS)), p.y = scratch, p.y_f32 = true;
         run_wide(&p);
         parts = p.parts;
     }
@@ -2312,9 +2270,8 @@ static int experts_few_up(const Act *a, Weights up, Slots s) {  // parts that it
 static void experts_few_down(bf16 *y, const Act *h, Weights down, Slots s, const float *weight) {
     s.gather = false;  // h lies in slots
     Skinny p = skinny_of(h, down, s, DTYPE_F8_E4M3);
-    p.y = y, p.shift = 2, p.weight = weight;
-    if (s.n <= 8) launch_skinny<true, true, 1>(&p);
-    else launch_skinny<true, true, 4>(&p);
+    p.y = y, p.weight = weight;
+    launch_skinny<true, true, 2>(&p);
 }
 
 // More rows make tiles for each expert. Their products go through memory, f32 on the way to h,
@@ -2391,7 +2348,7 @@ typedef struct { int n_experts, group_size, topk_group, k, parts; float scale; }
 static __device__ float route_score(const float *product, size_t stride, int parts) {
     float sum = product[0];
     for (int p = 1; p < parts; p++) sum += product[p * stride];
-    return 1 / (1 + expf(-sum));
+    return __frcp_rn(1 + expf(-sum));
 }
 
 // Finds the largest key of all lanes, for each of them the lowest lane that has it.
@@ -2406,33 +2363,37 @@ static __device__ int vote(uint32_t key) {
 template <int EACH>
 static __global__ void route_kernel(Routing r, const float *product, const float *bias,
                                     RouteDims d) {
+    __shared__ int chosen[WARP];
+    __shared__ float score[EACH * WARP];
     const uint32_t none = order(-INFINITY);
-    int row = blockIdx.x, lane = threadIdx.x, lanes = d.group_size / EACH, group = lane / lanes;
+    int lane = threadIdx.x, lanes = d.group_size / EACH, group = lane / lanes * lanes;
     size_t stride = (size_t)gridDim.x * d.n_experts;  // from part to part
     uint32_t key[EACH], best = none, second = none;
-    float score[EACH], mine = 0;
+    float add[EACH], total = 0;
     bool open = false;
-    int chosen = 0;
-    product += (size_t)row * d.n_experts;
+    product += (size_t)blockIdx.x * d.n_experts;
     launch_dependents();
+#pragma unroll
+    for (int j = 0; j < EACH; j++)
+        add[j] = lane * EACH + j < d.n_experts ? bias[lane * EACH + j] : 0;
     grid_wait();
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
         int e = lane * EACH + j;
-        score[j] = e < d.n_experts ? route_score(product + e, stride, d.parts) : 0;
-        key[j] = e < d.n_experts ? order(score[j] + bias[e]) : 0;
+        score[e] = e < d.n_experts ? route_score(product + e, stride, d.parts) : 0;
+        key[j] = e < d.n_experts ? order(score[e] + add[j]) : 0;
         second = max(second, min(best, key[j])), best = max(best, key[j]);
     }
     uint32_t own_best = best, own_second = second;
-    for (int i = 1; i < lanes; i++) {  // with the group's other lanes, one after the other
-        int other = group * lanes + (lane - group * lanes + i) % lanes;
+    for (int i = 1, other = lane; i < lanes; i++) {  // with the group's other lanes, in a ring
+        other = other + 1 < group + lanes ? other + 1 : group;
         uint32_t b = __shfl_sync(~0u, own_best, other), s = __shfl_sync(~0u, own_second, other);
         second = max(max(second, s), min(best, b)), best = max(best, b);
     }
     uint32_t group_key = order(order_value(best) + order_value(second));
     if (lane * EACH >= d.n_experts) group_key = 0;
     for (int i = 0; i < d.topk_group; i++)
-        if (vote(group_key) / lanes == group) open = true, group_key = 0;
+        if ((unsigned)(vote(group_key) - group) < (unsigned)lanes) open = true, group_key = 0;
 #pragma unroll
     for (int j = 0; j < EACH; j++)
         if (!open) key[j] = min(key[j], none);
@@ -2440,25 +2401,20 @@ static __global__ void route_kernel(Routing r, const float *product, const float
         uint32_t top = key[0];
         int at = 0;
 #pragma unroll
-        for (int j = 1; j < EACH; j++)
-            if (key[j] > top) top = key[j], at = j;
-        int owner = vote(top);
-        float weight = score[0];
+        for (int j = 1; j < EACH; j++) top = max(top, key[j]);
 #pragma unroll
-        for (int j = 0; j < EACH; j++)
-            if (j == at) {
-                weight = score[j];
-                if (lane == owner) key[j] = 0;
-            }
-        int e = __shfl_sync(~0u, lane * EACH + at, owner);
-        weight = __shfl_sync(~0u, weight, owner);
-        if (lane == i) chosen = e, mine = weight;
+        for (int j = EACH - 1; j >= 0; j--) at = key[j] == top ? j : at;
+        bool own = lane == vote(top);
+#pragma unroll
+        for (int j = 0; j < EACH; j++) key[j] = own && j == at ? 0 : key[j];
+        if (own) chosen[i] = lane * EACH + at;
     }
-    float total = 0;
-    for (int i = 0; i < d.k; i++) total += __shfl_sync(~0u, mine, i);
+    __syncwarp();
+    float weight = lane < d.k ? score[chosen[lane]] : 0;
+    for (int i = 0; i < d.k; i++) total += __shfl_sync(~0u, weight, i);
     if (lane >= d.k) return;
-    r.expert[row * d.k + lane] = chosen;
-    r.weight[row * d.k + lane] = mine / (total + 1e-20f) * d.scale;
+    r.expert[blockIdx.x * d.k + lane] = chosen[lane];
+    r.weight[blockIdx.x * d.k + lane] = weight / (total + 1e-20f) * d.scale;
 }
 
 // A block makes one expert's list: it counts the choices of smaller experts, which is where the list
@@ -2690,11 +2646,11 @@ static __host__ __device__ bool penalised(const Sampling *s) {
                          s->presence_penalty != 0);
 }
 
-static __device__ int choose(Team *t, float *l, const Sampling *s, int vocab) {
+static __device__ int choose(Team *t, float *l, const Sampling *s, uint64_t best, int vocab) {
     if (penalised(s)) penalise(t, l, s);
     for (int i = 0; i < s->n_bias; i++) team_add(t, s->bias_id[i], s->bias[i]);
     for (int i = 0; i < s->n_banned; i++) team_add(t, s->banned[i], -INFINITY);
-    uint64_t best = team_best(t, UINT64_MAX);
+    if (penalised(s) || s->n_bias || s->n_banned) best = team_best(t, UINT64_MAX);
     if (key_value(best) == -INFINITY) return -1;  // all that were finite are banned
     if (s->temperature < 1e-6f || s->top_k == 1) return key_id(best);
     return draw(t, s, best, vocab);
@@ -2735,15 +2691,15 @@ static __global__ void __cluster_dims__(TEAM) __launch_bounds__(TEAM_THREADS)
     const Sampling *s = &sampling[blockIdx.y];
     int n = units(vocab, TEAM * QUAD) * QUAD, first = blockIdx.x * n;
     Team t = {part, first, max(min(n, vocab - first), 0), n, blockIdx.x == 0 && threadIdx.x == 0, 0};
-    uint64_t broken = 0;
+    uint64_t best = 0;
     l += (size_t)blockIdx.y * stride, out += blockIdx.y;
     row_load(&t, l);
-    for (int i = threadIdx.x; i < t.n; i += TEAM_THREADS)
-        broken |= t.v[i] != t.v[i] || t.v[i] == INFINITY;
-    broken = team_all<uint64_t, larger>(&t, broken);
-    uint64_t best = team_best(&t, UINT64_MAX);
-    bool good = !broken && key_value(best) != -INFINITY;
-    int id = !good ? -1 : s->given ? *s->given : choose(&t, l, s, vocab);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < t.n; i += TEAM_THREADS)  // NaN becomes infinity, and that an error
+        best = larger(best, id_key(t.v[i] != t.v[i] ? INFINITY : t.v[i], first + i));
+    best = team_all<uint64_t, larger>(&t, best);
+    bool good = isfinite(key_value(best));
+    int id = !good ? -1 : s->given ? *s->given : choose(&t, l, s, best, vocab);
     int n_top = id < 0 || s->top_logprobs < 0 ? 0 : min(s->top_logprobs, vocab);
     if (t.leader) out->id = id, out->logprob = 0, out->n_top = n_top;
     if (id >= 0 && s->top_logprobs >= 0) list_logprobs(&t, out, l, id, n_top, best);

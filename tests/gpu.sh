@@ -46,6 +46,6 @@ for name in rows routes; do
         build/cuda/test_cuda $name 1
 done
 part bench 60 build/cuda/test_cuda bench
-grep -h '^note' $logs/bench
+grep -h '^note' $logs/model $logs/bench
 echo "$table"
 exit $failed

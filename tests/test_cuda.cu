@@ -607,7 +607,12 @@ static void test_sample(void) {
 
 // ---- The whole model ----------------------------------------------------------------------------
 
-typedef struct { double error, size; int rows, equal; } ModelTally;
+typedef struct { float error[1024]; int rows, equal; } ModelTally;  // of each row, relative rms
+
+static int ascending(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
 
 static int best_of(const float *l, int n) {
     int best = 0;
@@ -623,57 +628,63 @@ static void model_compare(Model *m, Model *ref, const Batch *b, ModelTally *t) {
     float *got = (float *)fetch(m->logits, (size_t)b->n_out * vocab * sizeof *got);
     for (int row = 0; row < b->n_out; row++) {
         const float *x = got + (size_t)row * vocab, *y = ref->logits + (size_t)row * vocab;
+        double error = 0, size = 0;
         for (int i = 0; i < vocab; i++)
-            t->error += (x[i] - y[i]) * (double)(x[i] - y[i]), t->size += y[i] * (double)y[i];
-        t->equal += best_of(x, vocab) == best_of(y, vocab), t->rows++;
+            error += (x[i] - y[i]) * (double)(x[i] - y[i]), size += y[i] * (double)y[i];
+        t->error[t->rows++] = sqrt(error / size);
+        t->equal += best_of(x, vocab) == best_of(y, vocab);
     }
     free(got);
 }
 
-// tiny-r1: prompts of three sequences in chunks of uneven size, then decoding steps of all numbers
-// of rows up to three, four times each, of which three come from a recording. A bf16 result that
-// was rounded the other way puts some e4m3 of the next product on the other side of a border, 6 %
-// away; that leaves the logits a per cent or so apart.
+static const char conversation[] =
+    "<\uff5cUser\uff5c>How many r are there in strawberry ?<\uff5cAssistant\uff5c><think>\n"
+    "Let me spell the word and count each \"r\".\n1. s: 0\n2. t: 0\n3. r: 1\n4. a: 1\n5. w: 1\n"
+    "6. b: 1\n7. e: 1\n8. r: 2\n9. r: 3\n10. y: 3\nThe count is 3.\n</think>\n\nThe letter \"r\" "
+    "appears **3** times in \"strawberry\".";
+
+// tiny-r1 over a conversation that it knows, three sequences of it, each begun one token later: in
+// chunks of uneven size, then in decoding steps of all numbers of rows up to three, some times each,
+// so that most come from a recording. A bf16 result that was rounded the other way puts some e4m3 of
+// the next product on the other side of a border, 6 % away, and a router's near tie may go the other
+// way: that is seldom, so most rows must be very near and the tokens the same.
 static void test_model(void) {
-    enum { SEQUENCES = 3, LENGTH = 150, PAGES = 4, DECODED = 12 };
+    enum { SEQUENCES = 3, PAGES = 4, TAIL = 20 };
     Model *m = model_load("tiny-r1", false, 256, 256, SEQUENCES * PAGES, NULL);
     Model *ref = ref_model_load("tiny-r1", false, 256, 256, SEQUENCES * PAGES, NULL);
-    int id[256], position[256], seq[256], out[256], pages[SEQUENCES * PAGES], done = 0;
+    Tokenizer *tokenizer = tokenizer_load("tiny-r1");
+    int id[256], position[256], seq[256], out[256], pages[SEQUENCES * PAGES];
+    int done[SEQUENCES] = {0}, turn = 0;
+    Ids text = {};
     ModelTally prompt = {}, decode = {};
+    ids_add(&text, tokenizer_bos(tokenizer));
+    tokenizer_encode(tokenizer, &text, STR(conversation));
     for (int i = 0; i < 256; i++) out[i] = i;
     for (int i = 0; i < SEQUENCES * PAGES; i++) pages[i] = (i * 5 + 2) % (SEQUENCES * PAGES);
-    for (int chunk : {1, 7, 33, 64, 45}) {
-        int n = 0;
+    for (int end = text.len - SEQUENCES, n = 1; n > 0; turn++) {
+        static const int chunks[] = {1, 7, 33, 64};
+        n = 0;
         for (int s = 0; s < SEQUENCES; s++)
-            for (int i = 0; i < chunk; i++, n++)
-                id[n] = (noise() + 1) / 2 * 500, position[n] = done + i, seq[n] = s;
+            for (int i = 0; i < chunks[turn % 4] && done[s] < end - TAIL; i++, n++)
+                id[n] = text.data[s + done[s]], position[n] = done[s]++, seq[n] = s;
+        for (int s = 0; s <= turn % SEQUENCES && !n && done[s] < end; s++, n++)
+            id[n] = text.data[s + done[s]], position[n] = done[s]++, seq[n] = s;
         Batch b = {n, id, position, seq, pages, PAGES, out, n};
-        model_compare(m, ref, &b, &prompt);
-        done += chunk;
+        if (n) model_compare(m, ref, &b, done[0] <= end - TAIL ? &prompt : &decode);
     }
-    int length[SEQUENCES] = {done, done, done};
-    for (int i = 0; i < DECODED; i++) {
-        int n = i % SEQUENCES + 1;
-        for (int s = 0; s < n; s++)
-            id[s] = (noise() + 1) / 2 * 500, position[s] = length[s]++, seq[s] = s;
-        Batch b = {n, id, position, seq, pages, PAGES, out, n};
-        model_compare(m, ref, &b, &decode);
+    for (ModelTally *t : {&prompt, &decode}) {
+        qsort(t->error, t->rows, sizeof(float), ascending);
+        float median = t->error[t->rows / 2], most = t->error[t->rows * 9 / 10];
+        printf("note: %s: logits are %.2g off in the middle of %d rows, %.2g in a tenth; %d times the "
+               "same token\n", t == &prompt ? "prompts" : "decoding", median, t->rows, most, t->equal);
+        CHECK(t->rows > 20 && median <= 0.03 && most <= 0.1, "%d rows, %g, %g", t->rows, median, most);
+        CHECK(t->equal * 100 >= t->rows * 97, "%d of %d", t->equal, t->rows);
     }
-    double error[] = {sqrt(prompt.error / prompt.size), sqrt(decode.error / decode.size)};
-    printf("note: logits: %.2g relative rms in prompts, %.2g decoding; %d of %d and %d of %d times the "
-           "same token\n", error[0], error[1], prompt.equal, prompt.rows, decode.equal, decode.rows);
-    CHECK(error[0] <= 0.05 && error[1] <= 0.05, "%g, %g", error[0], error[1]);
-    CHECK(prompt.equal * 100 >= prompt.rows * 95 && decode.equal * 100 >= decode.rows * 90,
-          "%d of %d, %d of %d", prompt.equal, prompt.rows, decode.equal, decode.rows);
     model_free(m), ref_model_free(ref);
+    tokenizer_free(tokenizer), free(text.data);
 }
 
 // ---- Times --------------------------------------------------------------------------------------
-
-static int ascending(const void *a, const void *b) {
-    float x = *(const float *)a, y = *(const float *)b;
-    return (x > y) - (x < y);
-}
 
 // Microseconds of one call among REPEAT in a graph: median of ROUNDS replays. What these kernels read
 // was written just before in a step, too, so it may lie in L2.
