@@ -667,7 +667,7 @@ static void test_model(void) {
         for (int s = 0; s < SEQUENCES; s++)
             for (int i = 0; i < chunks[turn % 4] && done[s] < end - TAIL; i++, n++)
                 id[n] = text.data[s + done[s]], position[n] = done[s]++, seq[n] = s;
-        for (int s = 0; s <= turn % SEQUENCES && !n && done[s] < end; s++, n++)
+        for (int s = 0, prefills = n; s <= turn % SEQUENCES && !prefills && done[s] < end; s++, n++)
             id[n] = text.data[s + done[s]], position[n] = done[s]++, seq[n] = s;
         Batch b = {n, id, position, seq, pages, PAGES, out, n};
         if (n) model_compare(m, ref, &b, done[0] <= end - TAIL ? &prompt : &decode);
