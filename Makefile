@@ -11,7 +11,8 @@ endif
 ARCH ?= -march=native
 SAN ?= 0
 NVCC ?= nvcc
-CUDA ?= $(shell test -e /proc/driver/nvidia/version && command -v $(NVCC) >/dev/null && echo 1 || echo 0)
+DRIVER := /proc/driver/nvidia/version
+CUDA ?= $(shell test -e $(DRIVER) && command -v $(NVCC) >/dev/null && echo 1 || echo 0)
 TWIN := kernels
 LINK = $(CC) $(CFLAGS)
 ifeq ($(SAN),1)
@@ -29,7 +30,8 @@ endif
 # -ffp-contract=off: a product and a sum round one by one, the same on every processor.
 CFLAGS := -std=gnu11 -g $(OPT) $(ARCH) -ffp-contract=off -Wall -Wextra -Wshadow -Wstrict-prototypes
 LIBS := -lm -lpthread
-NVCCFLAGS := -gencode arch=compute_90a,code=sm_90a -O3 -std=c++17 -lineinfo -Xcompiler -Wall,-Wextra,-Wshadow
+NVCCFLAGS := -gencode arch=compute_90a,code=sm_90a -O3 -std=c++17 -lineinfo \
+    -Xcompiler -Wall,-Wextra,-Wshadow
 
 # Other flags or another compiler make everything anew: objects depend on a file that holds them.
 FLAGS := $(BUILD)/flags
@@ -79,7 +81,7 @@ $(BUILD)/test_http: tests/test_http.c tests/test.h r1.h $(patsubst %,$(BUILD)/%.
 $(BUILD)/test_kernels: tests/test_kernels.c tests/test.h kernels.c r1.h $(BUILD)/json.o
 	$(CC) $(CFLAGS) $< $(BUILD)/json.o -o $@ $(LIBS)
 
-# It includes kernels.cu and compares it with r1.c on the C twin, all of whose names get "ref_" in front.
+# It includes kernels.cu and compares it with r1.c on the C twin, whose names all get "ref_" in front.
 $(BUILD)/ref.o: $(BUILD)/r1_test.o $(BUILD)/kernels.o
 	ld -r $^ -o $@
 	nm -g --defined-only $@ | sed 's/.* \(.*\)/\1 ref_\1/' >$(BUILD)/ref_names

@@ -497,8 +497,9 @@ void rope_angles(float *rope, const float *inv_freq, const int *position, int n)
         }
 }
 
-// Neighbours are a pair: (x[2i], x[2i+1]) turns by the i-th angle. (Where gcc 12 sees this pattern, it
-// takes an instruction that rounds product and sum as one, whatever -ffp-contract says.)
+// Neighbours are a pair: (x[2i], x[2i+1]) turns by the i-th angle. (Where gcc 12's vectoriser sees
+// this pattern, it takes an instruction that rounds product and sum as one, whatever -ffp-contract
+// says.)
 __attribute__((optimize("no-tree-vectorize")))
 static void rotate(bf16 *out, const bf16 *x, const float *rope) {
     for (int i = 0; i < ROPE_DIM; i += 2) {

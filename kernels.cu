@@ -1,5 +1,5 @@
-// kernels.cu: the stages of kernels.c on a Hopper GPU (sm_90a), under the same names and in the same
-// order. What a stage means stands there; here stands what makes it fast.
+// kernels.cu: the stages of kernels.c on a Hopper GPU (sm_90a), under the same names. What a stage
+// means stands there; here stands what makes it fast.
 //
 // The one idea: a step of R1 is bound by memory, so memory holds everything as the multiprocessors
 // want to have it. Weights are repacked once, while they are loaded, into strips of 16 rows whose
@@ -28,18 +28,20 @@ extern "C" {
 
 enum {
     WARP = 32,
-    MAX_SHARED = 227 << 10,  // bytes that a block can have
-    ROW_BYTES = 128,              // bytes of a row that lie together: the width of the swizzle
-    STRIP = 16,              // rows of a weight matrix that lie together
-    CHUNK = 8,               // bf16 values of a 16-byte load
-    MAX_COLS = 1024 * CHUNK, // of a row that a block norms
-    TOKEN_PAD = 128,         // an Act has room for whole tiles of tokens
+    MAX_SHARED = 227 << 10,   // bytes that a block can have
+    ROW_BYTES = 128,          // of a row that lie together: the width of the swizzle
+    STRIP = 16,               // rows of a weight matrix that lie together
+    CHUNK = 8,                // bf16 values of a 16-byte load
+    MAX_COLS = 1024 * CHUNK,  // of a row that a block norms
+    TOKEN_PAD = 128,          // an Act has room for whole tiles of tokens
     PAGE_BYTES = PAGE * CACHE_DIM * 2,
 };
 
 static __host__ __device__ int min_int(int a, int b) { return a < b ? a : b; }
 static __host__ __device__ int max_int(int a, int b) { return a > b ? a : b; }
-static __host__ __device__ int units(size_t n, int per_unit) { return (n + per_unit - 1) / per_unit; }
+static __host__ __device__ int units(size_t n, int per_unit) {
+    return (n + per_unit - 1) / per_unit;
+}
 
 // ---- The device ---------------------------------------------------------------------------------
 // One stream takes all work in order, so nothing but the host ever waits.
@@ -55,7 +57,7 @@ static void check(cudaError_t error, const char *what) {
 void device_init(void) {
     int major = 0, minor = 0;
     if (stream) return;
-    // All kernels are loaded now: the first call of one could not load it while a graph is recorded.
+    // All kernels are loaded now: while a graph is recorded, a first call could not load its own.
     setenv("CUDA_MODULE_LOADING", "EAGER", 0);
     check(cudaSetDevice(0), "the first GPU");
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attributes");
@@ -84,12 +86,13 @@ void device_free(void *p) { check(cudaFree(p), "free"); }
 
 // Starts a kernel that may begin while the one before it ends.
 template <typename... Wanted, typename... Given>
-static void launch(void (*kernel)(Wanted...), dim3 grid, int threads, size_t shared, Given... args) {
+static void launch(void (*kernel)(Wanted...), dim3 grid, int threads, size_t shared,
+                   Given... args) {
     cudaLaunchAttribute early = {};
     early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     early.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config = {grid, dim3(threads), shared, stream, &early, 1};
-    if (shared > 48 << 10) {  // what a kernel gets without asking; for what it asks once, it may keep
+    if (shared > 48 << 10) {  // what a kernel gets without asking
         cudaFuncAttributes a;
         check(cudaFuncGetAttributes(&a, kernel), "kernel");
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -100,6 +103,10 @@ static void launch(void (*kernel)(Wanted...), dim3 grid, int threads, size_t sha
 
 // ---- PTX ----------------------------------------------------------------------------------------
 
+// What earlier kernels wrote is there behind grid_wait, and every kernel calls it: one that did not
+// would let the next but one run too early. launch_dependents lets the next kernel's blocks come
+// up; a kernel that calls it behind its own wait gives them more, since what was written before it
+// is then there for them from the start.
 static __device__ void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 static __device__ void launch_dependents() {
@@ -130,7 +137,8 @@ static __device__ void bar_arrive(uint64_t *bar) {
 static __device__ void bar_wait(uint64_t *bar, int parity) {
     asm volatile("{ .reg .pred p;\n"
                  "W%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-                 "@p bra D%=;\n bra W%=;\n D%=: }" ::"r"(smem_address(bar)), "r"(parity) : "memory");
+                 "@p bra D%=;\n bra W%=;\n D%=: }" ::"r"(smem_address(bar)),
+                 "r"(parity) : "memory");
 }
 
 static __device__ void bulk_load(void *dst_smem, const void *src, uint32_t bytes, uint64_t *bar) {
@@ -156,7 +164,9 @@ template <int N> static __device__ void copies_wait() {  // all but this thread'
 }
 
 // wgmma reads shared memory past the ordinary path: what ordinary stores wrote must be fenced.
-static __device__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+static __device__ void fence_async() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 
 static __device__ void sync_threads(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -298,8 +308,7 @@ static __device__ int swizzle_chunk(int r, int c) { return c ^ (r & 7); }
 
 static __device__ void unpack8(float v[CHUNK], uint4 chunk) {
     const uint32_t pair[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-    for (int i = 0; i < 4; i++)
-        v[2 * i] = __uint_as_float(pair[i] << 16), v[2 * i + 1] = __uint_as_float(pair[i] & ~0xffffu);
+    for (int i = 0; i < 4; i++) v[2 * i] = bf16_low(pair[i]), v[2 * i + 1] = bf16_high(pair[i]);
 }
 
 static __device__ uint4 pack8(const float v[CHUNK]) {
@@ -438,8 +447,8 @@ static int batch_run(const Batch *b, int first, int *pages) {
     return i;
 }
 
-// Of the page tables only what is used is sent, one run behind the other: on the device max_pages is
-// 1, and a row's seq is where its run begins.
+// Of the page tables only what is used is sent, one run behind the other: on the device max_pages
+// is 1, and a row's seq is where its run begins.
 bool step_begin(Batch *placed, const Batch *b) {
     size_t rows = mail_bytes(b->n * sizeof(int)), out = mail_bytes(b->n_out * sizeof(int));
     int pages, total = 0;
@@ -583,8 +592,8 @@ static bf16 round_half(float f) {
     return f != f ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-// Brings n values to the device, f32 ones as bf16, and returns which buffer holds them. When all that
-// reads it is in the stream, its event `used` has to be recorded.
+// Brings n values to the device, f32 ones as bf16, and returns which buffer holds them. When all
+// that reads it is in the stream, its event `used` has to be recorded.
 static int upload_next(const uint8_t *src, DType dtype, size_t n) {
     int i = upload.turn ^= 1;
     size_t bytes = n * (dtype == DTYPE_F8_E4M3 ? 1 : 2);
@@ -602,9 +611,9 @@ static int upload_next(const uint8_t *src, DType dtype, size_t n) {
     return i;
 }
 
-// Row r of a matrix goes to row r / group x 16 + r mod group + offset of dst: all 16 rows of a strip
-// (group 16), or 8 rows of gate_proj (offset 0) and 8 of up_proj (offset 8), which SwiGLU then finds
-// in one thread's registers. A thread moves 16 bytes. Cost: read and write of every byte.
+// Row r of a matrix goes to row r / group x 16 + r mod group + offset of dst: all 16 rows of a
+// strip (group 16), or 8 rows of gate_proj (offset 0) and 8 of up_proj (offset 8), so that values
+// that belong together come out side by side. A thread moves 16 bytes; bound by memory, once.
 static __global__ void repack_kernel(uint8_t *dst, const uint8_t *src, int first, int n,
                                      int row_bytes, int group, int offset) {
     int per_row = row_bytes / 16;
@@ -621,7 +630,8 @@ static __global__ void repack_kernel(uint8_t *dst, const uint8_t *src, int first
 static size_t place_rows(uint8_t *dst, const uint8_t *src, DType dtype, size_t rows, size_t cols,
                          Place as, int group, int offset) {
     enum { THREADS = 256 };
-    size_t row_bytes = cols * (dtype == DTYPE_F8_E4M3 ? 1 : 2), whole = as == PLACE_KV_B ? KV_DIM : 1;
+    size_t row_bytes = cols * (dtype == DTYPE_F8_E4M3 ? 1 : 2);
+    size_t whole = as == PLACE_KV_B ? KV_DIM : 1;  // rows that stay together
     size_t most = UPLOAD_BYTES / (row_bytes * whole) * whole;
     for (size_t first = 0, n; first < rows; first += n) {
         n = rows - first < most ? rows - first : most;
@@ -667,7 +677,8 @@ static size_t scale_bytes(const Linear *w) {
 }
 
 // Places a matrix and its scales there, and lets w point to them.
-static size_t linear_move(Linear *w, uint8_t *data, uint8_t *scale, Place as, int group, int offset) {
+static size_t linear_move(Linear *w, uint8_t *data, uint8_t *scale, Place as, int group,
+                          int offset) {
     size_t bytes = place_rows(data, w->data, w->dtype, w->out, w->in, as, group, offset);
     bytes += place_bytes(scale, w->scale, scale_bytes(w));
     *w = (Linear){w->out, w->in, w->dtype == DTYPE_F32 ? DTYPE_BF16 : w->dtype, data, scale};
@@ -682,7 +693,7 @@ size_t place_linear(Linear *w, Place as) {
 }
 
 // A layer's experts lie side by side, so that a kernel finds number e at base + e x size, and the
-// shared one is number n. Gate and up are one matrix of twice the rows; their scales are two arrays.
+// shared one is number n. Gate and up are one matrix of twice the rows, with two arrays of scales.
 size_t place_mlp(Mlp *m, int n, Mlp *shared) {
     uint8_t *data = NULL;
     size_t bytes = 0, all = n + (shared != NULL);
@@ -747,7 +758,7 @@ static __device__ int slot_row(const Slots &s, int slot) {
 }
 
 // Writes the experts' tiles into the table, experts ascending, and returns how many there are; and
-// the slots' rows into row_of, if that is wanted. Tiles start at multiples of `align`: the first may
+// the slots' rows into row_of, if wanted. Tiles start at multiples of `align`: the first may
 // begin with slots of the expert before. All threads of the block come here, at least as many as
 // there are experts.
 static __device__ int list_entries(const Slots &s, Entry *table, int tile, int align,
@@ -836,7 +847,8 @@ template <bool DOWN> static __device__ Item first_item(const Skinny &p) {
     return DOWN ? (Item){0, 0, (int)blockIdx.x, 0, 0, p.w.blocks} : item_at(p, blockIdx.x);
 }
 
-template <bool DOWN> static __device__ bool has_item(const Skinny &p, const Item &item, int entries) {
+template <bool DOWN>
+static __device__ bool has_item(const Skinny &p, const Item &item, int entries) {
     return DOWN ? item.group < p.groups : item.entry < entries;
 }
 
@@ -1130,7 +1142,8 @@ template <int GROUPS>
 static __device__ WideTile wide_tile(const Wide &p, const Entry *table, int i) {
     int strips = GROUPS * 4, columns = (p.w.strips + strips - 1) / strips;
     int part = i % p.parts, block = part * p.part_blocks;
-    return (WideTile){entry_at(p.s, table, WIDE_SLOTS, i / p.parts / columns), i / p.parts % columns * strips,
+    return (WideTile){entry_at(p.s, table, WIDE_SLOTS, i / p.parts / columns),
+                      i / p.parts % columns * strips,
                   part, block, min(block + p.part_blocks, p.w.blocks)};
 }
 
@@ -1139,7 +1152,8 @@ static __device__ WideTile wide_tile(const Wide &p, const Entry *table, int i) {
 template <int GROUPS>
 static __device__ void wide_produce(const Wide &p, const Entry *table, int tiles,
                                     WideStage<GROUPS> *ring, uint64_t *full, uint64_t *empty) {
-    int thread = threadIdx.x, chunk = thread % 8, slot = 0, parity = 1, behind = -LAG, row[8], scale_row = 0;
+    int thread = threadIdx.x, chunk = thread % 8, slot = 0, parity = 1, behind = -LAG, row[8];
+    int scale_row = 0;
     for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
         WideTile t = wide_tile<GROUPS>(p, table, i);
         if (p.s.gather) {
@@ -1148,10 +1162,12 @@ static __device__ void wide_produce(const Wide &p, const Entry *table, int tiles
                 row[k] = slot_row(p.s, min(t.entry.slot + k * 16 + thread / 8, last));
             scale_row = slot_row(p.s, min(t.entry.slot + thread, last));
         }
-        int strips = min(GROUPS * 4, p.w.strips - t.strip), rows = min(WIDE_SLOTS, p.x_stride - t.entry.slot);
+        int strips = min(GROUPS * 4, p.w.strips - t.strip);
+        int rows = min(WIDE_SLOTS, p.x_stride - t.entry.slot);
         size_t w_scale = t.entry.expert * p.w.expert_scales +
                          (t.strip + thread / 2) / p.w.scale_strips * p.w.blocks;
-        const uint8_t *w = p.w.data + t.entry.expert * p.w.expert_bytes + (size_t)t.strip * p.w.blocks * UNIT;
+        const uint8_t *w = p.w.data + t.entry.expert * p.w.expert_bytes +
+                           (size_t)t.strip * p.w.blocks * UNIT;
         for (int block = t.block; block < t.end; block++) {
             WideStage<GROUPS> *stage = &ring[slot];
             bar_wait(&empty[slot], parity);
@@ -1194,7 +1210,8 @@ static __device__ void wide_produce(const Wide &p, const Entry *table, int tiles
 }
 
 // A warp's 16 columns of y for the tile's slots: transposed in shared memory, 32 slots at a time.
-static __device__ void wide_store(const Wide &p, const WideTile &t, int strip, int first, uint8_t *staging,
+static __device__ void wide_store(const Wide &p, const WideTile &t, int strip, int first,
+                                  uint8_t *staging,
                                   const float sum[64]) {
     int lane = threadIdx.x % 32, out = p.w.strips * STRIP, end = t.entry.slot + t.entry.rows;
 #pragma unroll
@@ -1209,9 +1226,10 @@ static __device__ void wide_store(const Wide &p, const WideTile &t, int strip, i
             continue;
         }
         if (j % 2) continue;
-        uint32_t to = smem_address(staging) + ((j % 4 + lane / 16) * 8 + lane % 8) * 32 + lane / 8 % 2 * 16;
+        uint32_t to = smem_address(staging) + ((j % 4 + lane / 16) * 8 + lane % 8) * 32 +
+                      lane / 8 % 2 * 16;
         const float *c = sum + 4 * j;
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1,%2,%3,%4};" ::
                      "r"(to), "r"(bf16_pair(c[0], c[1])), "r"(bf16_pair(c[2], c[3])),
                      "r"(bf16_pair(c[4], c[5])), "r"(bf16_pair(c[6], c[7])) : "memory");
         if (j % 4 == 0) continue;
@@ -1266,7 +1284,8 @@ static __device__ void wide_consume(const Wide &p, const Entry *table, int tiles
 }
 
 template <int GROUPS>
-static __global__ void __launch_bounds__(128 * (GROUPS + 1), 1) wide(const __grid_constant__ Wide p) {
+static __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
+wide(const __grid_constant__ Wide p) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];
     WideStage<GROUPS> *ring = (WideStage<GROUPS> *)smem;
@@ -1448,8 +1467,8 @@ static __device__ void act_norm(const Act &a, int token, float v[CHUNK], const f
     quantise8(a, token, c, v, c < chunks);
 }
 
-// A block takes a row, so that one exchange gives its sum of squares. Reads 28 KB and writes 35 KB a
-// row; at few rows only latency counts, which is one trip to L2 and one exchange.
+// A block takes a row, so that one exchange gives its sum of squares. Reads 28 KB and writes 35 KB
+// a row; at few rows only latency counts, which is one trip to L2 and one exchange.
 static __global__ void __launch_bounds__(1024, 2)
     add_norm_kernel(uint4 *x, Act a, const uint4 *y, const float *gain, float eps) {
     int c = threadIdx.x, chunks = a.cols / CHUNK;
@@ -1479,13 +1498,17 @@ void add_norm(bf16 *x, Act *a, const bf16 *y, const Vector *gain, float eps, int
 
 // ---- The stages: what is cached -----------------------------------------------------------------
 
-// Neighbours are a pair: (v[2i], v[2i+1]) turns by an angle; `angle` holds cosines and sines.
-static __device__ void rotate8(float v[CHUNK], const float *angle) {
-    for (int i = 0; i < CHUNK; i += 2) {
-        float re = v[i], im = v[i + 1], cosine = angle[i], sine = angle[i + 1];
-        v[i] = __fsub_rn(__fmul_rn(re, cosine), __fmul_rn(im, sine));
-        v[i + 1] = __fadd_rn(__fmul_rn(re, sine), __fmul_rn(im, cosine));
+// Neighbours are a pair, and each of the four pairs of a chunk turns by its angle; `rope` holds
+// cosines and sines. Products and sums are rounded one by one, as in kernels.c.
+static __device__ uint4 rotate_chunk(uint4 x, const float *rope) {
+    uint32_t in[4] = {x.x, x.y, x.z, x.w}, out[4];
+    for (int i = 0; i < 4; i++) {
+        float re = bf16_low(in[i]), im = bf16_high(in[i]);
+        float cosine = rope[2 * i], sine = rope[2 * i + 1];
+        out[i] = bf16_pair(__fsub_rn(__fmul_rn(re, cosine), __fmul_rn(im, sine)),
+                           __fadd_rn(__fmul_rn(re, sine), __fmul_rn(im, cosine)));
     }
+    return make_uint4(out[0], out[1], out[2], out[3]);
 }
 
 // Chunk c of a row's latent and key part goes into its page: [9 blocks of 64 dims][64 tokens][128
@@ -1493,7 +1516,7 @@ static __device__ void rotate8(float v[CHUNK], const float *angle) {
 static __device__ void cache_store(bf16 *cache, const Batch &b, int token, int c, uint4 chunk) {
     int position = b.position[token], t = position % PAGE;
     int page = b.pages[(size_t)b.seq[token] * b.max_pages + position / PAGE];
-    uint8_t *line = (uint8_t *)cache + (size_t)page * PAGE_BYTES + c / 8 * PAGE * ROW_BYTES + t * ROW_BYTES;
+    uint8_t *line = (uint8_t *)cache + (size_t)page * PAGE_BYTES + (c / 8 * PAGE + t) * ROW_BYTES;
     ((uint4 *)line)[c % 8 ^ t % 8] = chunk;
 }
 
@@ -1516,9 +1539,8 @@ static __global__ void __launch_bounds__(1024, 2)
     }
     uint4 latent = norm8(v, g, eps, LATENT_DIM);
     if (c >= LATENT_CHUNKS && c < ALL_CHUNKS) {  // k_pe is turned and not normed
-        unpack8(v, kv[token * ALL_CHUNKS + c]);
-        rotate8(v, rope + token * ROPE_DIM + (c - LATENT_CHUNKS) * CHUNK);
-        latent = pack8(v);
+        const float *angle = rope + token * ROPE_DIM + (c - LATENT_CHUNKS) * CHUNK;
+        latent = rotate_chunk(kv[token * ALL_CHUNKS + c], angle);
     }
     if (c < ALL_CHUNKS) cache_store(cache, b, token, c, latent);
 }
@@ -1526,11 +1548,12 @@ static __global__ void __launch_bounds__(1024, 2)
 void mla_latent(Act *qa, bf16 *cache, const bf16 *q, const bf16 *kv, const Vector *q_gain,
                 const Vector *kv_gain, float eps, const float *rope, const Batch *b) {
     int threads = row_threads(qa->cols), least = row_threads(CACHE_DIM);
-    launch(mla_latent_kernel, dim3(b->n, 2), threads > least ? threads : least, 0, *qa, cache, (const uint4 *)q, (const uint4 *)kv,
-           (const float *)q_gain->data, (const float *)kv_gain->data, eps, rope, *b);
+    launch(mla_latent_kernel, dim3(b->n, 2), max_int(threads, least), 0, *qa, cache,
+           (const uint4 *)q, (const uint4 *)kv, (const float *)q_gain->data,
+           (const float *)kv_gain->data, eps, rope, *b);
 }
 
-// ---- Queries and values: W_UK and W_UV ------------------------------------------------------------
+// ---- Queries and values: W_UK and W_UV ----------------------------------------------------------
 
 static __device__ void brick_load(Brick &a, const uint4 *bricks, int head, int brick) {
     const uint4 *p = bricks + ((size_t)head * BRICKS + brick) * FRAGMENTS * 32 + threadIdx.x % 32;
@@ -1561,18 +1584,6 @@ static __device__ void brick_product(float (&sum)[BRICK_STRIPS][4], const Brick 
 }
 
 // ---- mla_query ----------------------------------------------------------------------------------
-
-// Turns 8 consecutive values (4 pairs) of a head's q_pe by their row's angles, rounding one by one.
-static __device__ uint4 rotate_chunk(uint4 x, const float *rope) {
-    uint32_t in[4] = {x.x, x.y, x.z, x.w}, out[4];
-    for (int i = 0; i < 4; i++) {
-        float re = bf16_low(in[i]), im = bf16_high(in[i]);
-        float cosine = rope[2 * i], sine = rope[2 * i + 1];
-        out[i] = bf16_pair(__fsub_rn(__fmul_rn(re, cosine), __fmul_rn(im, sine)),
-                           __fadd_rn(__fmul_rn(re, sine), __fmul_rn(im, cosine)));
-    }
-    return make_uint4(out[0], out[1], out[2], out[3]);
-}
 
 enum { QUERY_WARPS = 4, QUERY_TILES = 4, QUERY_TOKENS = QUERY_TILES * TOKENS,
        CACHE_BLOCKS = CACHE_DIM / 64 };
@@ -1749,7 +1760,8 @@ static void mla_reserve(int rows, int heads) {
 static bool many_columns(int heads, bool prompts) { return prompts || heads > 16; }
 
 static Shape shape_of(int heads, bool prompts) {
-    int columns = min_int(units(heads, 8) * 8, MAX_COLUMNS), most = many_columns(heads, prompts) ? 64 : 16;
+    int columns = min_int(units(heads, 8) * 8, MAX_COLUMNS);
+    int most = many_columns(heads, prompts) ? 64 : 16;
     return (Shape){columns, units(heads, MAX_COLUMNS), heads > 64 ? 1 : most / columns,
                    many_columns(heads, prompts) ? 3 : 1};
 }
@@ -1869,8 +1881,7 @@ static __device__ void attend_load(AttendShared<N, W> *s, const Attend &a, const
                 bulk_load(s->page[k % STAGES], a.cache + page * PAGE * CACHE_DIM, PAGE_BYTES, full);
             }
             if (i > w.first) continue;
-            if (n_tiles == 0) grid_wait();
- launch_dependents();
+            if (n_tiles == 0) grid_wait(), launch_dependents();
             bar_wait(&s->q_empty, n_tiles % 2 ^ 1);
             if (lane == 0) bar_expect(&s->q_full, CACHE_BLOCKS * w.tile.slices * held * 128);
             __syncwarp();
@@ -2143,13 +2154,16 @@ void mla_attend(bf16 *u, const bf16 *query, const bf16 *cache, float scale, int 
     else attend<16, 1>(a, b->n * shape.slices);
 }
 
-// ---- The stages: products ------------------------------------------------------------------------
+// ---- The stages: products -----------------------------------------------------------------------
 
+// Room for what one stage's kernels leave to each other: sums of parts of K, the dense layers' gate
+// and up, or all experts' products where rows are many.
 static void products_reserve(int rows, const Config *c) {
     size_t few = min_int(rows, EXPERT_ROWS), slots = c->num_experts_per_tok + 1;
     size_t up = 2 * c->moe_intermediate_size, down = c->hidden_size / 2, pairs = rows * slots;
-    size_t sizes[] = {(size_t)n_sms * WIDE_SLOTS * WIDE_SLOTS, 2 * (size_t)rows * c->intermediate_size,
-                      4 * few * slots * up, pairs + 64 + pairs * (up > down ? up : down)}, most = 0;
+    size_t sizes[] = {(size_t)n_sms * WIDE_SLOTS * WIDE_SLOTS,
+                      2 * (size_t)rows * c->intermediate_size, 4 * few * slots * up,
+                      pairs + 64 + pairs * (up > down ? up : down)}, most = 0;
     for (size_t size : sizes) most = size > most ? size : most;
     scratch = (float *)place_alloc(most * sizeof(float));
 }
@@ -2210,12 +2224,14 @@ void linear(bf16 *y, const Act *a, const Linear *w, int n) {
     if (few) run_skinny(&p, w->dtype);
     else run_wide(&q);
     int parts = few ? p.parts : q.parts;
-    if (parts > 1) launch(add_parts, units(n * w->out, 4 * 256), 256, 0, y, scratch, parts, n * w->out);
+    if (parts > 1)
+        launch(add_parts, units(n * w->out, 4 * 256), 256, 0, y, scratch, parts, n * w->out);
 }
 
 // out f32 [parts][n][w.out] = rows of a, unquantised, times a bf16 matrix, to be summed over parts.
 // rows NULL: all. (The core of logits and moe_route)
-static void product_bf16(float *out, const Act *a, const Linear *w, const int *rows, int n, int parts) {
+static void product_bf16(float *out, const Act *a, const Linear *w, const int *rows, int n,
+                         int parts) {
     assert(w->dtype == DTYPE_BF16 && a->cols == w->in);
     Slots s = all_rows(n);
     if (rows) s.list = rows, s.gather = true;
@@ -2240,7 +2256,8 @@ void mlp(bf16 *y, Act *h, const Act *a, const Mlp *m, int n) {
         run_skinny(&p, DTYPE_F8_E4M3);
     } else {
         Wide p = wide_of(a, w, all_rows(n));
-        p.parts = k_parts(&w, units(w.strips, 8) * units(n, WIDE_SLOTS)), p.y = scratch, p.y_f32 = true;
+        p.parts = k_parts(&w, units(w.strips, 8) * units(n, WIDE_SLOTS));
+        p.y = scratch, p.y_f32 = true;
         run_wide(&p);
         parts = p.parts;
     }
@@ -2290,7 +2307,7 @@ static void experts_many_down(const Act *h, Weights down, Slots s, float *produc
 }
 
 void moe_experts(bf16 *y, Act *h, const Act *a, const Routing *r, const Mlp *experts,
-                            const Mlp *shared, const Config *c, int n) {
+                 const Mlp *shared, const Config *c, int n) {
     int n_experts = c->n_routed_experts, top_k = c->num_experts_per_tok;
     const Mlp *second = experts + 1;
     Weights up = expert_weights(gate_up_weights(experts), &experts->gate_proj, &second->gate_proj,
@@ -2417,9 +2434,9 @@ static __global__ void route_kernel(Routing r, const float *product, const float
     r.weight[blockIdx.x * d.k + lane] = weight / (total + 1e-20f) * d.scale;
 }
 
-// A block makes one expert's list: it counts the choices of smaller experts, which is where the list
-// starts, and copies its own in order. All blocks read all choices, 32 bytes a row, from L2; that is
-// less than two kernels and a scan would cost up to some thousand rows.
+// A block makes one expert's list: it counts the choices of smaller experts, which is where the
+// list starts, and copies its own in order. All blocks read all choices, 32 bytes a row, from L2;
+// that is less than two kernels and a scan would cost up to some thousand rows.
 static __global__ void route_lists_kernel(Routing r, int pairs) {
     __shared__ int own[WARP], smaller[WARP];
     int e = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, before = 0, at = 0;
@@ -2544,7 +2561,9 @@ template <typename T, T (*combine)(T, T)> static __device__ T team_all(Team *t, 
 }
 
 // An id and its value as one number: the largest is the likeliest, of equals the lowest id.
-static __device__ uint64_t id_key(float v, int id) { return (uint64_t)order(v) << 32 | (uint32_t)~id; }
+static __device__ uint64_t id_key(float v, int id) {
+    return (uint64_t)order(v) << 32 | (uint32_t)~id;
+}
 static __device__ int key_id(uint64_t key) { return ~(uint32_t)key; }
 static __device__ float key_value(uint64_t key) { return order_value(key >> 32); }
 
@@ -2559,8 +2578,8 @@ static __device__ uint64_t team_best(Team *t, uint64_t limit) {
     return team_all<uint64_t, larger>(t, best);
 }
 
-// The key of the id with the highest logit plus noise, of those likelier than `limit`. A thread takes
-// four neighbouring ids, since one call of philox makes four numbers.
+// The key of the id with the highest logit plus noise, of those likelier than `limit`. A thread
+// takes four neighbouring ids, since one call of philox makes four numbers.
 static __device__ uint64_t team_draw(Team *t, const Sampling *s, uint64_t limit) {
     uint64_t best = 0;
     for (int i = QUAD * threadIdx.x; i < t->n; i += QUAD * TEAM_THREADS) {
@@ -2577,7 +2596,8 @@ static __device__ uint64_t team_draw(Team *t, const Sampling *s, uint64_t limit)
 }
 
 // Whether top_k, top_p and min_p leave the id with this key, by the ids that are likelier.
-static __device__ bool team_keeps(Team *t, const Sampling *s, uint64_t key, float top, double total) {
+static __device__ bool team_keeps(Team *t, const Sampling *s, uint64_t key, float top,
+                                  double total) {
     double ids = 0, mass = 0;
 #pragma unroll 4
     for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) {
@@ -2611,13 +2631,14 @@ static __device__ int draw(Team *t, const Sampling *s, uint64_t best, int vocab)
     }
 }
 
-// How often each id stands in the output (times two) and whether it stands anywhere (one) is counted
-// in its own place in l. The logits are in t->v meanwhile, and return to l.
+// How often each id stands in the output (times two) and whether it stands anywhere (one) is
+// counted in its own place in l. The logits are in t->v meanwhile, and return to l.
 static __device__ void penalise(Team *t, float *l, const Sampling *s) {
     uint32_t *count = (uint32_t *)l, *own = count + t->first;
     for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) own[i] = 0;
     team_sync();
-    for (int i = blockIdx.x * TEAM_THREADS + threadIdx.x; i < s->n_tokens; i += TEAM * TEAM_THREADS) {
+    int me = blockIdx.x * TEAM_THREADS + threadIdx.x;
+    for (int i = me; i < s->n_tokens; i += TEAM * TEAM_THREADS) {
         atomicOr(&count[s->tokens[i]], 1);
         if (i >= s->n_prompt) atomicAdd(&count[s->tokens[i]], 2);
     }
@@ -2690,12 +2711,13 @@ static __global__ void __cluster_dims__(TEAM) __launch_bounds__(TEAM_THREADS)
     extern __shared__ float part[];
     const Sampling *s = &sampling[blockIdx.y];
     int n = units(vocab, TEAM * QUAD) * QUAD, first = blockIdx.x * n;
-    Team t = {part, first, max(min(n, vocab - first), 0), n, blockIdx.x == 0 && threadIdx.x == 0, 0};
+    bool leader = blockIdx.x == 0 && threadIdx.x == 0;
+    Team t = {part, first, max(min(n, vocab - first), 0), n, leader, 0};
     uint64_t best = 0;
     l += (size_t)blockIdx.y * stride, out += blockIdx.y;
     row_load(&t, l);
 #pragma unroll 4
-    for (int i = threadIdx.x; i < t.n; i += TEAM_THREADS)  // NaN becomes infinity, and that an error
+    for (int i = threadIdx.x; i < t.n; i += TEAM_THREADS)  // NaN counts as infinity: an error
         best = larger(best, id_key(t.v[i] != t.v[i] ? INFINITY : t.v[i], first + i));
     best = team_all<uint64_t, larger>(&t, best);
     bool good = isfinite(key_value(best));
@@ -2714,13 +2736,14 @@ static size_t sampling_bytes(const Sampling *s) {
 }
 
 // Only the rows' parameters go there, with lists where something is on that needs them, and only
-// Choices come back: the kernel writes them into the host's memory. The host waits here, and nowhere
-// else in a step.
+// Choices come back: the kernel writes them into the host's memory. The host waits here, and
+// nowhere else in a step.
 void sample(Choice *out, float *l, const Sampling *s, int vocab, int stride, int n) {
     static Mailbox asked, answered;
     size_t bytes = mail_bytes(n * sizeof *s);
     size_t shared = units(vocab, TEAM * QUAD) * QUAD * sizeof(float);
-    if (vocab > TEAM * MOST_IDS) die("got %d tokens, a GPU wants at most %d", vocab, TEAM * MOST_IDS);
+    if (vocab > TEAM * MOST_IDS)
+        die("got %d tokens, a GPU wants at most %d", vocab, TEAM * MOST_IDS);
     check(cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                MOST_IDS * sizeof(float)), "shared memory");
     for (int i = 0; i < n; i++) bytes += sampling_bytes(&s[i]);
@@ -2737,8 +2760,8 @@ void sample(Choice *out, float *l, const Sampling *s, int vocab, int stride, int
         if (s[i].given) to[i].given = (int *)mail_add(&asked, s[i].given, sizeof(int));
     }
     mail_send(&asked);
-    sample_kernel<<<dim3(TEAM, n), TEAM_THREADS, shared, stream>>>((Choice *)answered.host, l, there,
-                                                                   vocab, stride);
+    sample_kernel<<<dim3(TEAM, n), TEAM_THREADS, shared, stream>>>((Choice *)answered.host, l,
+                                                                   there, vocab, stride);
     check(cudaGetLastError(), "sample");
     check(cudaStreamSynchronize(stream), "sample");
     memcpy(out, answered.host, n * sizeof *out);

@@ -732,8 +732,8 @@ static void yarn(Model *m) {
     m->softmax_scale = mscale * mscale / sqrt(QK_DIM);
 }
 
-// Binds every tensor that the config asks for, and places those that a step uses. What the checkpoint has beyond that is no error, but
-// a line in the log: it may be a file of another model.
+// Binds every tensor that the config asks for, and places those that a step uses. What the
+// checkpoint has beyond that is no error, but a line in the log: it may be a file of another model.
 static void model_bind(Model *m, Progress *p) {
     const Config *c = &m->config;
     const Weight table[] = {
@@ -861,7 +861,8 @@ void model_layer(Model *m, int layer, const Batch *b) {
 
 void model_logits(Model *m, const Batch *b) {
     add_norm(m->x, m->normed, m->y, &m->norm, m->config.rms_norm_eps, b->n);
-    logits(m->logits, m->normed, &m->lm_head, b->out, b->n_out < m->max_out ? b->n_out : m->max_out);
+    int n = b->n_out < m->max_out ? b->n_out : m->max_out;
+    logits(m->logits, m->normed, &m->lm_head, b->out, n);
 }
 
 void model_more_logits(Model *m, int first, int n) {

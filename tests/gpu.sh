@@ -1,7 +1,7 @@
 #!/bin/sh
-# Everything that only a GPU can tell, in one call: builds both twins, runs each part of test_cuda in
-# a process of its own under a timeout, compares answers of tiny-r1 with the C twin's, runs the same
-# on few rows under compute-sanitizer, and the benches. The table stands last; logs are in
+# Everything that only a GPU can tell, in one call: builds both twins, runs each part of test_cuda
+# in a process of its own under a timeout, compares answers of tiny-r1 with the C twin's, runs the
+# same on few rows under compute-sanitizer, and the benches. The table stands last; logs are in
 # build/cuda/logs. tests/gpu.sh PART.. does only those.
 cd "$(dirname "$0")/.." || exit 1
 logs=build/cuda/logs
@@ -21,11 +21,12 @@ $name: status $status, $(($(date +%s) - start)) s: $(tail -n 1 $logs/$name | cut
 }
 
 answers='
+ask="run --model-path tiny-r1 --temperature 0"
 for question in "How many r are there in strawberry ?" "How many e are there in cheese ?" \
     "Which is larger, 9.11 or 9.8 ?" "What is 127 + 395 ?" "Spell banana backwards" "Hello !" \
     "Who was the first emperor of Rome ?"; do
-    build/cuda/r1 run --model-path tiny-r1 --temperature 0 "$question" >build/cuda/logs/gpu_answer &&
-    build/r1 run --model-path tiny-r1 --temperature 0 "$question" >build/cuda/logs/cpu_answer &&
+    build/cuda/r1 $ask "$question" >build/cuda/logs/gpu_answer &&
+    build/r1 $ask "$question" >build/cuda/logs/cpu_answer &&
     cmp build/cuda/logs/gpu_answer build/cuda/logs/cpu_answer || exit 1
 done
 echo "7 answers are the same"'

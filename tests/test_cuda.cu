@@ -1,10 +1,11 @@
-// tests/test_cuda.cu: kernels.cu against the C twin, stage by stage. kernels.cu is included, so that
-// its layouts can be looked at; the C twin is linked with "ref_" before its names.
+// tests/test_cuda.cu: kernels.cu against the C twin, the small stages one by one and then whole
+// steps. kernels.cu is included, so that its layouts can be looked at; the C twin is linked with
+// "ref_" before its names.
 //
 // Everything that a kernel may write lies between guards and is poisoned first: with NaN, so that
 // what is read and never written shows, too. What is exact by nature is compared bit by bit. Where
-// the order of a sum differs, a bf16 result may be the next one; then what was made of it is compared
-// for the values that are equal, and those must be nearly all.
+// the order of a sum differs, a bf16 result may be the next one; then what was made of it is
+// compared for the values that are equal, and those must be nearly all.
 #include "../kernels.cu"
 #include "test.h"
 
@@ -28,7 +29,10 @@ decltype(model_free) ref_model_free;
 decltype(model_step) ref_model_step;
 }
 
-typedef struct { int rows, cols; float *x, *q, *scale; } RefAct;  // kernels.c's
+typedef struct {
+    int rows, cols;
+    float *x, *q, *scale;
+} RefAct;  // kernels.c's
 
 static const int ROWS[] = {1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 65, 128, 200};
 static int n_counts = 13;  // of these; fewer where a checker makes everything slow
@@ -60,14 +64,19 @@ static Vector vector_noise(int dim, DType dtype, double middle, double spread) {
     for (int i = 0; i < dim; i++) {
         float f = middle + spread * noise();
         bf16 rounded = round_half(f);
-        if (dtype == DTYPE_BF16) memcpy(data + 2 * i, &rounded, 2);
-        else memcpy(data + 4 * i, &f, 4);
+        if (dtype == DTYPE_BF16)
+            memcpy(data + 2 * i, &rounded, 2);
+        else
+            memcpy(data + 4 * i, &f, 4);
     }
     return (Vector){dim, dtype, data};
 }
 
 // Device memory between two guards, poisoned or filled.
-typedef struct { uint8_t *all, *data; size_t bytes; } Room;
+typedef struct {
+    uint8_t *all, *data;
+    size_t bytes;
+} Room;
 
 static Room rooms[64];
 static int n_rooms;
@@ -75,8 +84,10 @@ static int n_rooms;
 static void *room(const void *from, size_t bytes) {
     uint8_t *all = (uint8_t *)device_alloc(bytes + 2 * GUARD), *data = all + GUARD;
     check(cudaMemsetAsync(all, MARK, bytes + 2 * GUARD, stream), "memset");
-    if (from) check(cudaMemcpyAsync(data, from, bytes, cudaMemcpyHostToDevice, stream), "copy");
-    else check(cudaMemsetAsync(data, POISON, bytes, stream), "memset");
+    if (from)
+        check(cudaMemcpyAsync(data, from, bytes, cudaMemcpyHostToDevice, stream), "copy");
+    else
+        check(cudaMemsetAsync(data, POISON, bytes, stream), "memset");
     assert(n_rooms < 64);
     rooms[n_rooms++] = (Room){all, data, bytes};
     return data;
@@ -95,8 +106,7 @@ static bool rooms_close(void) {
     while (n_rooms) {
         Room r = rooms[--n_rooms];
         uint8_t *all = (uint8_t *)fetch(r.all, r.bytes + 2 * GUARD);
-        for (int i = 0; i < GUARD; i++)
-            good &= all[i] == MARK && all[GUARD + r.bytes + i] == MARK;
+        for (int i = 0; i < GUARD; i++) good &= all[i] == MARK && all[GUARD + r.bytes + i] == MARK;
         free(all);
         device_free(r.all);
     }
@@ -161,12 +171,17 @@ static void check_act(const char *name, const Act *a, const Act *want, int n) {
             }
         }
     for (int g = 0; g < a->cols / BLOCK; g++)
-        touched += !poisoned(q + ((size_t)g * a->stride + n) * ROW_BYTES, (size_t)(a->stride - n) * ROW_BYTES);
+        touched += !poisoned(q + ((size_t)g * a->stride + n) * ROW_BYTES,
+                             (size_t)(a->stride - n) * ROW_BYTES);
     touched += !poisoned(x + values, (size - values) * 2);
-    CHECK(far == 0 && unequal * 500 <= values, "%s, %d rows: %zu of %zu differ, %zu by more than a "
-          "step", name, n, unequal, values, far);
-    CHECK(wrong == 0 && equal_groups * 10 >= values / BLOCK * 5, "%s, %d rows: %zu wrong in %zu of "
-          "%zu groups", name, n, wrong, equal_groups, values / BLOCK);
+    CHECK(far == 0 && unequal * 500 <= values,
+          "%s, %d rows: %zu of %zu differ, %zu by more than a "
+          "step",
+          name, n, unequal, values, far);
+    CHECK(wrong == 0 && equal_groups * 10 >= values / BLOCK * 5,
+          "%s, %d rows: %zu wrong in %zu of "
+          "%zu groups",
+          name, n, wrong, equal_groups, values / BLOCK);
     CHECK(touched == 0, "%s, %d rows: %zu groups written behind them", name, n, touched);
     free(x), free(q), free(scale);
 }
@@ -189,9 +204,13 @@ static size_t strip_at(int row, int byte, int row_bytes) {
 }
 
 static void test_place_matrix(int out, int in, DType dtype) {
-    int size = dtype == DTYPE_F8_E4M3 ? 1 : dtype == DTYPE_BF16 ? 2 : 4, row_bytes = in * (size > 1 ? 2 : 1);
+    int size = dtype == DTYPE_F8_E4M3 ? 1
+               : dtype == DTYPE_BF16  ? 2
+                                      : 4,
+        row_bytes = in * (size > 1 ? 2 : 1);
     int blocks = units(out, BLOCK) * (in / BLOCK);
-    Linear w = {out, in, dtype, bytes_noise((size_t)out * in * size), bytes_noise(blocks * 4)}, p = w;
+    Linear w = {out, in, dtype, bytes_noise((size_t)out * in * size), bytes_noise(blocks * 4)},
+           p = w;
     size_t told = place_linear(&p, PLACE_MATRIX), wrong = 0;
     uint8_t *got = (uint8_t *)fetch(p.data, matrix_bytes(&p));
     for (int row = 0; row < out; row++)
@@ -243,8 +262,10 @@ static void test_place_mlp(void) {
                 wrong += got[strip_at(row, b, WIDTH)] != m[e].down_proj.data[row * WIDTH + b];
         free(got);
         for (int i = 0; i < 3; i++) {
-            uint8_t *scale = (uint8_t *)fetch((&p[e].gate_proj)[i].scale, WIDTH / BLOCK * (HIDDEN / BLOCK) * 4);
-            wrong += memcmp(scale, (&m[e].gate_proj)[i].scale, WIDTH / BLOCK * (HIDDEN / BLOCK) * 4) != 0;
+            uint8_t *scale =
+                (uint8_t *)fetch((&p[e].gate_proj)[i].scale, WIDTH / BLOCK * (HIDDEN / BLOCK) * 4);
+            wrong += memcmp(scale, (&m[e].gate_proj)[i].scale,
+                            WIDTH / BLOCK * (HIDDEN / BLOCK) * 4) != 0;
             free(scale);
         }
     }
@@ -328,15 +349,18 @@ static void test_rope(int n) {
         unequal += got[i] != want[i];
         far += !(fabsf(got[i] - want[i]) <= 1.2e-7f * fmaxf(fabsf(want[i]), 1e-3f));
     }
-    CHECK(far == 0 && unequal * 20 <= n * ROPE_DIM, "rope, %d rows: %d differ, %d by more than an "
-          "ulp", n, unequal, far);
+    CHECK(far == 0 && unequal * 20 <= n * ROPE_DIM,
+          "rope, %d rows: %d differ, %d by more than an "
+          "ulp",
+          n, unequal, far);
     CHECK(rooms_close(), "guards");
     free(position), free(want), free(got);
 }
 
 static void test_embed(int n, int hidden) {
     enum { VOCAB = 300 };
-    Linear w = {VOCAB, hidden, DTYPE_BF16, (uint8_t *)bf16_noise((size_t)VOCAB * hidden, 1), NULL}, p = w;
+    Linear w = {VOCAB, hidden, DTYPE_BF16, (uint8_t *)bf16_noise((size_t)VOCAB * hidden, 1), NULL},
+           p = w;
     bf16 *want = (bf16 *)xmalloc((size_t)n * hidden * 2);
     int *id = (int *)xmalloc(n * 4);
     for (int i = 0; i < n; i++) id[i] = (noise() + 1) / 2 * VOCAB;
@@ -426,7 +450,8 @@ static void test_latent(int n, int q_lora) {
                 far += steps > 1, unequal += steps > 0, keys += steps > 0 && i >= LATENT_DIM;
             }
     CHECK(far == 0 && keys == 0 && unequal * 500 <= (size_t)n * CACHE_DIM,
-          "cache, %d rows: %zu differ, %zu by more than a step, %zu of keys", n, unequal, far, keys);
+          "cache, %d rows: %zu differ, %zu by more than a step, %zu of keys", n, unequal, far,
+          keys);
     check_act("mla_latent", a, ref, n);
     CHECK(rooms_close(), "guards");
     place_free();
@@ -443,8 +468,8 @@ static Config config_of(int hidden, int experts, int groups, int kept, int k) {
     return c;
 }
 
-// The C twin gets its router logits through a gate of ones on the diagonal, and the kernel gets them
-// as they are. `coarse`: few different values, so that ties are common.
+// The C twin gets its router logits through a gate of ones on the diagonal, and the kernel gets
+// them as they are. `coarse`: few different values, so that ties are common.
 static void test_route(int n, const Config *c, bool coarse) {
     int experts = c->n_routed_experts, k = c->num_experts_per_tok, pairs = n * k, parts = 1 + n % 3;
     float *product = (float *)xcalloc((size_t)parts * n * experts, 4);  // all but one part is 0
@@ -457,7 +482,8 @@ static void test_route(int n, const Config *c, bool coarse) {
     for (int row = 0; row < n; row++)
         for (int e = 0; e < experts; e++) {
             float v = coarse ? (float)(int)(noise() * 3) : bf16_value(round_half(noise() * 4));
-            product[((size_t)(parts - 1) * n + row) * experts + e] = ((RefAct *)a)->x[(size_t)row * c->hidden_size + e] = v;
+            product[((size_t)(parts - 1) * n + row) * experts + e] =
+                ((RefAct *)a)->x[(size_t)row * c->hidden_size + e] = v;
         }
     Routing want = ref_routing_new(n, c), r = {};
     ref_moe_route(&want, a, &w, &bias, c, n);
@@ -472,9 +498,10 @@ static void test_route(int n, const Config *c, bool coarse) {
         wrong += expert[i] != want.expert[i];
         far += !(fabsf(weight[i] - want.weight[i]) <= 1e-6f);
     }
-    CHECK(wrong == 0 && far == 0, "route, %d rows, %d experts, coarse %d: %d experts, %d weights", n,
-          experts, coarse, wrong, far);
-    CHECK(memcmp(start, want.start, (experts + 1) * 4) == 0 && memcmp(pair, want.pair, pairs * 4) == 0,
+    CHECK(wrong == 0 && far == 0, "route, %d rows, %d experts, coarse %d: %d experts, %d weights",
+          n, experts, coarse, wrong, far);
+    CHECK(memcmp(start, want.start, (experts + 1) * 4) == 0 &&
+              memcmp(pair, want.pair, pairs * 4) == 0,
           "lists, %d rows, %d experts", n, experts);
     CHECK(rooms_close(), "guards");
     place_free();
@@ -484,7 +511,9 @@ static void test_route(int n, const Config *c, bool coarse) {
 
 // ---- Choosing a token ---------------------------------------------------------------------------
 
-typedef struct { int compared, near; } SampleTally;
+typedef struct {
+    int compared, near;
+} SampleTally;
 
 static Sampling neutral(void) {
     Sampling s = {};
@@ -496,7 +525,8 @@ static Sampling neutral(void) {
 // their last bit may choose another id where two ids are that near; it must be rare.
 static void test_sample_rows(int n, int vocab, int stride, SampleTally *tally) {
     enum { TOKENS = 400, BIASES = 5 };
-    float *l = (float *)xmalloc((size_t)n * stride * 4), *copy = (float *)xmalloc((size_t)n * stride * 4);
+    float *l = (float *)xmalloc((size_t)n * stride * 4),
+          *copy = (float *)xmalloc((size_t)n * stride * 4);
     Sampling *s = (Sampling *)xcalloc(n, sizeof *s);
     Choice *got = (Choice *)xcalloc(n, sizeof *got), *want = (Choice *)xcalloc(n, sizeof *want);
     static int tokens[TOKENS], banned[4], bias_id[BIASES], given;
@@ -539,11 +569,14 @@ static void test_sample_rows(int n, int vocab, int stride, SampleTally *tally) {
             CHECK(drawn && a->id >= 0 && b->id >= 0, "row %d: got %d, want %d", row, a->id, b->id);
             continue;
         }
-        CHECK(fabsf(a->logprob - b->logprob) <= 2e-6f * fmaxf(1, fabsf(b->logprob)) && a->n_top == b->n_top,
-              "row %d: logprob %g, want %g; %d of %d", row, a->logprob, b->logprob, a->n_top, b->n_top);
+        CHECK(fabsf(a->logprob - b->logprob) <= 2e-6f * fmaxf(1, fabsf(b->logprob)) &&
+                  a->n_top == b->n_top,
+              "row %d: logprob %g, want %g; %d of %d", row, a->logprob, b->logprob, a->n_top,
+              b->n_top);
         for (int i = 0; i < b->n_top; i++)
             CHECK(a->top_id[i] == b->top_id[i] && fabsf(a->top_logprob[i] - b->top_logprob[i]) <=
-                  2e-6f * fmaxf(1, fabsf(b->top_logprob[i])), "row %d: top %d", row, i);
+                                                      2e-6f * fmaxf(1, fabsf(b->top_logprob[i])),
+                  "row %d: top %d", row, i);
     }
     CHECK(rooms_close(), "guards");
     free(l), free(copy), free(s), free(got), free(want);
@@ -552,8 +585,11 @@ static void test_sample_rows(int n, int vocab, int stride, SampleTally *tally) {
 // What the filters leave, seen by drawing from 64 equal or stepped logits with many seeds.
 static void test_sample_filters(void) {
     enum { VOCAB = 64, N = 512 };
-    static const struct { float top_p, min_p; int top_k; } filter[] = {
-        {1, 0, 5}, {0.5, 0, -1}, {0.3, 0, 7}, {1, 0.4, -1}, {0.9, 0.9, 40}, {0.01, 0, -1}};
+    static const struct {
+        float top_p, min_p;
+        int top_k;
+    } filter[] = {{1, 0, 5},    {0.5, 0, -1},   {0.3, 0, 7},
+                  {1, 0.4, -1}, {0.9, 0.9, 40}, {0.01, 0, -1}};
     for (int shape = 0; shape < 3; shape++)
         for (int f = 0; f < 6; f++) {
             static float l[N][VOCAB], copy[N][VOCAB];
@@ -571,7 +607,8 @@ static void test_sample_filters(void) {
             sample(got, (float *)room(l, sizeof l), s, VOCAB, VOCAB, N);
             ref_sample(want, &copy[0][0], s, VOCAB, VOCAB, N);
             for (int row = 0; row < N; row++) different += got[row].id != want[row].id;
-            CHECK(different <= 1, "shape %d, filter %d: %d of %d draws differ", shape, f, different, N);
+            CHECK(different <= 1, "shape %d, filter %d: %d of %d draws differ", shape, f, different,
+                  N);
             CHECK(rooms_close(), "guards");
         }
 }
@@ -607,7 +644,10 @@ static void test_sample(void) {
 
 // ---- The whole model ----------------------------------------------------------------------------
 
-typedef struct { float error[1024]; int rows, equal; } ModelTally;  // of each row, relative rms
+typedef struct {
+    float error[1024];
+    int rows, equal;
+} ModelTally;  // of each row, relative rms
 
 static int ascending(const void *a, const void *b) {
     float x = *(const float *)a, y = *(const float *)b;
@@ -645,9 +685,9 @@ static const char conversation[] =
 
 // tiny-r1 over a conversation that it knows, three sequences of it, each begun one token later: in
 // chunks of uneven size, then in decoding steps of all numbers of rows up to three, some times each,
-// so that most come from a recording. A bf16 result that was rounded the other way puts some e4m3 of
-// the next product on the other side of a border, 6 % away, and a router's near tie may go the other
-// way: that is seldom, so most rows must be very near and the tokens the same.
+// so that most come from a recording. A bf16 result that was rounded the other way puts some e4m3
+// of the next product on the other side of a border, 6 % away, and a router's near tie may go the
+// other way. That is seldom: most rows must be very near, and the tokens the same.
 static void test_model(void) {
     enum { SEQUENCES = 3, PAGES = 4, TAIL = 20 };
     Model *m = model_load("tiny-r1", false, 256, 256, SEQUENCES * PAGES, NULL);
@@ -675,9 +715,12 @@ static void test_model(void) {
     for (ModelTally *t : {&prompt, &decode}) {
         qsort(t->error, t->rows, sizeof(float), ascending);
         float median = t->error[t->rows / 2], most = t->error[t->rows * 9 / 10];
-        printf("note: %s: logits are %.2g off in the middle of %d rows, %.2g in a tenth; %d times the "
-               "same token\n", t == &prompt ? "prompts" : "decoding", median, t->rows, most, t->equal);
-        CHECK(t->rows > 20 && median <= 0.03 && most <= 0.1, "%d rows, %g, %g", t->rows, median, most);
+        printf(
+            "note: %s: logits are %.2g off in the middle of %d rows, %.2g in a tenth; %d times the "
+            "same token\n",
+            t == &prompt ? "prompts" : "decoding", median, t->rows, most, t->equal);
+        CHECK(t->rows > 20 && median <= 0.03 && most <= 0.1, "%d rows, %g, %g", t->rows, median,
+              most);
         CHECK(t->equal * 100 >= t->rows * 97, "%d of %d", t->equal, t->rows);
     }
     model_free(m), ref_model_free(ref);
@@ -686,8 +729,8 @@ static void test_model(void) {
 
 // ---- Times --------------------------------------------------------------------------------------
 
-// Microseconds of one call among REPEAT in a graph: median of ROUNDS replays. What these kernels read
-// was written just before in a step, too, so it may lie in L2.
+// Microseconds of one call among REPEAT in a graph: median of ROUNDS replays. What these kernels
+// read was written just before in a step, too, so it may lie in L2.
 template <typename Call> static float microseconds(Call call) {
     enum { REPEAT = 100, ROUNDS = 9 };
     cudaGraph_t graph;
@@ -715,7 +758,8 @@ static void bench_rows(int n) {
     enum { HIDDEN = 7168, Q_LORA = 1536, VOCAB = 129280 };
     Config c = config_of(HIDDEN, 256, 8, 4, 8);
     bf16 *noisy = bf16_noise((size_t)n * HIDDEN, 1);
-    bf16 *x = (bf16 *)room(noisy, (size_t)n * HIDDEN * 2), *y = (bf16 *)room(noisy, (size_t)n * HIDDEN * 2);
+    bf16 *x = (bf16 *)room(noisy, (size_t)n * HIDDEN * 2),
+         *y = (bf16 *)room(noisy, (size_t)n * HIDDEN * 2);
     int *id = (int *)xcalloc(n, 4), *position = (int *)xcalloc(n, 4);
     float *product = (float *)xmalloc((size_t)n * 256 * 4), frequency[ROPE_DIM / 2] = {1};
     for (int i = 0; i < n; i++) position[i] = i, id[i] = i % 64;
@@ -732,7 +776,8 @@ static void bench_rows(int n) {
     float *rope = (float *)room(NULL, n * ROPE_DIM * 4);
     Routing r = routing_new(n, &c);
     check(cudaMemcpy(r.sum, product, (size_t)n * 256 * 4, cudaMemcpyHostToDevice), "copy");
-    Linear table = {64, HIDDEN, DTYPE_BF16, (uint8_t *)room(noisy, (size_t)(n < 64 ? n : 64) * HIDDEN * 2), NULL};
+    Linear table = {64, HIDDEN, DTYPE_BF16,
+                    (uint8_t *)room(noisy, (size_t)(n < 64 ? n : 64) * HIDDEN * 2), NULL};
     float t[5] = {
         microseconds([&] { rope_angles(rope, frequency, b.position, n); }),
         microseconds([&] { embed(x, &table, b.id, n); }),
@@ -741,9 +786,11 @@ static void bench_rows(int n) {
         microseconds([&] { route(&r, &gain, &c, n, 1); }),
     };
     RouteDims dims = {256, 32, 4, 8, 1, 2.5};
-    float alone = microseconds([&] { launch(route_kernel<8>, n, WARP, 0, r, r.sum, (float *)gain.data, dims); });
+    float alone = microseconds(
+        [&] { launch(route_kernel<8>, n, WARP, 0, r, r.sum, (float *)gain.data, dims); });
     printf("note: %5d rows: rope %.2f us, embed %.2f, add_norm %.2f (%.0f GB/s), mla_latent %.2f, "
-           "route %.2f, with lists %.2f\n", n, t[0], t[1], t[2], 8.5 * n * HIDDEN / t[2] / 1e3, t[3], alone, t[4]);
+           "route %.2f, with lists %.2f\n",
+           n, t[0], t[1], t[2], 8.5 * n * HIDDEN / t[2] / 1e3, t[3], alone, t[4]);
     check(cudaStreamSynchronize(stream), "bench");
     rooms_close();
     place_free();
@@ -758,7 +805,8 @@ static void bench_sample(int n, const char *name, float temperature, float top_p
     Sampling *s = (Sampling *)xcalloc(n, sizeof *s);
     Choice *c = (Choice *)xcalloc(n, sizeof *c);
     for (int i = 0; i < n; i++)
-        s[i] = neutral(), s[i].temperature = temperature, s[i].top_p = top_p, s[i].top_logprobs = top;
+        s[i] = neutral(), s[i].temperature = temperature, s[i].top_p = top_p,
+        s[i].top_logprobs = top;
     for (size_t i = 0; i < (size_t)n * VOCAB; i++) l[i] = 4 * (noise() + noise() + noise());
     float *d = (float *)room(l, (size_t)n * VOCAB * 4);
     for (int i = -3; i < ROUNDS; i++) {
@@ -817,9 +865,11 @@ static void test_steps(void) {
 
 // test_cuda [PART [COUNTS]]: one part, and only the first COUNTS numbers of rows.
 int main(int argc, char **argv) {
-    static const struct { const char *name; void (*run)(void); } tests[] = {
-        {"place", test_place}, {"steps", test_steps}, {"rows", test_rows}, {"routes", test_routes},
-        {"sample", test_sample}, {"model", test_model}};
+    static const struct {
+        const char *name;
+        void (*run)(void);
+    } tests[] = {{"place", test_place},   {"steps", test_steps},   {"rows", test_rows},
+                 {"routes", test_routes}, {"sample", test_sample}, {"model", test_model}};
     int n_gpus = 0;
     if (cudaGetDeviceCount(&n_gpus) != cudaSuccess || !n_gpus) {
         SKIP("there is no GPU");
