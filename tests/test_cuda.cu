@@ -684,7 +684,7 @@ static const char conversation[] =
     "appears **3** times in \"strawberry\".";
 
 // tiny-r1 over a conversation that it knows, three sequences of it, each begun one token later: in
-// chunks of uneven size, then in decoding steps of all numbers of rows up to three, some times each,
+// chunks of uneven size, then in decoding steps of all numbers of rows up to three, several times,
 // so that most come from a recording. A bf16 result that was rounded the other way puts some e4m3
 // of the next product on the other side of a border, 6 % away, and a router's near tie may go the
 // other way. That is seldom: most rows must be very near, and the tokens the same.
