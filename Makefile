@@ -1,6 +1,8 @@
 # make          builds ./r1: for the GPU where there is an NVIDIA driver and nvcc, else for the CPU,
 #               for which gcc and make are enough; make CUDA=1 and make CUDA=0 decide by hand
 # make test     runs every test and adds up what they say; make test SAN=1 under ASan and UBSan
+# make soak     minutes of load on the real server; needs Python 3
+# make test-web tries chat.html in a headless Chromium (see tests/test_web.py for what it needs)
 # make bench    prints how near the CPU's matrix product comes to the memory's speed
 #
 # ARCH chooses the processor: the machine's own by default, ARCH=-march=x86-64-v3 for a binary that
@@ -38,8 +40,8 @@ FLAGS := $(BUILD)/flags
 $(shell mkdir -p $(BUILD); echo '$(CC) $(CFLAGS) $(NVCCFLAGS)' | cmp -s - $(FLAGS) || \
     echo '$(CC) $(CFLAGS) $(NVCCFLAGS)' >$(FLAGS))
 
-SOURCES := r1 $(TWIN) tokenizer json http
-TESTS := json tokenizer kernels checkpoint sample http oracle oracle_exact end_to_end
+SOURCES := r1 $(TWIN) tokenizer json http bench
+TESTS := json tokenizer kernels checkpoint sample scheduler http bench oracle oracle_exact end_to_end
 ifeq ($(TWIN),kernels_cuda)
 TESTS += cuda
 endif
@@ -47,8 +49,9 @@ endif
 ifeq ($(SAN),1)
 r1: build/san/r1
 else
-r1: $(SOURCES:%=$(BUILD)/%.o)
-	$(LINK) $^ -o $@ $(LIBS)
+# Compared each time: the other twin's may lie there, and be newer.
+r1: $(BUILD)/r1 FORCE
+	@cmp -s $< $@ || cp $< $@
 endif
 
 $(BUILD)/r1: $(SOURCES:%=$(BUILD)/%.o)
@@ -69,7 +72,7 @@ $(BUILD)/r1_test.o: r1.c r1.h Makefile $(FLAGS)
 $(BUILD)/%_exact.o: %.c r1.h Makefile $(FLAGS)
 	$(CC) $(CFLAGS) -DEXACT -Dmain=r1_main -c $< -o $@
 
-PARTS := $(BUILD)/r1_test.o $(patsubst %,$(BUILD)/%.o,kernels tokenizer json http)
+PARTS := $(BUILD)/r1_test.o $(patsubst %,$(BUILD)/%.o,kernels tokenizer json http bench)
 
 $(BUILD)/test_%: tests/test_%.c tests/test.h r1.h $(PARTS)
 	$(CC) $(CFLAGS) $< $(PARTS) -o $@ $(LIBS)
@@ -77,7 +80,10 @@ $(BUILD)/test_%: tests/test_%.c tests/test.h r1.h $(PARTS)
 $(BUILD)/test_http: tests/test_http.c tests/test.h r1.h $(patsubst %,$(BUILD)/%.o,tokenizer json http)
 	$(CC) $(CFLAGS) $< $(patsubst %,$(BUILD)/%.o,tokenizer json http) -o $@ $(LIBS)
 
-# It includes kernels.c, to reach what is static there.
+# These include r1.c and kernels.c, to reach what is static there.
+$(BUILD)/test_scheduler: tests/test_scheduler.c tests/test.h r1.c r1.h $(PARTS)
+	$(CC) $(CFLAGS) $< $(filter-out %/r1_test.o,$(PARTS)) -o $@ $(LIBS)
+
 $(BUILD)/test_kernels: tests/test_kernels.c tests/test.h kernels.c r1.h $(BUILD)/json.o
 	$(CC) $(CFLAGS) $< $(BUILD)/json.o -o $@ $(LIBS)
 
@@ -87,14 +93,18 @@ $(BUILD)/ref.o: $(BUILD)/r1_test.o $(BUILD)/kernels.o
 	nm -g --defined-only $@ | sed 's/.* \(.*\)/\1 ref_\1/' >$(BUILD)/ref_names
 	objcopy --redefine-syms=$(BUILD)/ref_names $@
 
-REF := $(patsubst %,$(BUILD)/%.o,ref r1_test tokenizer json http)
+REF := $(patsubst %,$(BUILD)/%.o,ref r1_test tokenizer json http bench)
 
 $(BUILD)/test_cuda: tests/test_cuda.cu tests/test.h kernels.cu r1.h $(REF)
 	$(NVCC) $(NVCCFLAGS) $< $(REF) -o $@ $(LIBS)
 
+# It includes bench.c.
+$(BUILD)/test_bench: tests/test_bench.c tests/test.h bench.c r1.h $(PARTS)
+	$(CC) $(CFLAGS) $< $(filter-out %/bench.o,$(PARTS)) -o $@ $(LIBS)
+
 $(BUILD)/test_oracle_exact: tests/test_oracle.c tests/test.h r1.h $(BUILD)/r1_exact.o $(BUILD)/kernels_exact.o $(PARTS)
 	$(CC) $(CFLAGS) -DEXACT $< $(BUILD)/r1_exact.o $(BUILD)/kernels_exact.o \
-	    $(patsubst %,$(BUILD)/%.o,tokenizer json http) -o $@ $(LIBS)
+	    $(patsubst %,$(BUILD)/%.o,tokenizer json http bench) -o $@ $(LIBS)
 
 $(BUILD)/bench_linear: tests/bench_linear.c r1.h $(PARTS)
 	$(CC) $(CFLAGS) $< $(PARTS) -o $@ $(LIBS)
@@ -105,11 +115,20 @@ ifneq ($(TWIN),kernels_cuda)
 	@echo "test_cuda: skipped: this build is for the CPU"
 endif
 
+test-web: $(BUILD)/r1
+	@R1=$(BUILD)/r1 python3 tests/test_web.py
+
 bench: $(BUILD)/bench_linear
 	$(BUILD)/bench_linear
+
+# Minutes of load, and Python 3.
+soak: r1
+	python3 tests/soak.py
 
 clean:
 	rm -rf build r1
 
-.PHONY: test bench clean
+FORCE:
+
+.PHONY: test test-web bench soak clean
 .SECONDARY:

@@ -39,10 +39,11 @@ enum {
     CHUNK_LINE = 4096,         // a chunk's size with its extensions
     SPARE_FDS = 64,            // files beside the connections: checkpoint, engine, log
     GOODBYES = 32,             // connections above the limit that are still told so
-    EVENT_TEXT = 4 << 10,      // text in one event, which JSON makes six times as long at most, and
+    EVENT_TEXT = 24 << 10,     // text in one event, counted as JSON, and
     EVENT_ENTRIES = 32 << 10,  // logprobs in one event: together they stay below 64 KiB
+    LISTS = 4,                 // of logprobs, in one choice
     SHOWN = 64, LINE = 1024,   // bytes repeated of a wrong value; of a target or a model's name
-    STOP_BYTES = 1024, MAX_BIAS = 1024, MAX_PROMPTS = 1024, MAX_RID = 128,
+    STOP_BYTES = 1024, MAX_BIAS = 1024, MAX_SEQS = 1024, MAX_RID = 128,
 };
 
 typedef enum {
@@ -64,6 +65,8 @@ typedef struct {
     const char *method, *also;  // what it takes; `also` may be NULL
     enum { OPENAI, GENERATE, HEALTH } shape;  // of its errors' JSON
     bool (*handler)(Conn *c);                 // false when it refused
+    bool always;              // answers before the server is ready, too
+    bool quiet;               // comes every few seconds: a 200 shows in the log only at debug
 } Route;
 
 typedef struct {  // what a header said; its strings lie in Conn.head
@@ -86,9 +89,12 @@ struct Conn {
     double since;          // when the state began or bytes last moved: timeouts count from here
     Buf in, out, head, body;
     size_t in_at, out_at;  // how much of `in` is used up, how much of `out` is sent
+    bool blocked;          // the socket takes no more for now
     Request request;
     Call *call;            // of a request that generates
     int n_live;            // its sequences that the engine has: until 0 the Conn must stay
+    Conn *next_touched;    // in the list of those that got events in this round, where it
+    bool touched;          // is in it
 };
 
 static Conn *conns;
@@ -96,6 +102,7 @@ static int n_open;              // connections, without the dead ones
 static int max_files;           // RLIMIT_NOFILE, as high as http_listen() could set it
 static size_t bodies_held;      // bytes, of all requests
 static double now;              // of this round
+static char failure[SHOWN];     // why the server can't go on; "" while it can
 static int stops;               // how often http_stop() was called, and
 static atomic_int stops_called; // the calls that http_serve() has not seen yet
 
@@ -129,7 +136,7 @@ __attribute__((format(printf, 1, 2))) static const char *at(const char *format, 
 }
 
 static Str str_of(const char *text) { return (Str){text, strlen(text)}; }
-static Str buf_text(const Buf *b) { return (Str){b->data, b->len}; }
+static Str buf_text(const Buf *b) { return (Str){b->data ? b->data : "", b->len}; }
 static Str str_cut(Str s, size_t most) { return (Str){s.data, s.len < most ? s.len : most}; }
 static bool str_begins(Str s, Str a) { return s.len >= a.len && !memcmp(s.data, a.data, a.len); }
 static bool str_is(Str s, const char *lower) {  // letters of either case
@@ -146,21 +153,24 @@ static void conn_state(Conn *c, ConnState state) { c->state = state, c->since = 
 
 typedef struct { int code; const char *reason, *type; } Status;  // type: in an error's JSON
 
+static const Status statuses[] = {
+    {200, "OK", ""}, {204, "No Content", ""}, {401, "Unauthorized", ""},
+    {400, "Bad Request", "BadRequestError"}, {404, "Not Found", "NotFoundError"},
+    {405, "Method Not Allowed", "MethodNotAllowedError"},
+    {408, "Request Timeout", "RequestTimeoutError"},
+    {413, "Payload Too Large", "PayloadTooLargeError"},
+    {415, "Unsupported Media Type", "UnsupportedMediaTypeError"},
+    {431, "Request Header Fields Too Large", "HeaderTooLargeError"},
+    {500, "Internal Server Error", "InternalServerError"},
+    {501, "Not Implemented", "NotImplementedError"},
+    {503, "Service Unavailable", "ServiceUnavailableError"},
+    {505, "HTTP Version Not Supported", "HTTPVersionError"},
+};
+enum { STATUSES = sizeof statuses / sizeof *statuses };
+static uint64_t responses[STATUSES];  // sent with each of them
+
 static const Status *status_find(int code) {
-    static const Status list[] = {
-        {200, "OK", ""}, {204, "No Content", ""}, {401, "Unauthorized", ""},
-        {400, "Bad Request", "BadRequestError"}, {404, "Not Found", "NotFoundError"},
-        {405, "Method Not Allowed", "MethodNotAllowedError"},
-        {408, "Request Timeout", "RequestTimeoutError"},
-        {413, "Payload Too Large", "PayloadTooLargeError"},
-        {415, "Unsupported Media Type", "UnsupportedMediaTypeError"},
-        {431, "Request Header Fields Too Large", "HeaderTooLargeError"},
-        {500, "Internal Server Error", "InternalServerError"},
-        {501, "Not Implemented", "NotImplementedError"},
-        {503, "Service Unavailable", "ServiceUnavailableError"},
-        {505, "HTTP Version Not Supported", "HTTPVersionError"},
-    };
-    const Status *s = list;
+    const Status *s = statuses;
     while (s->code != code) s++;
     return s;
 }
@@ -169,10 +179,11 @@ static const Status *status_find(int code) {
 static void respond_head(Conn *c, int code, const char *type, long length) {
     Request *r = &c->request;
     const Status *s = status_find(code);
-    const char *level = server.options.log_level ? server.options.log_level : "info";
-    // SGLang's form. Probes come every few seconds, so their 200 shows only at debug.
-    bool probe = code == 200 && r->route->shape == HEALTH;
-    if (!strcmp(level, "debug") || (!strcmp(level, "info") && !probe))
+    const Options *o = &server.options;
+    const char *level = o->log_level_http ? o->log_level_http : o->log_level;
+    bool quiet = code == 200 && r->route->quiet;
+    responses[s - statuses]++;
+    if (!strcmp(level, "debug") || (!strcmp(level, "info") && !quiet))  // SGLang's form
         log_line(-1, "INFO:     %s:%s - \"%.*s %.*s HTTP/1.1\" %d %s", c->peer, c->port,
                  ARG(r->method), ARG(str_cut(r->target, LINE)), code, s->reason);
     // Behind a body that was not read to its end nobody could tell where the next request begins.
@@ -206,6 +217,11 @@ static bool respond(Conn *c, int code) { return respond_as(c, code, "application
 static const char *const state_names[] = {"starting", "loading",  "warmup",
                                           "ready",    "draining", "failed"};
 
+static Str served_name(void) {
+    const Options *o = &server.options;
+    return str_of(o->served_model_name ? o->served_model_name : o->model_path);
+}
+
 // Draining is this thread's to decide; the engine may still report progress of its own.
 static int server_state(void) {
     return stops && server.state != STATE_FAILED ? STATE_DRAINING : server.state;
@@ -223,11 +239,12 @@ static const char *health_json(void) {
            server.queued) :
         at("\"loaded_bytes\":%lu,\"total_bytes\":%lu,\"gb_per_s\":%.2f,\"eta_s\":%s", loaded, total,
            rate / giga, eta);
-    return at("{\"status\":\"%s\",\"ready\":%s,\"version\":\"%s\",\"uptime_s\":%.1f,%s,"
+    const char *reason = *failure ? at(",\"reason\":%s", quoted(str_of(failure))) : "";
+    return at("{\"status\":\"%s\",\"ready\":%s,\"version\":\"%s\",\"uptime_s\":%.1f,%s%s,"
               "\"ranks\":[{\"rank\":0,\"node\":0,\"state\":\"%s\",\"loaded_bytes\":%lu,"
               "\"total_bytes\":%lu}]}",
               state_names[state], state == STATE_READY ? "true" : "false", R1_VERSION, uptime, work,
-              state_names[state], loaded, total);
+              reason, state_names[state], loaded, total);
 }
 
 // One event of a stream, which is a chunk by itself.
@@ -274,35 +291,52 @@ static bool refuse_text(Conn *c, int code, const char *param, const char *text) 
 
 typedef struct {        // the strings lie in the request's body
     Seq seq;            // what all sequences begin as; max_tokens -1: as many as fit
-    int n, top_logprobs;
-    bool stream, logprobs, include_usage, continuous_usage, add_special_tokens;
+    int n, top_logprobs, start_len;
+    uint32_t prompt, prompts;  // which of how many these are for: /generate has some for each
+    int sharers;        // sequences that get their names from `rid`
+    bool stream, logprobs, echo, id_texts, include_usage, continuous_usage, add_special_tokens;
+    bool separate_reasoning, stream_reasoning;  // the former: a parser acts
     bool ignored;       // must be a bool, and has no effect
     bool forced_tag;    // the prompt ends in <think>\n
+    bool thinking;      // it does, or in what the model thought before
+    const Json *object; // where max_tokens stood
     Str rid, model;
+    Buf echoed;         // the prompt's text
     int bias_id[MAX_BIAS];
     float bias[MAX_BIAS];
 } Params;
 
 typedef struct {  // one sequence's part of an answer
     Seq *seq;
-    Buf text, entries;  // not yet written; entries: logprobs as JSON, a newline behind each
+    size_t stem;        // of its rid, in front of _0
+    void *bias;         // what the sequences of one prompt share: the first one's
+    Buf text;           // what no event had yet; all of it where events are cumulative
+    Buf lists[LISTS];   // so are the logprobs, as JSON, a newline behind each entry
+    Buf thought, held;  // the reasoning parser's: reasoning, and what it can't decide yet
+    enum { HEAD, OPENED, THINKING, CLOSED, CONTENT } part;  // and where in the text it is
     int n_tokens;
+    double first, last; // when its first and last token came
     bool started;       // the head of its stream is written
     bool waiting;       // an event is to be written as soon as `out` is empty
+    enum { SHUTDOWN, DISCONNECT, ABORT_API, FAULT } why;  // it was aborted
     Finish finish;
     int stop_id, stop_string;  // as in Event
 } Answer;
 
 typedef struct {
-    void (*token)(Buf *entries, const Choice *choice);
+    int where;          // which fields are its own, as in Field; PARAMS: it is /generate
+    int max_tokens;     // by default
+    void (*token)(Conn *c, Answer *a, const Event *e);  // its logprobs go to the lists
     void (*event)(Conn *c, Answer *a);  // writes the sequence's next event into the stream
     void (*answer)(Conn *c);            // writes everything at once
+    const char *lists[LISTS];           // their names
 } Api;
 
 struct Call {
     const Api *api;
     Params params;
     Buf head;          // {"id":...,"choices":[: how each object of the answer begins
+    bool list;         // /generate's answer is an array
     Answer *answers;
     int n_answers, n_prompt, n_completion;
     size_t held;       // bytes of the prompts' copies, of bodies_held
@@ -311,8 +345,12 @@ struct Call {
 
 typedef struct {
     const char *name;
-    enum { SHARED = 1, CHAT = 2, USAGE = 4, TOKENIZE = 8, DETOKENIZE = 16 } where;
-    enum { INT, NUMBER, BOOL, STRING, SEED, RID, STOP, STOP_IDS, BIAS, LATER } kind;
+    enum {
+        V1 = 1, CHAT = 2, COMPLETION = 4, USAGE = 8,  // USAGE: stream_options
+        PARAMS = 16, NATIVE = 32, EACH = 64,  // /generate: sampling_params, the rest, arrays of it
+        TOKENIZE = 128, DETOKENIZE = 256, SHARED = V1 | PARAMS,
+    } where;
+    enum { INT, NONZERO, NUMBER, BOOL, STRING, SEED, RID, STOP, STOP_IDS, BIAS, LATER } kind;
     size_t offset;     // of the value in Params
     double lo, hi;     // both ends are allowed
     const char *want;  // the range in words
@@ -378,7 +416,7 @@ static bool stops_parse(Conn *c, Seq *s, const Field *f, const Json *v) {
     if (!list && (ids || v->type != JSON_STRING)) return wrong_type(c, v, f->want);
     int n = list ? (int)v->count : 1;
     if (n > MAX_STOPS)
-        return refuse(c, 400, f->name, "got %d entries, want at most %d", n, MAX_STOPS);
+        return refuse(c, 400, path_of(c, v, NULL), "got %d entries, want at most %d", n, MAX_STOPS);
     *(ids ? &s->n_stop_id : &s->text.n_stop) = n;
     if (list) v++;
     for (int i = 0; i < n; i++, v = json_next(v)) {
@@ -397,7 +435,8 @@ static bool bias_parse(Conn *c, Params *p, const Field *f, const Json *v) {
     Sampling *s = &p->seq.sampling;
     if (!typed(c, v, JSON_OBJECT)) return false;
     if (v->count > MAX_BIAS)
-        return refuse(c, 400, f->name, "got %u entries, want at most %d", v->count, MAX_BIAS);
+        return refuse(c, 400, path_of(c, v, NULL), "got %u entries, want at most %d", v->count,
+                      MAX_BIAS);
     s->bias_id = p->bias_id, s->bias = p->bias;
     const Json *key = v + 1;
     for (uint32_t i = 0; i < v->count; i++, key = json_next(key + 1)) {
@@ -406,7 +445,8 @@ static bool bias_parse(Conn *c, Params *p, const Field *f, const Json *v) {
         char *end;  // a string lies in the body, where a quote at the latest ends the digits
         long id = strtol(digits, &end, 10), last = tokenizer_vocab(server.tokenizer) - 1;
         if (!isdigit((uint8_t)*digits) || end != digits + key->string.len || id > last)
-            return refuse(c, 400, f->name, "got %s, want token ids in 0..%ld", shown(key), last);
+            return refuse(c, 400, path_of(c, v, NULL), "got %s, want token ids in 0..%ld",
+                          shown(key), last);
         if (!typed(c, value, JSON_NUMBER)) return false;
         if (!(value->number >= f->lo && value->number <= f->hi)) return wrong(c, value, f->want);
         int k = 0;  // the last of equal ids wins, as of all equal keys
@@ -417,20 +457,37 @@ static bool bias_parse(Conn *c, Params *p, const Field *f, const Json *v) {
     return true;
 }
 
-// An rid names one live sequence, or /abort_request could not tell which is meant. The stem of
-// rid_0, rid_1, ... is taken, too.
+static void answer_cancel(Answer *a, int why) {
+    if (a->finish) return;
+    if (!a->why) a->why = why;
+    engine_cancel(a->seq);
+}
+
+// How many sequences run under this rid, or as rid_0, rid_1, ...; data NULL: under any, but for
+// probes. `cancel` ends them.
+static int rid_find(Str rid, bool cancel) {
+    int found = 0;
+    for (const Conn *o = conns; o; o = o->next)
+        for (int i = 0; o->n_live && i < o->call->n_answers; i++) {
+            Answer *a = &o->call->answers[i];
+            const char *name = a->seq->rid;
+            bool named = !rid.data ? !a->seq->probe : str_equal(rid, name) ||
+                         (rid.len == a->stem && !strncmp(name, rid.data, rid.len));
+            found += named && !a->finish;
+            if (named && cancel) answer_cancel(a, ABORT_API);
+        }
+    return found;
+}
+
+// An rid names one live sequence, or /abort_request could not tell which is meant.
 static bool rid_parse(Conn *c, Params *p, const Field *f, const Json *v) {
     Str rid = p->rid = v->string;
-    bool ok = rid.len >= f->lo && rid.len <= f->hi, live = false;
+    bool ok = rid.len >= f->lo && rid.len <= f->hi;
+    bool seen = p->prompt && v == field(c->request.json, "rid");  // with the first prompt
     for (size_t i = 0; ok && i < rid.len; i++) ok = rid.data[i] >= ' ' && rid.data[i] <= '~';
     if (!ok) return wrong(c, v, f->want);
-    const char *text = at("%.*s", ARG(rid));
-    for (const Conn *o = conns; o; o = o->next) {
-        live |= o->n_live && str_equal(o->call->params.rid, text);
-        for (int i = 0; o->n_live && i < o->call->n_answers; i++)
-            live |= !o->call->answers[i].finish && !strcmp(o->call->answers[i].seq->rid, text);
-    }
-    return !live || refuse(c, 400, f->name, "got %s, which is still running", shown(v));
+    return seen || !rid_find(rid, false) ||
+           refuse(c, 400, path_of(c, v, NULL), "got %s, which is still running", shown(v));
 }
 
 // Fields that aren't implemented would change the answer. But a client may send all that it knows,
@@ -444,15 +501,15 @@ static bool neutral(const Conn *c, const char *name, const Json *v) {
 
 // One value into its place in Params.
 static bool field_parse(Conn *c, Params *p, const Field *f, const Json *v) {
-    static const JsonType types[] = {JSON_NUMBER, JSON_NUMBER, JSON_BOOL,
+    static const JsonType types[] = {JSON_NUMBER, JSON_NUMBER, JSON_NUMBER, JSON_BOOL,
                                      JSON_STRING, JSON_NUMBER, JSON_STRING};
     void *out = (char *)p + f->offset;
     int64_t i = 0;
     bool ok = true;
     if (f->kind < STOP && !typed(c, v, types[f->kind])) return false;  // the others look themselves
     switch (f->kind) {
-    case INT:  // top_k alone begins at -1, which is all of them; none of them is no choice
-        ok = json_int(v, (int64_t)f->lo, (int64_t)f->hi, &i) && (f->lo >= 0 || i);
+    case INT: case NONZERO:
+        ok = json_int(v, (int64_t)f->lo, (int64_t)f->hi, &i) && (f->kind == INT || i);
         *(int *)out = (int)i;
         break;
     case NUMBER:
@@ -470,24 +527,27 @@ static bool field_parse(Conn *c, Params *p, const Field *f, const Json *v) {
     case BIAS: return bias_parse(c, p, f, v);
     case LATER:
         return neutral(c, f->name, v) ||
-               refuse(c, 400, f->name, "not supported by this version of r1");
+               refuse(c, 400, path_of(c, v, NULL), "not supported by this version of r1");
     }
     return ok || wrong(c, v, f->want);
 }
 
 #define AT(member) offsetof(Params, member)
 #define FLAG(name, where, member) {name, where, BOOL, AT(member), 0, 0, NULL}
-#define NOT_YET(name) {name, SHARED, LATER, 0, 0, 0, NULL}
+#define NOT_YET(name) {name, SHARED | NATIVE, LATER, 0, 0, 0, NULL}
 #define COUNT "an integer in 0..2147483647"
+#define SEEDS "an integer in -9223372036854775808..18446744073709551615"
+#define TOP_COUNT 0, MAX_TOP_LOGPROBS, "an integer in 0..64"
 
-// SHARED: what all generating endpoints understand. USAGE: what stream_options holds. In
-// this order errors are reported. A positive number is a positive f32: that the engine gets.
+// In this order errors are reported. A positive number is a positive f32: that the engine gets.
 static const Field fields[] = {
-    {"max_tokens", SHARED, INT, AT(seq.max_tokens), 0, INT_MAX, COUNT},
-    {"min_tokens", SHARED, INT, AT(seq.min_tokens), 0, INT_MAX, COUNT},
+    {"max_tokens", V1, INT, AT(seq.max_tokens), 0, INT_MAX, COUNT},
+    {"max_new_tokens", PARAMS, INT, AT(seq.max_tokens), 0, INT_MAX, COUNT},
+    {"min_tokens", V1, INT, AT(seq.min_tokens), 0, INT_MAX, COUNT},
+    {"min_new_tokens", PARAMS, INT, AT(seq.min_tokens), 0, INT_MAX, COUNT},
     {"temperature", SHARED, NUMBER, AT(seq.sampling.temperature), 0, FLT_MAX, "a number >= 0"},
     {"top_p", SHARED, NUMBER, AT(seq.sampling.top_p), FLT_MIN, 1, "a number in (0, 1]"},
-    {"top_k", SHARED, INT, AT(seq.sampling.top_k), -1, INT_MAX, "-1 or an integer >= 1"},
+    {"top_k", SHARED, NONZERO, AT(seq.sampling.top_k), -1, INT_MAX, "-1 or an integer >= 1"},
     {"min_p", SHARED, NUMBER, AT(seq.sampling.min_p), 0, 1, "a number in [0, 1]"},
     {"frequency_penalty", SHARED, NUMBER, AT(seq.sampling.frequency_penalty), -2, 2,
      "a number in [-2, 2]"},
@@ -496,46 +556,209 @@ static const Field fields[] = {
     {"repetition_penalty", SHARED, NUMBER, AT(seq.sampling.repetition_penalty), FLT_MIN, 2,
      "a number in (0, 2]"},
     {"logit_bias", SHARED, BIAS, 0, -100, 100, "a number in [-100, 100]"},
-    {"seed", SHARED, SEED, AT(seq.sampling.seed), 0, 0,
-     "an integer in -9223372036854775808..18446744073709551615"},
+    {"seed", SHARED, SEED, AT(seq.sampling.seed), 0, 0, SEEDS},
+    {"sampling_seed", PARAMS, SEED, AT(seq.sampling.seed), 0, 0, SEEDS},
     {"stop", SHARED, STOP, 0, 0, 0, "string or array"},
     {"stop_token_ids", SHARED, STOP_IDS, 0, 0, 0, "array"},
     FLAG("ignore_eos", SHARED, seq.ignore_eos),
     FLAG("no_stop_trim", SHARED, seq.text.no_stop_trim),
     FLAG("skip_special_tokens", SHARED | DETOKENIZE, seq.text.skip_special),
     FLAG("spaces_between_special_tokens", SHARED, ignored),
-    {"n", SHARED, INT, AT(n), 1, 128, "an integer in 1..128"}, FLAG("stream", SHARED, stream),
-    {"rid", SHARED, RID, 0, 1, MAX_RID, "1..128 printable ASCII characters"},
+    {"n", SHARED, INT, AT(n), 1, 128, "an integer in 1..128"},
+    FLAG("stream", V1 | NATIVE, stream),
+    {"rid", V1 | EACH, RID, 0, 1, MAX_RID, "1..128 printable ASCII characters"},
     NOT_YET("tools"), NOT_YET("response_format"), NOT_YET("suffix"), NOT_YET("regex"),
     NOT_YET("ebnf"), NOT_YET("json_schema"), NOT_YET("structural_tag"), NOT_YET("lora_path"),
     NOT_YET("session_params"), NOT_YET("image_data"), NOT_YET("input_embeds"),
     NOT_YET("custom_logit_processor"),
     {"max_completion_tokens", CHAT, INT, AT(seq.max_tokens), 0, INT_MAX, COUNT},
-    {"model", CHAT, STRING, AT(model), 0, LINE, "at most 1024 bytes"},
+    {"model", CHAT | COMPLETION, STRING, AT(model), 0, LINE, "at most 1024 bytes"},
     FLAG("logprobs", CHAT, logprobs),
-    {"top_logprobs", CHAT, INT, AT(top_logprobs), 0, MAX_TOP_LOGPROBS, "an integer in 0..64"},
-    FLAG("separate_reasoning", CHAT, ignored), FLAG("stream_reasoning", CHAT, ignored),
+    {"logprobs", COMPLETION, INT, AT(seq.sampling.top_logprobs), TOP_COUNT},
+    {"top_logprobs", CHAT, INT, AT(top_logprobs), TOP_COUNT},
+    FLAG("separate_reasoning", CHAT, separate_reasoning),
+    FLAG("stream_reasoning", CHAT, stream_reasoning),
+    FLAG("echo", COMPLETION, echo),
+    FLAG("return_logprob", EACH, logprobs),
+    {"logprob_start_len", EACH, INT, AT(start_len), -1, INT_MAX, "an integer >= -1"},
+    {"top_logprobs_num", EACH, INT, AT(top_logprobs), TOP_COUNT},
+    FLAG("return_text_in_logprobs", NATIVE, id_texts),
     FLAG("include_usage", USAGE, include_usage),
     FLAG("continuous_usage_stats", USAGE, continuous_usage),
     FLAG("add_special_tokens", TOKENIZE, add_special_tokens),
 };
 
+// A field's value for one prompt of several: where it is an array, an element for each of them.
+// NULL: it was refused.
+static const Json *each(Conn *c, const Params *p, const Json *v) {
+    if (v->type != JSON_ARRAY) return v;
+    if (v->count != p->prompts)
+        return refuse(c, 400, path_of(c, v, NULL), "got %u values, want one for each prompt, %u",
+                      v->count, p->prompts), NULL;
+    v++;
+    for (uint32_t i = 0; i < p->prompt; i++) v = json_next(v);
+    return v;
+}
+
 static bool fields_parse(Conn *c, Params *p, const Json *object, int where) {
     for (const Field *f = fields; f < fields + sizeof fields / sizeof *fields; f++) {
         const Json *v = f->where & where ? field(object, f->name) : NULL;
-        if (v && !field_parse(c, p, f, v)) return false;
+        if (v && (f->where & where) == EACH && !(v = each(c, p, v))) return false;
+        if (v && v->type != JSON_NULL && !field_parse(c, p, f, v)) return false;
     }
     return true;
 }
 
 // -------------------------------------------------------------------------------------------------
+// Metrics, as Prometheus reads them. Most belong to the engine; the times are taken here, when a
+// token comes to this thread.
+
+typedef struct {
+    const char *name, *help;
+    double le[24];       // the buckets' upper ends, up to a 0; then one that holds the rest
+    uint64_t count[24];  // in each of them alone
+    double sum;
+} Histogram;
+
+static Histogram first_token = {
+    "sglang:time_to_first_token_seconds", "From a request's arrival to its first token.",
+    {.1, .25, .5, .75, 1, 2, 5, 10, 20, 40, 60, 80, 120, 160}, {0}, 0};
+static Histogram per_token = {
+    "sglang:time_per_output_token_seconds", "A sequence's mean time between two tokens.",
+    {.005, .01, .015, .02, .025, .03, .04, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5},
+    {0}, 0};
+static Histogram between_tokens = {
+    "sglang:inter_token_latency_seconds", "The time from one token to the next.",
+    {.002, .004, .006, .008, .01, .015, .02, .025, .03, .035, .04, .05, .075, .1, .15, .2, .3, .4,
+     .5, .75, 1, 2}, {0}, 0};
+static Histogram whole_request = {
+    "sglang:e2e_request_latency_seconds", "From a request's arrival to its end.",
+    {.1, .25, .5, 1, 2, 5, 10, 20, 40, 60, 80, 120, 160}, {0}, 0};
+static uint64_t tokens_generated, sequences_finished, aborted[FAULT + 1];
+
+static void observe(Histogram *h, double seconds) {
+    int i = 0;
+    while (h->le[i] > 0 && seconds > h->le[i]) i++;
+    h->count[i]++, h->sum += seconds;
+}
+
+static void event_count(Answer *a, const Event *e, bool token) {
+    if (token && a->n_tokens == 1) a->first = now, observe(&first_token, now - e->seq->arrival);
+    else if (token) observe(&between_tokens, now - a->last);
+    if (token) a->last = now, tokens_generated++;
+    if (!e->finish) return;
+    sequences_finished++;
+    observe(&whole_request, now - e->seq->arrival);
+    if (a->n_tokens > 1) observe(&per_token, (a->last - a->first) / (a->n_tokens - 1));
+    if (e->finish == FINISH_ABORT || e->finish == FINISH_ERROR)
+        aborted[e->finish == FINISH_ERROR ? FAULT : a->why]++;
+}
+
+// name{model_name="...",label="..."} value, behind a family's head where there is a help.
+static void metric_write(Buf *b, const char *name, const char *type, const char *label,
+                         const char *help, double value) {
+    if (help) buf_printf(b, "# HELP %s %s\n# TYPE %s %s\n", name, help, name, type);
+    buf_printf(b, "%s{model_name=%s%s} %.16g\n", name, quoted(served_name()), label, value);
+}
+
+static void histogram_write(Buf *b, const Histogram *h) {
+    double count = 0;
+    buf_printf(b, "# HELP %s %s\n# TYPE %s histogram\n", h->name, h->help, h->name);
+    for (int i = 0; !i || h->le[i - 1] > 0; i++) {
+        const char *label = h->le[i] > 0 ? at(",le=\"%g\"", h->le[i]) : ",le=\"+Inf\"";
+        metric_write(b, at("%s_bucket", h->name), NULL, label, NULL, count += (double)h->count[i]);
+    }
+    metric_write(b, at("%s_sum", h->name), NULL, "", NULL, h->sum);
+    metric_write(b, at("%s_count", h->name), NULL, "", NULL, count);
+}
+
+static bool metrics(Conn *c) {
+    static const char *const reasons[] = {"shutdown", "disconnect", "api", "error"};
+    const Server *s = &server;
+    const char *rank = ",rank=\"0\"", *g = "gauge", *n = "counter";
+    double usage = s->used_tokens / fmax(1, s->max_total_tokens);
+    const struct { const char *name, *type, *label, *help; double value; } rows[] = {
+        {"sglang:num_running_reqs", g, "", "Sequences that run.", s->running},
+        {"sglang:num_queue_reqs", g, "", "Sequences that wait.", s->queued},
+        {"sglang:num_used_tokens", g, "", "Tokens of the cache in use.", s->used_tokens},
+        {"sglang:token_usage", g, "", "The same as a part of the cache.", usage},
+        {"sglang:cache_hit_rate", g, "", "Prompt tokens found in the cache.", s->cache_hit_rate},
+        {"sglang:gen_throughput", g, "", "Tokens a second.", s->gen_throughput},
+        {"sglang:spec_accept_length", g, "", "Tokens that speculation gains a step.", 0},
+        {"sglang:prompt_tokens_total", n, "", "Prompt tokens prefilled.", s->prompt_tokens},
+        {"sglang:cached_tokens_total", n, "", "Those found in the cache.", s->cached_tokens},
+        {"sglang:generation_tokens_total", n, "", "Tokens generated.", tokens_generated},
+        {"sglang:num_requests_total", n, "", "Sequences finished.", sequences_finished},
+        {"r1:ready", g, "", "1 when requests are answered.", server_state() == STATE_READY},
+        {"r1:load_bytes", g, rank, "Bytes of weights loaded.", s->progress.loaded_bytes},
+        {"r1:load_total_bytes", g, rank, "Bytes of weights to load.", s->progress.total_bytes},
+        {"r1:steps_total", n, "", "Runs of the model.", s->steps},
+        {"r1:preempted_total", n, "", "Sequences that gave their pages back.", s->preempted},
+    };
+    Buf *b = &c->out;
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        metric_write(b, rows[i].name, rows[i].type, rows[i].label, rows[i].help, rows[i].value);
+    for (int i = 0; i <= FAULT; i++)
+        metric_write(b, "r1:aborted_total", n, at(",reason=\"%s\"", reasons[i]),
+                     i ? NULL : "Sequences that did not end by themselves.", aborted[i]);
+    for (int i = 0; i < STATUSES; i++)
+        metric_write(b, "r1:http_responses_total", n, at(",code=\"%d\"", statuses[i].code),
+                     i ? NULL : "Answers by status.", responses[i]);
+    histogram_write(b, &first_token), histogram_write(b, &per_token);
+    histogram_write(b, &between_tokens), histogram_write(b, &whole_request);
+    return respond_as(c, 200, "text/plain; version=0.0.4; charset=utf-8");
+}
+
+// -------------------------------------------------------------------------------------------------
+// The reasoning parser: R1's text is [<think>] reasoning </think> content. It works on bytes, and
+// holds back what may still become a tag or is white space at an end, so that it never matters
+// where tokens were cut.
+
+#define OPEN_TAG STR("<think>")
+#define CLOSE_TAG STR("</think>")
+
+// Where the tag begins in s, or what s ends in and may become it; s.len: nowhere.
+static size_t tag_find(Str s, Str tag) {
+    size_t i = 0;
+    while (i < s.len && !str_begins(tag, str_cut((Str){s.data + i, s.len - i}, tag.len))) i++;
+    return i;
+}
+
+static size_t blanks(const Buf *b) {  // white space at its head
+    size_t n = 0;
+    while (n < b->len && isspace((uint8_t)b->data[n])) n++;
+    return n;
+}
+
+// Takes the text that follows. `thinking`: without a tag at its head it is reasoning, else content.
+static void reasoning_push(Answer *a, Str text, bool thinking) {
+    Buf *h = &a->held;
+    bool end = a->finish;
+    buf_add(h, text.data, text.len);
+    if (a->part == HEAD) {
+        size_t blank = blanks(h);
+        Str rest = {h->data + blank, h->len - blank};
+        bool tag = str_begins(rest, OPEN_TAG);
+        if (!tag && !end && str_begins(OPEN_TAG, rest)) return;  // it may become one
+        if (tag) buf_shift(h, NULL, blank + OPEN_TAG.len);
+        a->part = tag || thinking ? OPENED : CONTENT;
+    }
+    if (a->part == OPENED) buf_shift(h, NULL, blanks(h)), a->part += h->len > 0;
+    if (a->part == THINKING) {
+        size_t tag = tag_find(buf_text(h), CLOSE_TAG), n;
+        bool whole = tag + CLOSE_TAG.len <= h->len;
+        if (end && !whole) tag = h->len;
+        for (n = tag; n && isspace((uint8_t)h->data[n - 1]);) n--;
+        buf_shift(h, &a->thought, n);
+        if (whole) a->part = CLOSED, buf_shift(h, NULL, tag - n + CLOSE_TAG.len);
+    }
+    if (a->part == CLOSED) buf_shift(h, NULL, blanks(h)), a->part += h->len > 0;
+    if (a->part == CONTENT) buf_shift(h, &a->text, h->len);
+}
+
+// -------------------------------------------------------------------------------------------------
 // Calls: what the engine computes for a connection. An endpoint that generates parses into a new
 // Call, adds its prompts and starts it; then its Api says how tokens, events, answers are written.
-
-static Str served_name(void) {
-    const Options *o = &server.options;
-    return str_of(o->served_model_name ? o->served_model_name : o->model_path);
-}
 
 // The longest sequence, prompt and answer: the model's limit or, where that is less, the cache's.
 static int64_t max_req_len(void) {
@@ -543,34 +766,43 @@ static int64_t max_req_len(void) {
     return server.context_len < pool ? server.context_len : pool;
 }
 
-// With the defaults of /v1.
-static Call *call_new(Conn *c, const Api *api) {
-    Call *call = c->call = xcalloc(1, sizeof *call);
-    Params *p = &call->params;
-    call->api = api, call->deadline = INFINITY;
-    p->n = 1, p->model = served_name();
-    p->seq.max_tokens = -1, p->seq.arrival = now;
+// Each prompt of /generate has parameters of its own, so that they may begin anew.
+static void params_init(Params *p, const Api *api) {
+    bool native = api->where == PARAMS;
+    Ids tokens = p->seq.tokens;
+    *p = (Params){.n = 1, .start_len = -1, .prompts = 1, .model = served_name()};
+    p->seq = (Seq){.tokens = tokens, .max_tokens = api->max_tokens, .arrival = now};
     p->seq.sampling = (Sampling){
-        .temperature = (float)server.config.temperature, .top_p = (float)server.config.top_p,
+        .temperature = native ? 1 : (float)server.config.temperature,
+        .top_p = native ? 1 : (float)server.config.top_p,
         .top_k = -1, .repetition_penalty = 1, .top_logprobs = -1};
     text_init(&p->seq.text, server.tokenizer, true);
+}
+
+static Call *call_new(Conn *c, const Api *api) {
+    Call *call = c->call = xcalloc(1, sizeof *call);
+    call->api = api, call->deadline = INFINITY;
+    params_init(&call->params, api);
+    call->params.object = c->request.json;
     return call;
 }
 
 // Nobody waits for what still runs: it ends with the next step.
-static void call_cancel(Conn *c) {
+static void call_cancel(Conn *c, int why) {
     for (int i = 0; c->n_live && i < c->call->n_answers; i++)
-        if (!c->call->answers[i].finish) engine_cancel(c->call->answers[i].seq);
+        answer_cancel(&c->call->answers[i], why);
 }
 
 static size_t prompt_bytes(const Conn *c) {
     const Params *p = &c->call->params;
-    return (size_t)p->n * p->seq.tokens.len * sizeof(int);
+    return (size_t)p->n * (p->seq.tokens.len * sizeof(int) + p->echoed.len);
 }
 
 // Whether P + C tokens can ever be held, and the queue has room; settles C where it was left open.
 // The texts are SGLang's.
-static bool call_fits(Conn *c, Seq *s) {
+static bool call_fits(Conn *c) {
+    const Params *p = &c->call->params;
+    Seq *s = &c->call->params.seq;
     int64_t limit = max_req_len(), n = (int64_t)s->tokens.len;
     int waiting = server.queued, most = server.options.max_queued_requests;
     bool truncate = server.options.allow_auto_truncate;
@@ -589,8 +821,8 @@ static bool call_fits(Conn *c, Seq *s) {
                       "prompt and %d for the completion.%s", limit, n + s->max_tokens, n,
                       s->max_tokens, pool);
     if (s->min_tokens > s->max_tokens)
-        return refuse(c, 400, "min_tokens", "got %d, want an integer in 0..%d", s->min_tokens,
-                      s->max_tokens);
+        return wrong(c, field(p->object, c->call->api->where == PARAMS ? "min_new_tokens" :
+                              "min_tokens"), at("an integer in 0..%d", s->max_tokens));
     // Each choice has the prompt for itself: 128 of a long one are much more than their body.
     if (bodies_held + prompt_bytes(c) > http_limits.all_bodies_bytes)
         return refuse(c, 503, NULL, "too many request bodies");
@@ -604,22 +836,35 @@ static void call_add(Conn *c) {
     Call *call = c->call;
     const Params *p = &call->params;
     const Ids *prompt = &p->seq.tokens;
-    size_t n = (size_t)call->n_answers + (size_t)p->n;
+    int first = call->n_answers, n_bias = p->seq.sampling.n_bias;
+    size_t n = (size_t)first + (size_t)p->n;
     call->answers = xrealloc(call->answers, n * sizeof *call->answers);
     call->n_prompt += (int)prompt->len;
     call->held += prompt_bytes(c), bodies_held += prompt_bytes(c);
+    float *bias = xmalloc((size_t)n_bias * (sizeof(float) + sizeof(int)));
+    int *bias_id = (int *)(bias + n_bias);
+    for (int i = 0; i < n_bias; i++) bias[i] = p->bias[i], bias_id[i] = p->bias_id[i];
     for (int i = 0; i < p->n; i++, call->n_answers++) {
+        Answer *a = &call->answers[call->n_answers];
         Seq *s = seq_new();
         uint64_t random[2];
         if (getrandom(random, sizeof random, 0) < 0) die("getrandom: %s", strerror(errno));
-        *s = p->seq;  // borrows strings and the bias of the call, which is freed later
+        *s = p->seq;  // borrows strings of the call's body and the bias
         s->owner = c, s->index = call->n_answers;
         s->sampling.seed += (uint64_t)i;
+        s->sampling.bias = bias, s->sampling.bias_id = bias_id;
         s->n_prompt = (int)prompt->len, s->tokens = (Ids){0};
         for (size_t k = 0; k < prompt->len; k++) ids_add(&s->tokens, prompt->data[k]);
-        if (!p->rid.len) snprintf(s->rid, sizeof s->rid, "%016lx%016lx", random[0], random[1]);
-        else snprintf(s->rid, sizeof s->rid, p->n > 1 ? "%.*s_%d" : "%.*s", ARG(p->rid), i);
-        call->answers[call->n_answers] = (Answer){.seq = s};
+        const char *rid = p->rid.len ? at("%.*s", ARG(p->rid)) :
+            at("%016lx%016lx", random[0], random[1]);
+        bool shared = p->rid.len && p->sharers > 1;
+        snprintf(s->rid, sizeof s->rid, shared ? "%s_%d" : "%s", rid,
+                 call->n_answers % (shared ? p->sharers : 1));
+        *a = (Answer){.seq = s, .stem = strlen(rid), .bias = i ? NULL : bias};
+        if (p->echoed.len) buf_add(&a->text, p->echoed.data, p->echoed.len);
+        // Nothing stands before the first token, so that no logprob is there for it.
+        Event start = {.prompt = true, .choice = {.id = *prompt->data, .logprob = NAN}};
+        if (s->score_from == 1) call->api->token(c, a, &start);
     }
 }
 
@@ -636,27 +881,37 @@ static bool call_start(Conn *c) {
     return true;
 }
 
-// Takes one event of the engine's into the answer that it belongs to.
+// Takes one event of the engine's into the answer that it belongs to. Where the client keeps up it
+// is written at once, so that a stream has a chunk for each token and sequence; conn_run() sends
+// what a round's events have made.
 static void call_event(Conn *c, const Event *e) {
     Call *call = c->call;
     Answer *a = &call->answers[e->seq->index];
+    const Params *p = &call->params;
     int interval = server.options.stream_interval > 0 ? server.options.stream_interval : 1;
+    bool token = e->has_token && !e->prompt && e->finish != FINISH_ERROR;
+    a->n_tokens += token, call->n_completion += token;
     a->finish = e->finish, a->stop_id = e->stop_id, a->stop_string = e->stop_string;
     if (e->finish) c->n_live--;
+    if (!e->seq->probe) event_count(a, e, token);
     if (c->state != COMPUTING && c->state != STREAMING) return;  // nobody waits for it any more
     if (e->finish == FINISH_ERROR) {  // the request fails, and its other sequences are of no use
-        call_cancel(c);
+        call_cancel(c, FAULT);
         refuse(c, c->request.route->shape == HEALTH ? 503 : 500, NULL,
                "the model gave a value that is not a number at position %zu", e->seq->tokens.len);
         return;
     }
-    a->n_tokens += e->has_token, call->n_completion += e->has_token;
-    if (e->has_token && call->params.logprobs) call->api->token(&a->entries, &e->choice);
-    if (e->text.len) buf_add(&a->text, e->text.data, e->text.len);
-    // A token without text, logprobs or an end makes no event: a character may not be whole yet.
-    if (e->finish || a->n_tokens == 1 || a->n_tokens % interval == 0)
-        a->waiting = e->finish || !a->started || a->text.len || a->entries.len;
-    if (!call->params.stream && !c->n_live) call->api->answer(c);
+    if (e->has_token && e->seq->sampling.top_logprobs >= 0) call->api->token(c, a, e);
+    if (p->separate_reasoning) reasoning_push(a, buf_text(&e->text), p->thinking);
+    else if (e->text.len) buf_add(&a->text, e->text.data, e->text.len);
+    // A token without text, logprobs or an end makes no event of /v1: a character may not be whole.
+    if (e->finish || (token && (a->n_tokens == 1 || a->n_tokens % interval == 0)))
+        a->waiting = e->finish || !a->started || a->text.len || a->thought.len ||
+                     a->lists[0].len || call->api->where == PARAMS;
+    if (!p->stream && !c->n_live) call->api->answer(c);
+    if (!p->stream || !a->waiting || c->blocked || c->out.len > READ_BYTES) return;
+    if (!c->out.len) c->since = now;
+    call->api->event(c, a);
 }
 
 // Ends an object of /v1 behind its choices.
@@ -664,9 +919,12 @@ static void object_end(Buf *b, const Conn *c, bool usage) {
     const Call *call = c->call;
     int prompt = call->n_prompt, completion = call->n_completion;
     const char *details = call->params.stream ? "" : ",\"prompt_tokens_details\":null";
-    if (server.options.enable_cache_report && !c->n_live)
-        details = at(",\"prompt_tokens_details\":{\"cached_tokens\":%d}",
-                     call->answers[0].seq->n_cached);
+    if (server.options.enable_cache_report && !c->n_live) {
+        int cached = 0;
+        for (int i = 0; i < call->n_answers; i += call->params.n)
+            cached += call->answers[i].seq->n_cached;
+        details = at(",\"prompt_tokens_details\":{\"cached_tokens\":%d}", cached);
+    }
     if (!usage) buf_str(b, "],\"usage\":null}");
     else buf_printf(b, "],\"usage\":{\"prompt_tokens\":%d,\"total_tokens\":%d,"
                     "\"completion_tokens\":%d%s}}", prompt, prompt + completion, completion,
@@ -694,9 +952,237 @@ static bool stream_fill(Conn *c) {
 }
 
 // -------------------------------------------------------------------------------------------------
-// POST /v1/chat/completions
+// Prompts of /v1/completions and /generate: texts or ids, one or many. The n sequences of each have
+// the parameters that the call has when they are added.
+
+// The text of n ids by themselves.
+static void ids_text(Buf *out, const int *id, size_t n, bool skip_special) {
+    TextStream s;
+    text_init(&s, server.tokenizer, skip_special);
+    for (size_t i = 0; i < n; i++) text_push(&s, out, id[i], false);
+    text_flush(&s, out);
+    text_free(&s);
+}
+
+static void text_write(Buf *b, const int *id, size_t n, bool skip_special) {  // as a JSON string
+    Buf text = {0};
+    ids_text(&text, id, n, skip_special);
+    json_write_string(b, buf_text(&text));
+    buf_free(&text);
+}
+
+// BOS stands once at the head, where the checkpoint wants one at all.
+static void text_encode(Ids *ids, Str text, bool special) {
+    int bos = special ? tokenizer_bos(server.tokenizer) : -1;
+    if (bos >= 0 && !str_begins(text, tokenizer_bytes(server.tokenizer, bos))) ids_add(ids, bos);
+    tokenizer_encode(server.tokenizer, ids, text);
+}
+
+static bool ids_parse(Conn *c, Ids *ids, const Json *list) {
+    const Json *v = list + 1;
+    for (uint32_t i = 0; i < list->count; i++, v = json_next(v)) {
+        ids_add(ids, 0);
+        if (!id_parse(c, &ids->data[ids->len - 1], v)) return false;
+    }
+    return true;
+}
+
+// Fields of /generate that may differ from prompt to prompt.
+static bool native_params(Conn *c, uint32_t prompt, uint32_t prompts) {
+    Params *p = &c->call->params;
+    const Json *json = c->request.json, *v = field(json, "sampling_params");
+    int n = p->n;
+    params_init(p, c->call->api);
+    p->prompt = prompt, p->prompts = prompts;
+    if (v && !(v = each(c, p, v))) return false;
+    bool given = v && v->type != JSON_NULL;
+    if (given && (!typed(c, v, JSON_OBJECT) || !fields_parse(c, p, v, PARAMS))) return false;
+    if (prompt && p->n != n)
+        return refuse(c, 400, path_of(c, v, "n"), "got %d, want %d, as for the first prompt", p->n,
+                      n);
+    p->object = v;
+    if (!fields_parse(c, p, json, NATIVE) || !fields_parse(c, p, json, EACH)) return false;
+    if (p->logprobs) p->seq.sampling.top_logprobs = p->top_logprobs;
+    if (p->logprobs) p->seq.score_from = p->start_len + 1;
+    return true;
+}
+
+// One prompt's ids, and whether they and its parameters go together.
+static bool prompt_parse(Conn *c, const Json *v, bool as_ids) {
+    Params *p = &c->call->params;
+    Ids *ids = &p->seq.tokens;
+    ids->len = 0;
+    if (!typed(c, v, as_ids ? JSON_ARRAY : JSON_STRING)) return false;
+    if (as_ids && !ids_parse(c, ids, v)) return false;
+    if (!as_ids) text_encode(ids, v->string, true);
+    if (!ids->len)
+        return refuse(c, 400, path_of(c, v, NULL), "got an empty %s, want at least one token id",
+                      json_type_name(v));
+    if (p->start_len >= (int)ids->len)
+        return wrong(c, each(c, p, field(c->request.json, "logprob_start_len")),
+                     at("an integer in -1..%zu", ids->len - 1));
+    p->echoed.len = 0;
+    if (p->echo) ids_text(&p->echoed, ids->data, ids->len, p->seq.text.skip_special);
+    return call_fits(c);
+}
+
+// Adds the sequences of one prompt or of a list of them: texts, arrays of ids, or either.
+static bool prompts_add(Conn *c, const Json *v, bool texts, bool ids) {
+    Call *call = c->call;
+    Params *p = &call->params;
+    bool array = v->type == JSON_ARRAY;
+    JsonType first = array && v->count ? v[1].type : JSON_NULL;
+    bool as_ids = ids && array && !(texts && first == JSON_STRING);
+    bool list = array && (!as_ids || first == JSON_ARRAY);
+    if (!array && !(texts && v->type == JSON_STRING))
+        return wrong_type(c, v, texts ? "string or array" : "array");
+    if (list && !v->count)
+        return refuse(c, 400, path_of(c, v, NULL), "got an empty array, want at least one prompt");
+    const Json *one = list ? v + 1 : v, *rid = field(c->request.json, "rid");
+    int64_t n = list ? v->count : 1;
+    for (int64_t i = 0; i < n; i++, one = json_next(one)) {
+        if (call->api->where == PARAMS && !native_params(c, (uint32_t)i, (uint32_t)n)) return false;
+        if (n * p->n > MAX_SEQS)
+            return refuse(c, 400, path_of(c, v, NULL), "got %ld sequences, want at most %d",
+                          n * p->n, MAX_SEQS);
+        p->sharers = p->n * (rid && rid->type == JSON_ARRAY ? 1 : (int)n);
+        if (!prompt_parse(c, one, as_ids)) return false;
+        call_add(c);
+    }
+    call->list = list || p->n > 1;
+    return true;
+}
+
+// -------------------------------------------------------------------------------------------------
+// What /v1 answers: completions and chat differ in where the text stands and in the stream's head.
 
 #define THINK "<think>\n"
+
+typedef struct {  // what a chunk or the whole answer tells of one choice
+    const char *role;
+    Str text, thought;    // data NULL: null
+    size_t lists[LISTS];  // bytes of each
+    bool done;
+} Part;
+
+static void logprob_write(Buf *b, float logprob) {  // NaN: there is none
+    if (isnan(logprob)) buf_str(b, "null");
+    else json_write_float(b, fmaxf(logprob, -9999.0f));  // never below that, as in SGLang
+}
+
+// As much of a text as one event may hold, in whole characters.
+static Str event_text(Str s) {
+    size_t n = 0;
+    for (size_t json = 0; n < s.len && json < EVENT_TEXT; n++)
+        json += (uint8_t)s.data[n] < ' ' ? strlen("\\u0000") : strchr("\"\\", s.data[n]) ? 2 : 1;
+    return text_cut(s, n);
+}
+
+// "name":[...],... of the lists' first bytes.
+static void lists_write(Buf *b, const Call *call, const Answer *a, const size_t *bytes, int n) {
+    for (int i = 0; i < n && call->api->lists[i]; i++) {
+        buf_printf(b, "%s\"%s\":[", i ? "," : "", call->api->lists[i]);
+        size_t from = b->len;
+        if (bytes[i]) buf_add(b, a->lists[i].data, bytes[i] - 1);  // without the last newline
+        for (; from < b->len; from++) if (b->data[from] == '\n') b->data[from] = ',';
+        buf_str(b, "]");
+    }
+}
+
+// What ended a sequence: a token's id or a stop string.
+static const char *matched(const Answer *a) {
+    return a->finish != FINISH_STOP ? "null" : a->stop_id >= 0 ? at("%d", a->stop_id) :
+        quoted(a->seq->text.stop[a->stop_string]);
+}
+
+static void choice_write(Buf *b, const Call *call, const Answer *a, const Part *part) {
+    static const char *const reasons[] = {"null", "\"stop\"", "\"length\"", "\"abort\""};
+    const Params *p = &call->params;
+    bool list = a->seq->sampling.top_logprobs >= 0 && (part->lists[0] || !p->stream);
+    buf_printf(b, "{\"index\":%d,", a->seq->index);
+    if (call->api->where == CHAT) {
+        buf_printf(b, "\"%s\":{\"role\":%s,\"content\":%s", p->stream ? "delta" : "message",
+                   part->role, part->text.data ? quoted(part->text) : "null");
+        if (p->separate_reasoning)
+            buf_printf(b, ",\"reasoning_content\":%s",
+                       part->thought.data ? quoted(part->thought) : "null");
+        buf_str(b, ",\"tool_calls\":null}");
+    } else buf_printf(b, "\"text\":%s", quoted(part->text));
+    buf_str(b, list ? ",\"logprobs\":{" : ",\"logprobs\":null");
+    if (list) lists_write(b, call, a, part->lists, LISTS);
+    buf_printf(b, "%s,\"finish_reason\":%s,\"matched_stop\":%s}", list ? "}" : "",
+               reasons[part->done ? a->finish : FINISH_NONE], part->done ? matched(a) : "null");
+}
+
+// One chunk of a stream, for one choice.
+static void v1_chunk(Conn *c, const Answer *a, Part part) {
+    Buf *b = scratch();
+    buf_str(b, c->call->head.data);
+    choice_write(b, c->call, a, &part);
+    object_end(b, c, c->call->params.continuous_usage);
+    stream_event(c, b->data);
+}
+
+// As much of what waits as one event may hold: whole characters of text and whole entries.
+static void v1_event(Conn *c, Answer *a) {
+    const Params *p = &c->call->params;
+    bool chat = c->call->api->where == CHAT, parse = p->separate_reasoning;
+    Str none = parse ? (Str){0} : STR("");
+    if (chat && !a->started) v1_chunk(c, a, (Part){.role = "\"assistant\"", .text = none});
+    if (chat && !a->started && p->forced_tag && !parse)
+        v1_chunk(c, a, (Part){.role = "null", .text = STR(THINK)});
+    Part part = {.role = "null", .text = none};
+    bool thought = a->thought.len && (p->stream_reasoning || a->part >= CLOSED || a->finish);
+    if (thought) part.thought = event_text(buf_text(&a->thought));
+    else if (a->text.len) part.text = event_text(buf_text(&a->text));
+    for (size_t sum = 0; part.lists[0] < a->lists[0].len && sum < EVENT_ENTRIES;)
+        for (int i = sum = 0; i < LISTS; sum += part.lists[i++])
+            if (part.lists[i] < a->lists[i].len)
+                part.lists[i] += strcspn(a->lists[i].data + part.lists[i], "\n") + 1;
+    bool all = part.text.len == a->text.len && part.lists[0] == a->lists[0].len &&
+               (part.thought.len == a->thought.len || !thought);
+    part.done = all && a->finish;
+    if (part.thought.len || part.text.len || part.lists[0] || part.done) v1_chunk(c, a, part);
+    buf_shift(&a->thought, NULL, part.thought.len), buf_shift(&a->text, NULL, part.text.len);
+    for (int i = 0; i < LISTS; i++) buf_shift(&a->lists[i], NULL, part.lists[i]);
+    a->started = true, a->waiting = !all;
+}
+
+// The whole answer of a request that is not streamed, all choices in one object.
+static void v1_answer(Conn *c) {
+    const Call *call = c->call;
+    bool parse = call->params.separate_reasoning;
+    buf_str(&c->out, call->head.data);
+    for (Answer *a = call->answers; a < call->answers + call->n_answers; a++) {
+        Part part = {.role = "\"assistant\"", .done = true};
+        if (!parse || a->part >= CLOSED) part.text = buf_text(&a->text);
+        if (a->thought.len) part.thought = buf_text(&a->thought);
+        for (int i = 0; i < LISTS; i++) part.lists[i] = a->lists[i].len;
+        if (a > call->answers) buf_str(&c->out, ",");
+        choice_write(&c->out, call, a, &part);
+    }
+    object_end(&c->out, c, true);
+    respond(c, 200);
+}
+
+// The fields that chat and completions have of their own, and those of stream_options.
+static bool v1_fields(Conn *c) {
+    Params *p = &c->call->params;
+    const Json *json = c->request.json, *options = field(json, "stream_options");
+    return fields_parse(c, p, json, c->call->api->where) &&
+           (!options || (typed(c, options, JSON_OBJECT) && fields_parse(c, p, options, USAGE)));
+}
+
+static bool v1_start(Conn *c, const char *object) {
+    Call *call = c->call;
+    buf_printf(&call->head, "{\"id\":%s,\"object\":\"%s\",\"created\":%ld,\"model\":%s,"
+               "\"choices\":[", quoted(str_of(call->answers[0].seq->rid)), object,
+               (long)time(NULL), quoted(call->params.model));
+    return call_start(c);
+}
+
+// -------------------------------------------------------------------------------------------------
+// POST /v1/chat/completions
 
 // The parts of a content, joined by newlines where the first one lies: in the body there is more
 // than a newline between any two of them.
@@ -754,23 +1240,19 @@ static bool chat_prompt(Conn *c, Params *p) {
         chat_render(&text, server.template_kind, m, n - prefill, true, think);
         // Behind a tool's answer the template has no <Assistant>, and then no tag either.
         p->forced_tag = think && !strcmp(text.data + text.len - strlen(THINK), THINK);
-        if (prefill) buf_add(&text, m[n - 1].content.data, m[n - 1].content.len);
+        if (prefill) {
+            Str s = m[n - 1].content;
+            size_t open = tag_find(s, OPEN_TAG);
+            size_t close = open + tag_find((Str){s.data + open, s.len - open}, CLOSE_TAG);
+            p->thinking = open + OPEN_TAG.len <= s.len && close + CLOSE_TAG.len > s.len;
+            buf_add(&text, s.data, s.len);
+        }
+        p->thinking |= p->forced_tag;
         tokenizer_encode(server.tokenizer, &p->seq.tokens, buf_text(&text));
         buf_free(&text);
     }
     free(m);
     return i == n;
-}
-
-// The text of n ids by themselves, as a JSON string.
-static void text_write(Buf *b, const int *id, size_t n, bool skip_special) {
-    TextStream s;
-    Buf text = {0};
-    text_init(&s, server.tokenizer, skip_special);
-    for (size_t i = 0; i < n; i++) text_push(&s, &text, id[i], false);
-    text_flush(&s, &text);
-    json_write_string(b, buf_text(&text));
-    text_free(&s), buf_free(&text);
 }
 
 // One token alone: {"token":"Okay","bytes":[79,107,97,121],"logprob":-0.0021
@@ -781,103 +1263,163 @@ static void token_write(Buf *b, int id, float logprob) {
     buf_str(b, ",\"bytes\":[");
     for (size_t i = 0; i < bytes.len; i++) buf_printf(b, i ? ",%u" : "%u", (uint8_t)bytes.data[i]);
     buf_str(b, "],\"logprob\":");
-    json_write_float(b, fmaxf(logprob, -9999.0f));  // never below that, as in SGLang
+    logprob_write(b, logprob);
 }
 
 // A token with its rivals: one entry of logprobs.content.
-static void chat_token(Buf *entries, const Choice *choice) {
-    token_write(entries, choice->id, choice->logprob);
-    buf_str(entries, ",\"top_logprobs\":[");
-    for (int i = 0; i < choice->n_top; i++) {
-        if (i) buf_str(entries, ",");
-        token_write(entries, choice->top_id[i], choice->top_logprob[i]);
-        buf_str(entries, "}");
+static void chat_token(Conn *c, Answer *a, const Event *e) {
+    (void)c;
+    Buf *b = &a->lists[0];
+    token_write(b, e->choice.id, e->choice.logprob);
+    buf_str(b, ",\"top_logprobs\":[");
+    for (int i = 0; i < e->choice.n_top; i++) {
+        if (i) buf_str(b, ",");
+        token_write(b, e->choice.top_id[i], e->choice.top_logprob[i]);
+        buf_str(b, "}");
     }
-    buf_str(entries, "]}\n");
+    buf_str(b, "]}\n");
 }
 
-// One choice: of a chunk or of the whole answer. With it go the first bytes of its entries.
-static void choice_write(Buf *b, const Conn *c, const Answer *a, const char *role, Str text,
-                         size_t entries, bool done) {
-    static const char *const reasons[] = {"null", "\"stop\"", "\"length\"", "\"abort\""};
-    const Params *p = &c->call->params;
-    bool stream = p->stream, list = p->logprobs && (entries || !stream);
-    const char *matched = !done || a->finish != FINISH_STOP ? "null" :
-        a->stop_id >= 0 ? at("%d", a->stop_id) : quoted(a->seq->text.stop[a->stop_string]);
-    buf_printf(b, "{\"index\":%d,\"%s\":{\"role\":%s,\"content\":", a->seq->index,
-               stream ? "delta" : "message", role);
-    json_write_string(b, text);
-    buf_printf(b, ",\"tool_calls\":null},\"logprobs\":%s", list ? "{\"content\":[" : "null");
-    size_t from = b->len;
-    if (entries) buf_add(b, a->entries.data, entries - 1);  // without the last newline
-    for (; from < b->len; from++) if (b->data[from] == '\n') b->data[from] = ',';
-    buf_printf(b, "%s,\"finish_reason\":%s,\"matched_stop\":%s}", list ? "]}" : "",
-               reasons[done ? a->finish : FINISH_NONE], matched);
-}
-
-// One chunk of a stream, for one choice.
-static void chat_chunk(Conn *c, Answer *a, const char *role, Str text, size_t entries, bool done) {
-    Buf *b = scratch();
-    buf_str(b, c->call->head.data);
-    choice_write(b, c, a, role, text, entries, done);
-    object_end(b, c, c->call->params.continuous_usage);
-    stream_event(c, b->data);
-}
-
-// As much of what waits as one event may hold: whole characters of text and whole entries.
-static void chat_event(Conn *c, Answer *a) {
-    if (!a->started) chat_chunk(c, a, "\"assistant\"", STR(""), 0, false);
-    if (!a->started && c->call->params.forced_tag) chat_chunk(c, a, "null", STR(THINK), 0, false);
-    Str text = text_cut(buf_text(&a->text), EVENT_TEXT);
-    size_t entries = 0;
-    while (entries < a->entries.len && entries < EVENT_ENTRIES)
-        entries = (size_t)(strchr(a->entries.data + entries, '\n') + 1 - a->entries.data);
-    bool all = text.len == a->text.len && entries == a->entries.len, done = all && a->finish;
-    if (text.len || entries || done) chat_chunk(c, a, "null", text, entries, done);
-    buf_shift(&a->text, NULL, text.len), buf_shift(&a->entries, NULL, entries);
-    a->started = true, a->waiting = !all;
-}
-
-// The whole answer of a request that is not streamed, all choices in one object.
-static void chat_answer(Conn *c) {
-    const Call *call = c->call;
-    Buf *b = &c->out;
-    buf_str(b, call->head.data);
-    for (Answer *a = call->answers; a < call->answers + call->n_answers; a++) {
-        if (a > call->answers) buf_str(b, ",");
-        choice_write(b, c, a, "\"assistant\"", buf_text(&a->text), a->entries.len, true);
-    }
-    object_end(b, c, true);
-    respond(c, 200);
-}
-
-// Everything that can be wrong with a chat request, in the order of the fields' table.
-static bool chat_parse(Conn *c) {
-    Params *p = &c->call->params;
-    const Json *json = c->request.json, *options = field(json, "stream_options");
-    if (!fields_parse(c, p, json, SHARED) || !chat_prompt(c, p) || !fields_parse(c, p, json, CHAT))
+static bool chat_complete(Conn *c) {
+    static const Api api = {CHAT, -1, chat_token, v1_event, v1_answer, {"content"}};
+    Call *call = call_new(c, &api);
+    Params *p = &call->params;
+    p->separate_reasoning = p->stream_reasoning = true;
+    if (!fields_parse(c, p, c->request.json, V1) || !chat_prompt(c, p) || !v1_fields(c))
         return false;
     if (p->top_logprobs && !p->logprobs)
         return refuse(c, 400, "top_logprobs", "got %d, want 0 unless logprobs is true",
                       p->top_logprobs);
     if (p->logprobs) p->seq.sampling.top_logprobs = p->top_logprobs;
-    if (options && (!typed(c, options, JSON_OBJECT) || !fields_parse(c, p, options, USAGE)))
-        return false;
-    return call_fits(c, &p->seq);
-}
-
-static bool chat_complete(Conn *c) {
-    static const Api api = {chat_token, chat_event, chat_answer};
-    Call *call = call_new(c, &api);
-    if (!chat_parse(c)) return false;
+    p->separate_reasoning &= server.options.reasoning_parser != NULL;
+    p->sharers = p->n;
+    if (!call_fits(c)) return false;
     call_add(c);
-    bool stream = call->params.stream, tag = call->params.forced_tag && !stream;
+    bool tag = p->forced_tag && !p->stream && !p->separate_reasoning;
     for (int i = 0; tag && i < call->n_answers; i++)
         buf_str(&call->answers[i].text, THINK);  // a stream has it in an event of its own
-    buf_printf(&call->head, "{\"id\":%s,\"object\":\"chat.completion%s\",\"created\":%ld,"
-               "\"model\":%s,\"choices\":[", quoted(str_of(call->answers[0].seq->rid)),
-               stream ? ".chunk" : "", (long)time(NULL), quoted(call->params.model));
-    return call_start(c);
+    return v1_start(c, p->stream ? "chat.completion.chunk" : "chat.completion");
+}
+
+// -------------------------------------------------------------------------------------------------
+// POST /v1/completions
+
+static void completion_token(Conn *c, Answer *a, const Event *e) {
+    (void)c;
+    const Choice *choice = &e->choice;
+    Buf *top = &a->lists[3];
+    size_t from = top->len;
+    buf_str(&a->lists[0], "-1\n");  // text_offset
+    logprob_write(&a->lists[1], choice->logprob), buf_str(&a->lists[1], "\n");
+    text_write(&a->lists[2], &choice->id, 1, false), buf_str(&a->lists[2], "\n");
+    if (!a->seq->sampling.top_logprobs) return;
+    bool none = isnan(choice->logprob);
+    buf_str(top, none ? "null" : "{");
+    for (int i = 0; i < choice->n_top; i++) {
+        Buf *name = scratch();
+        text_write(name, &choice->top_id[i], 1, false);
+        buf_str(name, ":");
+        if (i && strstr(top->data + from, name->data)) continue;  // of equal texts the first stays
+        buf_printf(top, i ? ",%s" : "%s", name->data);
+        logprob_write(top, choice->top_logprob[i]);
+    }
+    buf_str(top, none ? "\n" : "}\n");
+}
+
+static bool complete(Conn *c) {
+    static const Api api = {COMPLETION, 16, completion_token, v1_event, v1_answer,
+                            {"text_offset", "token_logprobs", "tokens", "top_logprobs"}};
+    Params *p = &call_new(c, &api)->params;  // 16 tokens where max_tokens does not say: OpenAI's
+    const Json *prompt = field(c->request.json, "prompt");
+    if (!fields_parse(c, p, c->request.json, V1)) return false;
+    if (!prompt) return refuse(c, 400, "prompt", "missing, want a string or an array");
+    if (!v1_fields(c)) return false;
+    p->seq.score_from = p->echo && p->seq.sampling.top_logprobs >= 0;
+    return prompts_add(c, prompt, true, true) && v1_start(c, "text_completion");
+}
+
+// -------------------------------------------------------------------------------------------------
+// POST or PUT /generate: SGLang's own. Its events are cumulative, each one is the answer so far.
+
+// [-1.5,23166,null]
+static void entry_write(Buf *b, const Conn *c, int id, float logprob) {
+    buf_str(b, "[");
+    logprob_write(b, logprob);
+    buf_printf(b, ",%d,", id);
+    if (c->call->params.id_texts) text_write(b, &id, 1, false);
+    else buf_str(b, "null");
+    buf_str(b, "]");
+}
+
+static void native_token(Conn *c, Answer *a, const Event *e) {
+    const Choice *choice = &e->choice;
+    Buf *list = &a->lists[!e->prompt], *top = &a->lists[2 + !e->prompt];
+    entry_write(list, c, choice->id, choice->logprob), buf_str(list, "\n");
+    if (!a->seq->sampling.top_logprobs) return;
+    bool none = isnan(choice->logprob);
+    buf_str(top, none ? "null" : "[");
+    for (int i = 0; i < choice->n_top; i++) {
+        if (i) buf_str(top, ",");
+        entry_write(top, c, choice->top_id[i], choice->top_logprob[i]);
+    }
+    buf_str(top, none ? "\n" : "]\n");
+}
+
+static const char *native_finish(const Answer *a) {
+    switch (a->finish) {
+    case FINISH_STOP: return at("{\"type\":\"stop\",\"matched\":%s}", matched(a));
+    case FINISH_LENGTH: return at("{\"type\":\"length\",\"length\":%d}", a->seq->max_tokens);
+    case FINISH_ABORT:
+        return "{\"type\":\"abort\",\"message\":\"Aborted\",\"status_code\":null,"
+               "\"err_type\":null}";
+    default: return "null";
+    }
+}
+
+static void native_write(Buf *b, const Conn *c, const Answer *a) {
+    const Seq *s = a->seq;
+    size_t bytes[LISTS];
+    for (int i = 0; i < LISTS; i++) bytes[i] = a->lists[i].len;
+    buf_str(b, "{\"text\":");
+    json_write_string(b, buf_text(&a->text));
+    buf_printf(b, ",\"meta_info\":{\"id\":%s,\"finish_reason\":%s,\"prompt_tokens\":%d,",
+               quoted(str_of(s->rid)), native_finish(a), s->n_prompt);
+    if (s->sampling.top_logprobs >= 0) {
+        lists_write(b, c->call, a, bytes, s->sampling.top_logprobs ? LISTS : 2);
+        buf_str(b, ",");
+    }
+    buf_printf(b, "\"completion_tokens\":%d,\"cached_tokens\":%d}", a->n_tokens, s->n_cached);
+    if (c->call->list && c->call->params.stream) buf_printf(b, ",\"index\":%d", s->index);
+    buf_str(b, "}");
+}
+
+static void native_event(Conn *c, Answer *a) {
+    Buf *b = scratch();
+    native_write(b, c, a);
+    stream_event(c, b->data);
+    a->waiting = false;
+}
+
+static void native_answer(Conn *c) {
+    const Call *call = c->call;
+    for (int i = 0; i < call->n_answers; i++) {
+        if (call->list) buf_str(&c->out, i ? "," : "[");
+        native_write(&c->out, c, &call->answers[i]);
+    }
+    if (call->list) buf_str(&c->out, "]");
+    respond(c, 200);
+}
+
+static bool generate(Conn *c) {
+    static const Api api = {PARAMS, 128, native_token, native_event, native_answer,
+                            {"input_token_logprobs", "output_token_logprobs", "input_top_logprobs",
+                             "output_top_logprobs"}};
+    const Json *text = field(c->request.json, "text"), *ids = field(c->request.json, "input_ids");
+    call_new(c, &api);
+    if (!text == !ids)
+        return refuse(c, 400, NULL, "text, input_ids: got %s, want exactly one",
+                      text ? "both" : "neither");
+    return prompts_add(c, text ? text : ids, text, ids) && call_start(c);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -896,7 +1438,7 @@ static void probe_answer(Conn *c) {
 
 // Proves that the engine moves: one token, within 20 s. conn_expire() answers where it doesn't.
 static bool health_generate(Conn *c) {
-    static const Api api = {NULL, NULL, probe_answer};
+    static const Api api = {.answer = probe_answer};
     if (server_state() != STATE_READY) return health(c);
     Call *call = call_new(c, &api);
     Seq *s = &call->params.seq;
@@ -946,6 +1488,40 @@ static bool model_info(Conn *c) {
     return respond(c, 200);
 }
 
+static bool server_info(Conn *c) {
+    Buf *options = scratch();
+    options_json(options);
+    buf_printf(&c->out, "{%s,\"status\":\"%s\",\"max_total_num_tokens\":%d,"
+               "\"max_req_input_len\":%ld,\"internal_states\":[{\"num_running_reqs\":%d,"
+               "\"num_queue_reqs\":%d,\"num_used_tokens\":%d}],\"version\":\"%s\","
+               "\"system_fingerprint\":\"r1-%016lx\"}", options->data, state_names[server_state()],
+               server.max_total_tokens, max_req_len() - 1, server.running, server.queued,
+               server.used_tokens, R1_VERSION, server.fingerprint);
+    return respond(c, 200);
+}
+
+// Busy counts what this thread has not seen the end of: whoever has his answer may flush.
+static bool flush_cache(Conn *c) {
+    int live = rid_find((Str){0}, false), waiting = server.queued < live ? server.queued : live;
+    const char *busy = at("Cache not flushed because there are pending requests. #queue-req: %d, "
+                          "#running-req: %d", waiting, live - waiting);
+    if (!live) engine_flush();
+    log_line(0, "%s", live ? busy : "Cache flushed successfully!");
+    buf_printf(&c->out, "%s\n", live ? busy : "Cache flushed.");
+    return respond_as(c, live ? 400 : 200, "text/plain; charset=utf-8");
+}
+
+// The aborted end normally, with what they have.
+static bool abort_request(Conn *c) {
+    const Json *all = field(c->request.json, "abort_all"), *rid = field(c->request.json, "rid");
+    if ((all && !typed(c, all, JSON_BOOL)) || (rid && !typed(c, rid, JSON_STRING))) return false;
+    bool every = all && all->boolean;
+    if (!every && !rid)
+        return refuse(c, 400, "rid", "missing, want a string, or \"abort_all\":true");
+    rid_find(every ? (Str){0} : rid->string, true);
+    return respond(c, 200);
+}
+
 // The page to talk to is a part of the program: the assembler copies the file in.
 __asm__(".section .rodata\n"
         "chat_html: .incbin \"chat.html\"\n"
@@ -967,11 +1543,9 @@ static bool tokenize(Conn *c) {
         return refuse(c, 400, NULL, "prompt, messages: got %s, want exactly one",
                       messages ? "both" : "neither");
     if (!fields_parse(c, &p, json, TOKENIZE)) return false;
-    if (list && text->count > MAX_PROMPTS)
-        return refuse(c, 400, "prompt", "got %u texts, want at most %d", text->count, MAX_PROMPTS);
+    if (list && text->count > MAX_SEQS)
+        return refuse(c, 400, "prompt", "got %u texts, want at most %d", text->count, MAX_SEQS);
     uint32_t n = list ? text++->count : 1;
-    int bos = p.add_special_tokens ? tokenizer_bos(server.tokenizer) : -1;
-    Str head = tokenizer_bytes(server.tokenizer, bos);
     Buf counts = {0};
     buf_str(&c->out, list ? "{\"tokens\":[" : "{\"tokens\":");
     for (uint32_t i = 0; i < n && ok; i++) {
@@ -979,11 +1553,7 @@ static bool tokenize(Conn *c) {
         ids->len = 0;
         ok = messages ? chat_prompt(c, &p) : typed(c, text, JSON_STRING);
         if (!ok) break;
-        if (text) {  // BOS stands once at the head, where the checkpoint wants one at all
-            if (bos >= 0 && !str_begins(text->string, head)) ids_add(ids, bos);
-            tokenizer_encode(server.tokenizer, ids, text->string);
-            text = json_next(text);
-        }
+        if (text) text_encode(ids, text->string, p.add_special_tokens), text = json_next(text);
         buf_str(&c->out, i ? ",[" : "[");
         for (size_t k = 0; k < ids->len; k++) buf_printf(&c->out, k ? ",%d" : "%d", ids->data[k]);
         buf_str(&c->out, "]");
@@ -1008,12 +1578,8 @@ static bool detokenize(Conn *c) {
     uint32_t n = list ? v++->count : 1;
     buf_str(&c->out, list ? "{\"text\":[" : "{\"text\":");
     for (uint32_t i = 0; i < n && ok; i++, v = json_next(v)) {
-        ok = typed(c, v, JSON_ARRAY);
         ids.len = 0;
-        for (const Json *e = v + 1; ok && ids.len < v->count; e = json_next(e)) {
-            ids_add(&ids, 0);
-            ok = id_parse(c, &ids.data[ids.len - 1], e);
-        }
+        ok = typed(c, v, JSON_ARRAY) && ids_parse(c, &ids, v);
         if (ok && i) buf_str(&c->out, ",");
         if (ok) text_write(&c->out, ids.data, ids.len, p.seq.text.skip_special);
     }
@@ -1026,18 +1592,25 @@ static bool detokenize(Conn *c) {
 // Routes, and what may come in
 
 static const Route routes[] = {
-    {"/v1/chat/completions", "POST", NULL, OPENAI, chat_complete},
-    {"/v1/models", "GET", "HEAD", OPENAI, models},
-    {"/v1/models/", "GET", "HEAD", OPENAI, models},
-    {"/", "GET", "HEAD", OPENAI, page},
-    {"/health", "GET", "HEAD", HEALTH, health},
-    {"/health_generate", "GET", "HEAD", HEALTH, health_generate},
-    {"/get_model_info", "GET", "HEAD", GENERATE, model_info},
-    {"/model_info", "GET", "HEAD", GENERATE, model_info},
-    {"/tokenize", "POST", NULL, OPENAI, tokenize},
-    {"/v1/tokenize", "POST", NULL, OPENAI, tokenize},
-    {"/detokenize", "POST", NULL, OPENAI, detokenize},
-    {"/v1/detokenize", "POST", NULL, OPENAI, detokenize},
+    {"/v1/chat/completions", "POST", NULL, OPENAI, chat_complete, false, false},
+    {"/v1/completions", "POST", NULL, OPENAI, complete, false, false},
+    {"/generate", "POST", "PUT", GENERATE, generate, false, false},
+    {"/v1/models", "GET", "HEAD", OPENAI, models, false, false},
+    {"/v1/models/", "GET", "HEAD", OPENAI, models, false, false},
+    {"/", "GET", "HEAD", OPENAI, page, true, false},
+    {"/health", "GET", "HEAD", HEALTH, health, true, true},
+    {"/health_generate", "GET", "HEAD", HEALTH, health_generate, true, true},
+    {"/metrics", "GET", "HEAD", GENERATE, metrics, true, true},
+    {"/get_model_info", "GET", "HEAD", GENERATE, model_info, false, false},
+    {"/model_info", "GET", "HEAD", GENERATE, model_info, false, false},
+    {"/get_server_info", "GET", "HEAD", GENERATE, server_info, false, false},
+    {"/server_info", "GET", "HEAD", GENERATE, server_info, false, false},
+    {"/flush_cache", "GET", "POST", GENERATE, flush_cache, false, false},
+    {"/abort_request", "POST", NULL, GENERATE, abort_request, false, false},
+    {"/tokenize", "POST", NULL, OPENAI, tokenize, false, false},
+    {"/v1/tokenize", "POST", NULL, OPENAI, tokenize, false, false},
+    {"/detokenize", "POST", NULL, OPENAI, detokenize, false, false},
+    {"/v1/detokenize", "POST", NULL, OPENAI, detokenize, false, false},
 };
 
 static const Route *route_find(Str path) {
@@ -1070,11 +1643,13 @@ static bool request_admit(Conn *c) {
     int state = server_state();
     double total = fmax(1, (double)server.progress.total_bytes);
     double percent = 100 * (double)server.progress.loaded_bytes / total;
-    bool open = !server.options.api_key || str_begins(r->path, STR("/health"));
-    bool probe = r->route && r->route->shape == HEALTH;  // these say themselves what state it is
+    // The page holds no secret, and asks for the key by itself.
+    bool open = !server.options.api_key || str_equal(r->path, "/") ||
+                str_begins(r->path, STR("/health"));
+    bool always = r->route && r->route->always;
     if (!open && !key_matches(r->authorization)) return refuse(c, 401, NULL, "Unauthorized");
-    if (!probe && state == STATE_DRAINING) return refuse(c, 503, NULL, "r1 is shutting down");
-    if (!probe && state != STATE_READY) {
+    if (!always && state == STATE_DRAINING) return refuse(c, 503, NULL, "r1 is shutting down");
+    if (!always && state != STATE_READY) {
         r->extra = "Retry-After: 5\r\n";
         return refuse(c, 503, NULL, "r1 is not ready: %s%s", state_names[state],
                       state != STATE_LOADING ? "" :
@@ -1280,11 +1855,14 @@ static bool body_read(Conn *c) {
 static void request_end(Conn *c) {
     Call *call = c->call;
     for (int i = 0; call && i < call->n_answers; i++) {
-        seq_free(call->answers[i].seq);
-        buf_free(&call->answers[i].text), buf_free(&call->answers[i].entries);
+        Answer *a = &call->answers[i];
+        seq_free(a->seq), free(a->bias);
+        buf_free(&a->text), buf_free(&a->thought), buf_free(&a->held);
+        for (int k = 0; k < LISTS; k++) buf_free(&a->lists[k]);
     }
     if (call) bodies_held -= call->held;
-    if (call) free(call->params.seq.tokens.data), free(call->answers), buf_free(&call->head);
+    if (call) free(call->params.seq.tokens.data), free(call->answers);
+    if (call) buf_free(&call->params.echoed), buf_free(&call->head);
     free(call);
     c->call = NULL;
     bodies_held -= c->body.len;
@@ -1294,7 +1872,7 @@ static void request_end(Conn *c) {
 
 // Closed by the client, by an error or by a limit: whatever was being computed is cancelled.
 static void conn_drop(Conn *c) {
-    call_cancel(c);
+    call_cancel(c, DISCONNECT);
     close(c->fd);
     c->fd = -1;  // poll() passes over it
     n_open--;
@@ -1306,10 +1884,11 @@ static bool conn_send(Conn *c) {
     while (c->out_at < c->out.len) {
         ssize_t n = send(c->fd, c->out.data + c->out_at, c->out.len - c->out_at, MSG_NOSIGNAL);
         if (n < 0 && errno != EAGAIN) conn_drop(c);
-        if (n < 0) return false;
+        if (n < 0) return c->blocked = true, false;
         c->out_at += (size_t)n, c->since = now;
     }
     c->out.len = c->out_at = 0;
+    c->blocked = false;
     return true;
 }
 
@@ -1362,7 +1941,7 @@ static void conn_expire(Conn *c) {
     const HttpLimits *l = &http_limits;
     if (c->out.len || c->state == IDLE || c->state == LINGER) { conn_drop(c); return; }
     if (c->state == COMPUTING) {  // the engine may be stuck: nothing can follow on this connection
-        call_cancel(c);
+        call_cancel(c, FAULT);
         c->request.close = true;
         refuse(c, 503, NULL, "no token in time");
     } else if (c->state == BODY)
@@ -1420,16 +1999,36 @@ static void conns_reap(void) {
 // -------------------------------------------------------------------------------------------------
 // The loop
 
-// Each event goes out by itself where the client keeps up: a chunk for each token and sequence.
+// Takes all events before any socket: a round costs one send for each connection.
 static void take_events(void) {
     char bytes[SHOWN];
+    Conn *touched = NULL;
     while (read(server.wake_fd, bytes, sizeof bytes) > 0) {}  // first: no event is missed so
     for (Event *e = engine_events(), *next; e; e = next) {
         Conn *c = e->seq->owner;
         next = e->next;
+        if (!c->touched) c->next_touched = touched, touched = c;
+        c->touched = true;
         call_event(c, e);
-        if (c->state != DEAD) conn_run(c);
         event_free(e);
+    }
+    for (Conn *c = touched; c; c = c->next_touched) {
+        c->touched = false;
+        if (c->state != DEAD) conn_run(c);
+    }
+}
+
+// A step that does not end can't be taken back. All who wait are told; then the program ends, so
+// that whoever watches it starts it anew.
+static void server_fail(int seconds) {
+    log_line(0, "Watchdog timeout (self.watchdog_timeout=%d)", seconds);
+    snprintf(failure, sizeof failure, "a step took longer than %d s", seconds);
+    server.state = STATE_FAILED;
+    for (Conn *c = conns; c; c = c->next) {
+        if (c->state != COMPUTING && c->state != STREAMING) continue;
+        c->request.close = true;
+        refuse(c, 503, NULL, "%s", failure);
+        conn_run(c);
     }
 }
 
@@ -1466,14 +2065,18 @@ void http_stop(void) {
 }
 
 // The second stop ends the loop after a while, the first when nobody is to get an answer any more;
-// every five seconds until then it says for how many it waits.
+// every five seconds until then it says for how many it waits. A failure waits for no answers.
 void http_serve(int listen_fd) {
     Buf polls = {0};
     const double pause = 0.1, most = 1;  // without files to accept with; between two looks around
     double give_up = INFINITY, rest = 0, report = 0;
-    stops = 0;
+    stops = 0, *failure = 0;
     for (;;) {
         now = now_seconds();
+        double step = server.step_start;
+        int patience = server.options.watchdog_timeout;
+        if (!*failure && patience > 0 && step > 0 && now - step > patience)
+            server_fail(patience), give_up = now + most;
         double wake = now + most;
         int left = 0, unsent = 0;
         struct pollfd first[] = {{listen_fd, now < rest ? 0 : POLLIN, 0},
@@ -1489,7 +2092,7 @@ void http_serve(int listen_fd) {
             wake = fmin(wake, conn_deadline(c));
             left += c->n_live > 0, unsent += c->state != DEAD && c->out.len;
         }
-        if (stops && ((!left && !unsent) || now >= give_up)) break;
+        if ((stops || *failure) && ((!unsent && (!left || *failure)) || now >= give_up)) break;
         if (stops && now >= report) {
             log_line(-1, "Gracefully exiting... remaining number of requests %d", left);
             report = now + 5;

@@ -1039,7 +1039,6 @@ Seq *seq_new(void) {
     s->sampling = (Sampling){.temperature = server.config.temperature, .top_p = server.config.top_p,
                              .top_k = -1, .repetition_penalty = 1, .top_logprobs = -1};
     s->arrival = now_seconds();
-    s->score_from = INT_MAX;
     text_init(&s->text, server.tokenizer, true);
     return s;
 }
@@ -1158,7 +1157,8 @@ static void log_finish(const Seq *s, Finish finish) {
 // A sequence that comes to the engine, in order of arrival; probes go before all others.
 static void seq_arrive(Seq *s) {
     seq_seed(s);
-    s->n_scored = s->score_from < s->n_prompt ? s->score_from : s->n_prompt;
+    bool scores = s->score_from && s->score_from < s->n_prompt;
+    s->n_scored = scores ? s->score_from : s->n_prompt;
     if (server.options.log_requests && !s->probe) log_receive(s);
     waiting_add(s, s->probe);
 }
@@ -1196,9 +1196,10 @@ static bool seq_admit(Seq *s, bool *later) {
         s->chain = engine.pages[page].name;
     }
     // Room for its tokens, and a page more for each that runs: else it would soon be put back.
-    int need = pages_for((int)s->tokens.len) - s->n_pages + engine.n_running;
+    int need = pages_for((int)s->tokens.len) - s->n_pages;
+    int room = engine.n_free - (s->probe ? 0 : 1 + engine.n_running);
     *later = !scores && page_comes(s);
-    if (*later || (need > engine.n_free - 1 && !s->probe)) return pages_release(s), false;
+    if (*later || need > room) return pages_release(s), false;
     int i = engine.n_running++;
     for (; i > 0 && older(s, engine.running[i - 1]); i--) engine.running[i] = engine.running[i - 1];
     engine.running[i] = s;
@@ -1257,7 +1258,7 @@ static void batch_add(Seq *s, int n) {
 // The rows that the sequence gets in this step: one where it decodes, else as many as are left of
 // the chunk. Who finds no page makes the youngest wait, in the end itself.
 static void seq_plan(Seq *s) {
-    bool decode = decodes(s);
+    bool decode = decodes(s) || s->probe;  // a probe's prompt is one token
     int left = rows_left(s), room = engine.chunk - engine.plan.rows, put_back = 0;
     int n = decode || left < room ? left : room;
     while (n && !pages_reserve(s, s->n_computed + n)) {
@@ -1288,7 +1289,7 @@ static void step_plan(void) {
     engine.plan = (Plan){0};
     for (int i = 0; i < engine.n_running; i++) engine.running[i]->n_rows = 0;
     for (int i = 0; i < engine.n_running; i++) seq_plan(engine.running[i]);
-    for (Seq **link = &engine.waiting, *s; (s = *link) && engine.plan.rows < engine.chunk;) {
+    for (Seq **link = &engine.waiting, *s; (s = *link) && (s->probe || engine.plan.rows < engine.chunk);) {
         if (seq_admit(s, &later)) {
             waiting_remove(link);
             engine.plan.cached += s->n_computed;
@@ -1571,24 +1572,7 @@ static void *engine_main(void *unused) {
 // line. SGLang's other flags are known too, so that its command lines keep working: those without a
 // meaning here are accepted, those that would change what is served are refused.
 
-typedef enum {
-    TEXT, WORD, INTEGER, LONG, NUMBER, SWITCH, LIST,  // WORD: one of those before the help's colon
-    ONLY,           // one value, which must be one of `fallback`
-    IGNORED,        // no value, no effect
-    IGNORED_VALUE,  // one value, no effect
-    REFUSED,        // would change what is served
-} FlagKind;
-
 enum { SERVE = 1, RUN = 2, TOKENIZE = 4, MODEL = SERVE | RUN, ALL = MODEL | TOKENIZE };
-
-typedef struct {
-    const char *names;  // the long name, then others, with blanks between
-    int commands;       // a set of SERVE, RUN, TOKENIZE
-    FlagKind kind;
-    size_t offset;      // in Options
-    double low, high;
-    const char *fallback, *help;  // the default as text, NULL: none
-} Flag;
 
 #define AT(field) offsetof(Options, field)
 static const Flag flags[] = {
@@ -1604,7 +1588,7 @@ static const Flag flags[] = {
     {"--context-length", MODEL, INTEGER, AT(context_length), 2, 1 << 24, NULL, "config.json's"},
     {"--max-total-tokens", MODEL, INTEGER, AT(max_total_tokens), PAGE, 1 << 30, NULL,
      "tokens that the cache holds; default: what fits"},
-    {"--mem-fraction-static", MODEL, NUMBER, AT(mem_fraction_static), 1e-6, 1, "0.1",
+    {"--mem-fraction-static", MODEL, REAL, AT(mem_fraction_static), 1e-6, 1, "0.1",
      "part of the memory for the cache, where --max-total-tokens doesn't say"},
     {"--chunked-prefill-size", MODEL, INTEGER, AT(chunked_prefill_size), -1, 1 << 20, "8192",
      "prompt tokens of a step, at most; -1: --max-prefill-tokens"},
@@ -1645,10 +1629,10 @@ static const Flag flags[] = {
     {"--system", RUN, TEXT, AT(system), 0, 0, NULL, "a system prompt"},
     {"--raw", RUN, SWITCH, AT(raw), 0, 0, NULL, "no template: the text itself is continued"},
     {"--max-tokens", RUN, INTEGER, AT(max_tokens), 0, 1 << 24, NULL, "what the context leaves"},
-    {"--temperature", RUN, NUMBER, AT(temperature), 0, 1e6, NULL, "generation_config.json's"},
-    {"--top-p", RUN, NUMBER, AT(top_p), 1e-9, 1, NULL, "generation_config.json's"},
+    {"--temperature", RUN, REAL, AT(temperature), 0, 1e6, NULL, "generation_config.json's"},
+    {"--top-p", RUN, REAL, AT(top_p), 1e-9, 1, NULL, "generation_config.json's"},
     {"--top-k", RUN, INTEGER, AT(top_k), -1, 1 << 24, "-1", "-1: all"},
-    {"--min-p", RUN, NUMBER, AT(min_p), 0, 1, "0", "relative to the likeliest token"},
+    {"--min-p", RUN, REAL, AT(min_p), 0, 1, "0", "relative to the likeliest token"},
     {"--seed", RUN, LONG, AT(seed), -0x1p63, 0x1.fffffffffffffp63, "0", "for sampling"},
     {"--stop", RUN, LIST, AT(stop), 0, 0, NULL, "a text that ends the answer; may be repeated"},
     {"--no-bos", TOKENIZE, SWITCH, AT(no_bos), 0, 0, NULL, "don't begin with the BOS token"},
@@ -1690,13 +1674,7 @@ static const Flag flags[] = {
 };
 #undef AT
 
-typedef struct {
-    const char *name, *synopsis;
-    int bit;  // SERVE
-} Command;
-
-// One line on stderr and exit code 2.
-static _Noreturn void usage_die(const Command *c, const char *format, ...) {
+_Noreturn void usage_die(const Command *c, const char *format, ...) {
     va_list args;
     va_start(args, format);
     fprintf(stderr, "r1%s%s: ", c ? " " : "", c ? c->name : "");
@@ -1736,7 +1714,7 @@ static const Flag *flag_find(const Command *c, const char *name, size_t len) {
     Buf candidates = {0};
     int n = 0, least = INT_MAX;
     if (!strncmp(name, "--ds-", 5)) len = 5;  // DeepSpeed's, all without effect
-    for (const Flag *f = flags; f < flags + COUNT(flags); f++) {
+    for (const Flag *f = c->flags; f < c->flags + c->n_flags; f++) {
         size_t n_word;
         if (!(f->commands & c->bit)) continue;
         if (listed(f->names, name, len)) return buf_free(&candidates), f;
@@ -1759,13 +1737,14 @@ static const Flag *flag_find(const Command *c, const char *name, size_t len) {
 }
 
 // name: as the user wrote it, without its value.
-static void flag_set(const Command *c, Options *o, const Flag *f, const char *name,
+static void flag_set(const Command *c, void *options, const Flag *f, const char *name,
                      const char *value) {
-    void *field = (char *)o + f->offset;
+    void *field = (char *)options + f->offset;
+    TextList *list = field;
     char *end = NULL;
-    double number = f->kind < INTEGER || f->kind > NUMBER ? 0 : strtod(value, &end);
+    double number = f->kind < INTEGER || f->kind > REAL ? 0 : strtod(value, &end);
     bool known = f->kind == WORD && listed(f->help, value, strlen(value));
-    bool whole = f->kind != NUMBER;  // digits alone: strtod would take 1e3 and 0x10, too
+    bool whole = f->kind != REAL;  // digits alone: strtod would take 1e3 and 0x10, too
     if (end && (!*value || *end || !(number >= f->low && number <= f->high) ||
                 (whole && value[strspn(value, "-0123456789")])))
         usage_die(c, "%s: got \"%s\", want %s in %.10g..%.10g", name, value,
@@ -1778,12 +1757,12 @@ static void flag_set(const Command *c, Options *o, const Flag *f, const char *na
     case TEXT: *(const char **)field = value; break;
     case INTEGER: *(int *)field = number; break;
     case LONG: *(uint64_t *)field = strtoull(value, NULL, 10); break;  // modulo 2^64
-    case NUMBER: *(double *)field = number; break;
+    case REAL: *(double *)field = number; break;
     case SWITCH: *(bool *)field = true; break;
     case LIST:
         if (!*value) usage_die(c, "%s: got nothing, want a text", name);
-        if (o->n_stop == MAX_STOPS) usage_die(c, "%s: want at most %d", name, MAX_STOPS);
-        ((const char **)field)[o->n_stop++] = value;
+        if (list->n == MAX_STOPS) usage_die(c, "%s: want at most %d", name, MAX_STOPS);
+        list->text[list->n++] = value;
         break;
     case ONLY:
         if (!f->fallback || !listed(f->fallback, value, strlen(value)))
@@ -1798,7 +1777,7 @@ static void flag_set(const Command *c, Options *o, const Flag *f, const char *na
 
 static _Noreturn void flags_help(const Command *c) {
     printf("usage: r1 %s\n\n", c->synopsis);
-    for (const Flag *f = flags; f < flags + COUNT(flags); f++) {
+    for (const Flag *f = c->flags; f < c->flags + c->n_flags; f++) {
         if (!(f->commands & c->bit)) continue;
         if (f->kind == IGNORED) printf("\naccepted without effect:\n  %s\n", f->names);
         if (f->kind == IGNORED_VALUE) printf("\nthe same, with a value:\n  %s\n", f->names);
@@ -1810,12 +1789,10 @@ static _Noreturn void flags_help(const Command *c) {
     exit(0);
 }
 
-// Reads a command's flags into o. What is no flag is the text, at most one; NULL: none.
-static const char *flags_parse(const Command *c, Options *o, char **argv) {
+const char *flags_parse(const Command *c, void *options, char **argv) {
     const char *text = NULL;
-    *o = (Options){.max_tokens = -1, .temperature = -1, .top_p = -1};
-    for (const Flag *f = flags; f < flags + COUNT(flags); f++)
-        if (f->fallback && f->kind < ONLY) flag_set(c, o, f, f->names, f->fallback);
+    for (const Flag *f = c->flags; f < c->flags + c->n_flags; f++)
+        if (f->fallback && f->kind < ONLY) flag_set(c, options, f, f->names, f->fallback);
     const Flag *last = NULL;
     for (bool only_text = false; *argv; argv++) {
         if (!only_text && !strcmp(*argv, "--")) {
@@ -1825,7 +1802,7 @@ static const char *flags_parse(const Command *c, Options *o, char **argv) {
         if (!only_text && (!strcmp(*argv, "--help") || !strcmp(*argv, "-h"))) flags_help(c);
         if (only_text || strncmp(*argv, "--", 2)) {
             if (last && last->kind == IGNORED_VALUE) continue;  // --cuda-graph-bs 1 2 4
-            if (text || c->bit == SERVE) usage_die(c, "got \"%s\", want a flag", *argv);
+            if (text || !c->takes_text) usage_die(c, "got \"%s\", want a flag", *argv);
             text = *argv;
             continue;
         }
@@ -1838,7 +1815,7 @@ static const char *flags_parse(const Command *c, Options *o, char **argv) {
         if (bare && value && f->kind != REFUSED)
             usage_die(c, "%s: got \"%s\", takes no value", name, value);
         if (!bare && !value && !(value = *++argv)) usage_die(c, "%s: want a value", name);
-        flag_set(c, o, f, name, value);
+        flag_set(c, options, f, name, value);
     }
     return text;
 }
@@ -1900,6 +1877,20 @@ static void server_setup(Options *o) {
                                              : !strcmp(o->think, "force");
 }
 
+// A hash of what is served: of config.json, of the list of weights, where there is one, and of r1.
+static uint64_t fingerprint(void) {
+    static const char *const names[] = {"config.json", "model.safetensors.index.json"};
+    uint64_t hash = hash_bytes(R1_VERSION, strlen(R1_VERSION));
+    for (size_t i = 0; i < COUNT(names); i++) {
+        size_t len = 0;
+        char *path = format_string("%s/%s", server.model_dir, names[i]);
+        char *text = read_file(path, &len);
+        hash = mix(hash ^ (text ? hash_bytes(text, len) : 0));
+        free(text), free(path);
+    }
+    return hash;
+}
+
 // The config, and the two sizes that bound a request: how long a sequence can be, and how much
 // fits.
 static void server_size(const Options *o) {
@@ -1911,6 +1902,7 @@ static void server_size(const Options *o) {
     server.context_len =
         o->context_length && o->context_length < longest ? o->context_length : longest;
     server.max_total_tokens = pool_size(&server.config, o);
+    server.fingerprint = fingerprint();
 }
 
 // What every flag of serve came to, as name=value: for the log as Python writes it, or as JSON. The
@@ -1928,8 +1920,9 @@ static void options_write(Buf *b, const Options *o, bool json) {
         const char *value = text ? *(const char *const *)field : NULL;
         bool on = f->kind == SWITCH && *(const bool *)field;
         if (f->kind == SWITCH) buf_str(b, json ? on ? "true" : "false" : on ? "True" : "False");
-        else if (f->kind == INTEGER) buf_printf(b, "%d", *(const int *)field);
-        else if (f->kind == NUMBER) buf_printf(b, "%g", *(const double *)field);
+        else if (f->kind == INTEGER && (f->fallback || *(const int *)field))
+            buf_printf(b, "%d", *(const int *)field);
+        else if (f->kind == REAL) buf_printf(b, "%g", *(const double *)field);
         else if (value && json) json_write_string(b, (Str){value, strlen(value)});
         else if (value) buf_printf(b, "'%s'", secret ? "***" : value);
         else buf_str(b, json ? "null" : "None");
@@ -1953,8 +1946,9 @@ static void on_stop_signal(int unused) {
 // The socket opens before anything is loaded, so that /health can tell how far it is. Then two
 // threads go on: this one serves HTTP, the other loads and computes.
 static int serve_main(char **argv) {
-    const Command command = {"serve", "serve [flags]: serves the OpenAI API", SERVE};
-    Options o;
+    const Command command = {"serve", "serve [flags]: serves the OpenAI API", SERVE, false, flags,
+                             COUNT(flags)};
+    Options o = {0};
     flags_parse(&command, &o, argv);
     if (o.api_key && !*o.api_key) usage_die(&command, "--api-key: got nothing, want a key");
     server.boot = now_seconds();
@@ -1976,6 +1970,7 @@ static int serve_main(char **argv) {
     pthread_t thread;
     if (pthread_create(&thread, NULL, engine_main, NULL) != 0) die("can't start the engine thread");
     http_serve(listener);
+    if (server.state == STATE_FAILED) _exit(1);
     // All is answered or given up; a step or a load that still runs is not waited for.
     if (engine.abort_all || !engine.serving) _exit(engine.abort_all ? 130 : 0);
     pthread_join(thread, NULL);
@@ -2024,8 +2019,9 @@ static void encode_prompt(Ids *ids, const char *system, Str text, bool template,
 
 // One answer on stdout as it comes, and its figures on stderr.
 static int run_main(char **argv) {
-    const Command command = {"run", "run [flags] [PROMPT|-]: answers one prompt", RUN};
-    Options o;
+    const Command command = {"run", "run [flags] [PROMPT|-]: answers one prompt", RUN, true, flags,
+                             COUNT(flags)};
+    Options o = {.max_tokens = -1, .temperature = -1, .top_p = -1};
     const char *argument = flags_parse(&command, &o, argv);
     server_setup(&o);
     device_init();
@@ -2047,8 +2043,8 @@ static int run_main(char **argv) {
     if (o.top_p >= 0) s->sampling.top_p = o.top_p;
     if (o.top_k == 0) usage_die(&command, "--top-k: got 0, want -1 or an integer >= 1");
     s->sampling.top_k = o.top_k, s->sampling.min_p = o.min_p, s->sampling.seed = o.seed;
-    for (int i = 0; i < o.n_stop; i++)
-        s->text.stop[s->text.n_stop++] = (Str){o.stop[i], strlen(o.stop[i])};
+    for (int i = 0; i < o.stop.n; i++)
+        s->text.stop[s->text.n_stop++] = (Str){o.stop.text[i], strlen(o.stop.text[i])};
     engine.quiet = true;
     signal(SIGINT, on_interrupt);
     if (server.think && !o.raw) printf("<think>\n");
@@ -2128,8 +2124,8 @@ static void print_decoded(const Command *c, const char *text) {
 
 static int tokenize_main(char **argv) {
     const Command command = {"tokenize", "tokenize [flags] [TEXT|-]: shows a text's tokens",
-                             TOKENIZE};
-    Options o;
+                             TOKENIZE, true, flags, COUNT(flags)};
+    Options o = {0};
     const char *argument = flags_parse(&command, &o, argv);
     server_setup(&o);
     Buf text = text_or_stdin(argument);
@@ -2153,6 +2149,7 @@ int main(int argc, char **argv) {
                                "  serve      serve the OpenAI API over HTTP\n"
                                "  run        answer one prompt on the terminal\n"
                                "  tokenize   show a text's tokens\n"
+                               "  bench      measure a server\n"
                                "  help       this text; r1 COMMAND --help lists a command's flags\n"
                                "  version    print the version\n";
     const char *name = argc > 1 ? argv[1] : "help";
@@ -2162,10 +2159,10 @@ int main(int argc, char **argv) {
     if (!strcmp(name, "serve")) return serve_main(argv + 2);
     if (!strcmp(name, "run")) return run_main(argv + 2);
     if (!strcmp(name, "tokenize")) return tokenize_main(argv + 2);
+    if (!strcmp(name, "bench")) return bench_main(argv + 2);
     if (!strcmp(name, "version") || !strcmp(name, "--version")) return puts("r1 " R1_VERSION), 0;
     if (!strcmp(name, "help") || !strcmp(name, "--help") || !strcmp(name, "-h"))
         return fputs(usage, stdout), 0;
-    if (!strcmp(name, "bench") || !strcmp(name, "plan"))
-        usage_die(NULL, "%s: this version of r1 can't do that yet", name);
-    usage_die(NULL, "unknown command %s, want serve, run, tokenize, help or version", name);
+    if (!strcmp(name, "plan")) usage_die(NULL, "%s: this version of r1 can't do that yet", name);
+    usage_die(NULL, "unknown command %s, want serve, run, tokenize, bench, help or version", name);
 }

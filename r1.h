@@ -2,7 +2,7 @@
 //
 // One section per file that implements it, in the order in which a reader wants them: json.c and
 // tokenizer.c turn bytes into ids, r1.c turns a checkpoint into a model and ids into tokens,
-// kernels.c does the arithmetic, http.c speaks to the world.
+// kernels.c does the arithmetic, http.c speaks to the world, bench.c measures.
 //
 // Conventions: outputs first, then inputs, then dims. [n][hidden] is row-major. Sizes are in
 // elements unless a name says bytes. A function that can fail on a user's input returns false or
@@ -447,7 +447,8 @@ typedef struct Seq {
     int n_prompt;
     Sampling sampling;      // its tokens, n_tokens, n_prompt and banned are the engine's
     int max_tokens, min_tokens;
-    int score_from;         // prompt tokens from this one (>= 1) come as events, too, with logprobs
+    int score_from;         // prompt tokens from this one on come as events with their logprobs, too;
+                            // 0: none
     bool ignore_eos, has_seed;
     bool probe;             // /health_generate's: ahead of the queue, neither logged nor counted
     int stop_id[MAX_STOPS + 1], n_stop_id;  // one more for the engine
@@ -482,6 +483,11 @@ typedef enum {  // /health's status; failed: a lost rank, which one process alon
     STATE_STARTING, STATE_LOADING, STATE_WARMUP, STATE_READY, STATE_DRAINING, STATE_FAILED
 } State;
 
+typedef struct {  // a flag that may be repeated
+    const char *text[MAX_STOPS];
+    int n;
+} TextList;
+
 typedef struct {  // the flags by their long names
     const char *model_path, *tokenizer_path, *served_model_name, *load_format, *host, *api_key;
     const char *chat_template, *think, *reasoning_parser, *log_level, *log_level_http;
@@ -493,8 +499,9 @@ typedef struct {  // the flags by their long names
     bool allow_auto_truncate, disable_radix_cache, enable_cache_report, log_requests;
     bool skip_server_warmup;
     // r1 run and r1 tokenize
-    const char *system, *stop[MAX_STOPS];
-    int n_stop, max_tokens, top_k;
+    const char *system;
+    TextList stop;
+    int max_tokens, top_k;
     double temperature, top_p, min_p;
     uint64_t seed;
     bool raw, no_bos, ids, chat, decode;
@@ -538,6 +545,46 @@ void options_json(Buf *b);
 Seq *seq_new(void);                  // with the API's defaults
 void seq_free(Seq *s);
 void event_free(Event *e);
+
+// -------------------------------------------------------------------------------------------------
+// r1.c, chapter "Commands": what a command's table of flags is made of
+
+typedef enum {
+    TEXT, WORD, INTEGER, LONG, REAL, SWITCH, LIST,  // WORD: one of those before the help's colon
+    ONLY,           // one value, which must be one of `fallback`
+    IGNORED,        // no value, no effect
+    IGNORED_VALUE,  // one value, no effect
+    REFUSED,        // would change what is served
+} FlagKind;
+
+typedef struct {
+    const char *names;  // the long name, then others, with blanks between
+    int commands;       // a set of the bits of the commands that take it
+    FlagKind kind;
+    size_t offset;      // in the command's options
+    double low, high;
+    const char *fallback, *help;  // the default as text, NULL: none
+} Flag;
+
+typedef struct {
+    const char *name, *synopsis;
+    int bit;
+    bool takes_text;
+    const Flag *flags;
+    size_t n_flags;
+} Command;
+
+// Reads a command's flags into its options, which hold what flags without a fallback default to.
+// What is no flag is the text, at most one; NULL: none. On --help and on mistakes it exits.
+const char *flags_parse(const Command *c, void *options, char **argv);
+// One line on stderr, "r1 serve: ...", and exit code 2.
+_Noreturn void usage_die(const Command *c, const char *format, ...)
+    __attribute__((format(printf, 2, 3)));
+
+// -------------------------------------------------------------------------------------------------
+// bench.c: a client that measures any server
+
+int bench_main(char **argv);  // the arguments behind "bench"; the exit code
 
 // -------------------------------------------------------------------------------------------------
 // http.c: sockets, HTTP/1.1, SSE, the endpoints

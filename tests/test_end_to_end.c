@@ -5,6 +5,7 @@
 
 #include <arpa/inet.h>
 #include <errno.h>
+#include <regex.h>
 #include <signal.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
@@ -166,13 +167,14 @@ static bool wait_log(const Child *c, const char *text, char *rest, size_t size) 
     return false;
 }
 
-static Child serve(void) {
+// With one flag more, as --flag=value; NULL: none.
+static Child serve_with(const char *flag) {
     Child c = {0};
     int out;
     char rest[200];
     c.pid = start((char *[]){(char *)"r1", (char *)"serve", (char *)"--model-path",
                              (char *)"tiny-r1", (char *)"--host", (char *)"127.0.0.1",
-                             (char *)"--port", (char *)"0", NULL},
+                             (char *)"--port", (char *)"0", (char *)flag, NULL},
                   &out, &c.log);
     close(out);
     if (!wait_log(&c, "running on http://127.0.0.1:", rest, sizeof rest))
@@ -180,6 +182,8 @@ static Child serve(void) {
     c.port = atoi(rest);
     return c;
 }
+
+static Child serve(void) { return serve_with(NULL); }
 
 static int connect_to(const Child *c) {
     struct sockaddr_in a = {.sin_family = AF_INET, .sin_port = htons(c->port)};
@@ -297,28 +301,94 @@ static bool health_says(const Child *c, const char *text) {
     return false;
 }
 
-// While one answer goes on and on: a probe is computed all the same, and who leaves the queue makes
-// room in it.
+#define ENDLESS                                                                                    \
+    "{\"messages\":[{\"role\":\"user\",\"content\":\"Hello\"}],\"stream\":true,"                     \
+    "\"ignore_eos\":true,\"max_tokens\":100000}"
+
+// While two answers go on and on, and no more may run: a probe is computed all the same, and who
+// leaves the queue makes room in it.
 static void check_busy(void) {
     char rest[200], byte;
     Buf response;
-    Child c = serve();
+    Child c = serve_with("--max-running-requests=2");
+    CHECK(wait_log(&c, "max_running_requests=2,", rest, sizeof rest));
     CHECK(wait_log(&c, "ready to roll", rest, sizeof rest));
-    const char *endless =
-        "{\"messages\":[{\"role\":\"user\",\"content\":\"Hello\"}],\"stream\":true,"
-        "\"ignore_eos\":true,\"max_tokens\":100000}";
-    int fd = send_chat(&c, endless);
-    CHECK(read(fd, &byte, 1) == 1);
+    int fd[5];
+    for (int i = 0; i < 2; i++) fd[i] = send_chat(&c, ENDLESS);
+    for (int i = 0; i < 2; i++) CHECK(read(fd[i], &byte, 1) == 1);
     double begin = now_seconds();
     CHECK(get(&c, "/health_generate", &response) == 200, "got %s", response.data);
     CHECK(now_seconds() - begin < 5);
     buf_free(&response);
-    int waiting[4];
-    for (int i = 0; i < 4; i++) waiting[i] = send_chat(&c, endless);
-    CHECK(health_says(&c, "\"running\":1,\"queued\":4"));
-    for (int i = 0; i < 4; i++) close(waiting[i]);
-    CHECK(health_says(&c, "\"running\":1,\"queued\":0"));
+    for (int i = 2; i < 5; i++) fd[i] = send_chat(&c, ENDLESS);
+    CHECK(health_says(&c, "\"running\":2,\"queued\":3"));
+    close(fd[3]);
+    CHECK(health_says(&c, "\"running\":2,\"queued\":2"));
+    close(fd[0]);
+    CHECK(health_says(&c, "\"running\":2,\"queued\":1"));
+    close(fd[1]), close(fd[2]), close(fd[4]);
+    CHECK(health_says(&c, "\"running\":0,\"queued\":0"));
+    kill(c.pid, SIGTERM);
+    CHECK(exit_status(c.pid) == 0);
+    close(c.log);
+}
+
+// The next line of the log that begins with `begin` behind its time; it must match the pattern.
+static void check_log_line(const Child *c, const char *begin, const char *pattern) {
+    char rest[400];
+    regex_t regex;
+    regcomp(&regex, pattern, REG_EXTENDED);
+    CHECK(wait_log(c, begin, rest, sizeof rest), "%s: no such line", begin);
+    CHECK(!regexec(&regex, rest, 0, NULL, 0), "%s: got %s", begin, rest);
+    regfree(&regex);
+}
+
+// Dashboards read these lines: SGLang's, to the letter.
+static void check_log_lines(void) {
+    Child c = serve_with("--decode-log-interval=20");
+    check_log_line(&c, " TP0] Prefill batch. ",
+                   "^#new-seq: 1, #new-token: [0-9]+, #cached-token: 0, cache hit rate: 0\\.00%, "
+                   "token usage: 0\\.00, #running-req: 0, #queue-req: 0\n$");
+    check_log_line(&c, "] The server is fired up and ready to roll!", "^\n$");
+    int fd = send_chat(&c, ENDLESS);
+    check_log_line(&c, "] INFO:     127.0.0.1:", "^[0-9]+ - \"POST /v1/chat/completions HTTP/1.1\" "
+                   "200 OK\n$");
+    check_log_line(&c, " TP0] Prefill batch. ", "^#new-seq: 1, #new-token: [0-9]+, #cached-token: 0, ");
+    check_log_line(&c, " TP0] Decode batch. ",
+                   "^#running-req: 1, #token: 64, token usage: 0\\.00, gen throughput "
+                   "\\(token/s\\): [0-9]+\\.[0-9]{2}, #queue-req: 0\n$");
     close(fd);
+    get(&c, "/v1/models", &(Buf){0});
+    check_log_line(&c, "] INFO:     127.0.0.1:", "^[0-9]+ - \"GET /v1/models HTTP/1.1\" 200 OK\n$");
+    kill(c.pid, SIGTERM);
+    check_log_line(&c, "] SIGTERM received. ", "^Draining requests and shutting down...\n$");
+    CHECK(exit_status(c.pid) == 0);
+    close(c.log);
+}
+
+// The recipe's client script, where the machine has what it needs.
+static void check_stream_chat(void) {
+    if (system("command -v bash curl jq >/dev/null")) {
+        SKIP("stream_chat.sh: it needs bash, curl and jq");
+        return;
+    }
+    Child c = serve();
+    char rest[200], command[400];
+    CHECK(wait_log(&c, "ready to roll", rest, sizeof rest));
+    const char *ask = "R1_URL=http://127.0.0.1:%d%s k8s/stream_chat.sh '%s' 2>&1";
+    snprintf(command, sizeof command, ask, c.port, "", "How many r are there in \"strawberry\" ?");
+    FILE *f = popen(command, "r");
+    Buf out = read_all(dup(fileno(f)));
+    CHECK(pclose(f) == 0, "got %s", out.data);
+    CHECK(strstr(out.data, "Streaming response:\n") && strstr(out.data, "\n<think>\n") &&
+              strstr(out.data, "\nReasoning:\n") && strstr(out.data, "\nFinal Answer:\n") &&
+              strstr(out.data, "\nExecution time: "), "got %s", out.data);
+    buf_free(&out);
+    snprintf(command, sizeof command, ask, c.port, "/nowhere", "Hi");
+    f = popen(command, "r");
+    out = read_all(dup(fileno(f)));
+    CHECK(pclose(f) >> 8 == 1 && strstr(out.data, "answered with status 404"), "got %s", out.data);
+    buf_free(&out);
     kill(c.pid, SIGTERM);
     CHECK(exit_status(c.pid) == 0);
     close(c.log);
@@ -356,9 +426,7 @@ static void check_second_signal(void) {
     char rest[200], byte;
     Child c = serve();
     CHECK(wait_log(&c, "ready to roll", rest, sizeof rest));
-    int fd =
-        send_chat(&c, "{\"messages\":[{\"role\":\"user\",\"content\":\"Hello\"}],\"stream\":true,"
-                      "\"ignore_eos\":true,\"max_tokens\":100000}");
+    int fd = send_chat(&c, ENDLESS);
     CHECK(read(fd, &byte, 1) == 1);
     check_two_signals(&c);
     close(fd), close(c.log);
@@ -367,12 +435,15 @@ static void check_second_signal(void) {
 int main(void) {
     program = getenv("R1") ? getenv("R1") : "./r1";
     signal(SIGPIPE, SIG_IGN);
+    alarm(240);  // whatever hangs fails
     if (access("tiny-r1/config.json", R_OK) != 0) die("want to run beside tiny-r1");
     check_run();
     check_tokenize();
     check_usage();
     check_serve();
     check_busy();
+    check_log_lines();
+    check_stream_chat();
     check_second_signal();
     check_signal_in_prompt();
     return test_end();

@@ -1,6 +1,6 @@
 // tests/test_http.c: http.c over real sockets on 127.0.0.1, with the real json.c and tokenizer.c
-// and a fake engine: a thread that repeats the last user message, one byte and one token a step,
-// then EOS. A message may also be an order: "many N" gives N times 'x', "hang" gives nothing until
+// and a fake engine: a thread that repeats the last user message, or the prompt where there is none,
+// one byte and one token a step, then EOS. A message may also be an order: "many N" gives N times 'x', "hang" gives nothing until
 // it is cancelled, "nan" gives two tokens and then a value that is not a number.
 //   gcc -std=gnu11 -O2 -o test_http tests/test_http.c http.c tokenizer.c json.c -lpthread -lm &&
 // ./test_http
@@ -43,15 +43,19 @@ static Seq *inbox;
 static Event *outbox, **outbox_end = &outbox;
 static atomic_bool abort_all, quit;
 static atomic_int step_us, cancelled_seen, submitted, steps_done;
-static float last_temperature, last_bias;
+static float last_temperature, last_bias, biases[4];
 static uint64_t last_seed[4];
+static atomic_int flushes;
+static int cached;  // tokens of each prompt that the engine says it had
 
+void engine_flush(void) { flushes++; }
+void options_json(Buf *b) { buf_str(b, "\"host\":\"0.0.0.0\",\"port\":30000"); }
 void engine_cancel(Seq *s) { s->cancelled = true; }
 
 void engine_submit(Seq *s) {
     last_temperature = s->sampling.temperature;
     last_seed[s->index % 4] = s->sampling.seed;
-    last_bias = s->sampling.n_bias ? s->sampling.bias[0] : 0;
+    biases[s->index % 4] = last_bias = s->sampling.n_bias ? s->sampling.bias[0] : 0;
     pthread_mutex_lock(&mutex);
     Seq **end = &inbox;
     while (*end) end = &(*end)->next;
@@ -97,6 +101,9 @@ static Job *job_new(Seq *s) {
     j->seq = s;
     buf_str(&j->script, "");
     while (user > 0 && s->tokens.data[user - 1] != USER) user--;
+    if (!user && s->n_prompt && s->tokens.data[0] == BOS) user++;
+    s->n_cached = cached;
+    s->n_scored = s->score_from;
     for (int i = user; i < s->n_prompt && s->tokens.data[i] != ASSISTANT; i++) {
         Str text = tokenizer_bytes(server.tokenizer, s->tokens.data[i]);
         buf_add(&j->script, text.data, text.len);
@@ -111,9 +118,22 @@ static Job *job_new(Seq *s) {
     return j;
 }
 
-// One token of one sequence, in the engine's order of checks. True when it was the last.
+static void choose(Choice *c, const Seq *s, int id, float logprob) {
+    *c = (Choice){.id = id, .logprob = logprob};
+    for (int i = 0; i < s->sampling.top_logprobs; i++, c->n_top++)
+        c->top_id[i] = (id + i) % VOCAB, c->top_logprob[i] = logprob - (float)i;
+}
+
+// One token of one sequence, in the engine's order of checks, behind those of the prompt that are to
+// be scored. True when it was the last.
 static bool job_step(Job *j) {
     Seq *s = j->seq;
+    for (; s->n_scored && s->n_scored < s->n_prompt; s->n_scored++) {
+        Event *e = xcalloc(1, sizeof *e);
+        *e = (Event){.seq = s, .has_token = true, .prompt = true, .stop_id = -1, .stop_string = -1};
+        choose(&e->choice, s, s->tokens.data[s->n_scored], -0.25f * (float)s->n_scored);
+        post(e);
+    }
     Event *e = xcalloc(1, sizeof *e);
     *e = (Event){.seq = s, .stop_id = -1, .stop_string = -1};
     if (s->cancelled || abort_all) {
@@ -132,9 +152,7 @@ static bool job_step(Job *j) {
         ids_add(&s->tokens, id);
         n = (int)s->tokens.len - s->n_prompt;
         e->has_token = true;
-        e->choice = (Choice){.id = id, .logprob = -0.5f};
-        for (int i = 0; i < s->sampling.top_logprobs; i++, e->choice.n_top++)
-            e->choice.top_id[i] = (id + i) % VOCAB, e->choice.top_logprob[i] = -0.5f - (float)i;
+        choose(&e->choice, s, id, -0.5f);
         if (id == EOS && !s->ignore_eos) stop = 1;
         for (int i = 0; i < s->n_stop_id; i++) stop |= s->stop_id[i] == id;
         if (stop) e->finish = FINISH_STOP, e->stop_id = id;
@@ -275,8 +293,9 @@ typedef struct {
     bool ended;         // the connection was closed
 } Reply;
 
-static int dial(void) {
+static int dial_small(int receive) {  // with so many bytes of the kernel's; 0: as it likes
     int fd = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (receive) setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &receive, sizeof receive);
     struct sockaddr_in a = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
     a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     if (connect(fd, (struct sockaddr *)&a, sizeof a)) die("connect: %s", strerror(errno));
@@ -285,6 +304,8 @@ static int dial(void) {
                sizeof(struct timeval));
     return fd;
 }
+
+static int dial(void) { return dial_small(0); }
 
 static void send_all(int fd, const char *data, size_t len) {
     for (ssize_t n; len; data += n, len -= (size_t)n)
@@ -348,6 +369,18 @@ static Reply ask(const char *request) {
     Reply r = reply_read(fd, !strncmp(request, "HEAD", 4));
     close(fd);
     return r;
+}
+
+// A whole stream with its chunk lengths, in large reads.
+static Buf read_stream(int fd) {
+    static char buffer[1 << 16];
+    Buf all = {0};
+    buf_str(&all, "");
+    for (ssize_t n; (n = recv(fd, buffer, sizeof buffer, 0)) > 0;) {
+        buf_add(&all, buffer, (size_t)n);
+        if (all.len > 7 && !memcmp(all.data + all.len - 7, "\r\n0\r\n\r\n", 7)) break;
+    }
+    return all;
 }
 
 // Waits up to two seconds for another thread's counter.
@@ -739,6 +772,7 @@ static void test_cors_and_key(void) {
     check_ask("GET /nope HTTP/1.1\r\n\r\n", 401, "{\"error\":\"Unauthorized\"}");
     check_ask("GET /v1/models HTTP/1.1\r\nAuthorization: Bearer s3cret\r\n\r\n", 200, MODELS);
     check_ask("GET /health HTTP/1.1\r\n\r\n", 200, NULL);
+    check_ask("GET / HTTP/1.1\r\n\r\n", 200, NULL);  // the page asks for the key by itself
     server.options.api_key = NULL;
     check_ask("GET /v1/models HTTP/1.1\r\nAuthorization: Bearer None\r\n\r\n", 200, MODELS);
 }
@@ -762,6 +796,7 @@ static void test_states(void) {
         reply_free(&r);
         snprintf(want, sizeof want, "{\"error\":{\"message\":\"%s\"}}", rows[i].message);
         check_ask("GET /get_model_info HTTP/1.1\r\n\r\n", 503, want);
+        check_ask("GET / HTTP/1.1\r\n\r\n", 200, NULL);  // the page shows how far it is
         r = ask("GET /health_generate HTTP/1.1\r\n\r\n");
         snprintf(want, sizeof want,
                  "{\"status\":\"%s\",\"ready\":false,\"version\":\"" R1_VERSION "\",\"uptime_s\":",
@@ -1175,6 +1210,440 @@ static void test_stream(void) {
     server.options.stream_interval = 1;
 }
 
+#define TEXT(index, text, logprobs, reason, matched) "{\"index\":" #index ",\"text\":\"" text \
+    "\",\"logprobs\":" logprobs ",\"finish_reason\":" reason ",\"matched_stop\":" matched "}"
+#define TEXTS(id, choices, usage) "{" id ",\"object\":\"text_completion\",\"created\":0000000000," \
+    "\"model\":\"test/model\",\"choices\":[" choices "],\"usage\":" usage "}"
+#define COUNTED(p, t, c) "{" USAGE(p, t, c) ",\"prompt_tokens_details\":null}"
+#define COUNTED_CACHED USAGE(4, 10, 6) ",\"prompt_tokens_details\":{\"cached_tokens\":4}}}"
+#define PIECE(index, text, reason, matched) \
+    "data: " TEXTS(ID, TEXT(index, text, "null", reason, matched), "null") "\n\n"
+#define BOS_TEXT "<｜begin▁of▁sentence｜>"
+
+static void test_completions(void) {
+    static const struct { const char *body, *answer;
+    } rows[] = {
+        {"{\"prompt\":\"Hi\"}",
+         TEXTS(ID, TEXT(0, "Hi", "null", "\"stop\"", "1"), COUNTED(3, 6, 3))},
+        {"{\"prompt\":\"abcdefghijklmnopqrst\",\"model\":\"test/model\",\"best_of\":3}",  // 16 tokens
+         TEXTS(ID, TEXT(0, "abcdefghijklmnop", "null", "\"length\"", "null"), COUNTED(21, 37, 16))},
+        {"{\"prompt\":\"" BOS_TEXT "Hi\",\"max_tokens\":1}",
+         TEXTS(ID, TEXT(0, "H", "null", "\"length\"", "null"), COUNTED(3, 4, 1))},
+        {"{\"prompt\":[78],\"max_tokens\":1,\"echo\":true}",
+         TEXTS(ID, TEXT(0, "HH", "null", "\"length\"", "null"), COUNTED(1, 2, 1))},
+        {"{\"prompt\":[[78],[111,78]],\"max_tokens\":1,\"n\":2}",
+         TEXTS(ID, TEXT(0, "H", "null", "\"length\"", "null") ","
+               TEXT(1, "H", "null", "\"length\"", "null") ","
+               TEXT(2, "i", "null", "\"length\"", "null") ","
+               TEXT(3, "i", "null", "\"length\"", "null"), COUNTED(3, 7, 4))},
+        {"{\"prompt\":[\"a\",\"b\"],\"max_tokens\":0,\"rid\":\"r\",\"echo\":true}",
+         TEXTS("\"id\":\"r_0\"", TEXT(0, "a", "null", "\"length\"", "null") ","
+               TEXT(1, "b", "null", "\"length\"", "null"), COUNTED(4, 4, 0))},
+        {"{\"prompt\":\"Hi\",\"max_tokens\":1,\"logprobs\":0}",
+         TEXTS(ID, TEXT(0, "H", "{\"text_offset\":[-1],\"token_logprobs\":[-0.5],\"tokens\":[\"H\"],"
+               "\"top_logprobs\":[]}", "\"length\"", "null"), COUNTED(3, 4, 1))},
+        {"{\"prompt\":\"Hi\",\"max_tokens\":1,\"logprobs\":2,\"echo\":true}",
+         TEXTS(ID, TEXT(0, "HiH", "{\"text_offset\":[-1,-1,-1,-1],\"token_logprobs\":[null,-0.25,-0.5,"
+               "-0.5],\"tokens\":[\"" BOS_TEXT "\",\"H\",\"i\",\"H\"],\"top_logprobs\":[null,"
+               "{\"H\":-0.25,\"I\":-1.25},{\"i\":-0.5,\"j\":-1.5},{\"H\":-0.5,\"I\":-1.5}]}",
+               "\"length\"", "null"), COUNTED(3, 4, 1))},
+        {"{\"prompt\":[78],\"max_tokens\":0,\"logprobs\":3,\"echo\":true}",
+         TEXTS(ID, TEXT(0, "H", "{\"text_offset\":[-1],\"token_logprobs\":[null],\"tokens\":[\"H\"],"
+               "\"top_logprobs\":[null]}", "\"length\"", "null"), COUNTED(1, 1, 0))},
+        // Of ids with equal texts the likelier stays: here four bytes that are no characters.
+        {"{\"prompt\":[201],\"max_tokens\":1,\"logprobs\":4}",
+         TEXTS(ID, TEXT(0, "\xEF\xBF\xBD", "{\"text_offset\":[-1],\"token_logprobs\":[-0.5],\"tokens\":["
+               "\"\xEF\xBF\xBD\"],\"top_logprobs\":[{\"\xEF\xBF\xBD\":-0.5}]}",
+               "\"length\"", "null"), COUNTED(1, 2, 1))},
+        {"{\"prompt\":\"Hi\",\"stream\":true,\"echo\":true,\"stream_options\":{\"include_usage\":true}}",
+         PIECE(0, "HiH", "null", "null") PIECE(0, "i", "null", "null")
+         PIECE(0, "", "\"stop\"", "1") "data: " TEXTS(ID, "", "{" USAGE(3, 6, 3) "}") "\n\n" DONE},
+        {"{\"prompt\":\"\xC3\xA9x\",\"stream\":true,\"max_tokens\":3}",
+         PIECE(0, "\xC3\xA9", "null", "null") PIECE(0, "x", "\"length\"", "null") DONE},
+        {"{\"prompt\":\"H\",\"stream\":true,\"max_tokens\":1,\"logprobs\":0,\"echo\":true}",
+         "data: " TEXTS(ID, TEXT(0, "HH", "{\"text_offset\":[-1,-1,-1],\"token_logprobs\":[null,-0.25,"
+         "-0.5],\"tokens\":[\"" BOS_TEXT "\",\"H\",\"H\"],\"top_logprobs\":[]}", "\"length\"", "null"),
+         "null") "\n\n" DONE},
+    };
+    static const struct { const char *body, *answer;
+    } bad[] = {
+        {"{}", REFUSED("prompt", "missing, want a string or an array")},
+        {"{\"prompt\":3}", REFUSED("prompt", "got number, want string or array")},
+        {"{\"prompt\":[]}", REFUSED("prompt", "got an empty array, want at least one token id")},
+        {"{\"prompt\":[[1],[]]}",
+         REFUSED("prompt[1]", "got an empty array, want at least one token id")},
+        {"{\"prompt\":[\"a\",[1]]}", REFUSED("prompt[1]", "got array, want string")},
+        {"{\"prompt\":[[1],\"a\"]}", REFUSED("prompt[1]", "got string, want array")},
+        {"{\"prompt\":[1,\"a\"]}", REFUSED("prompt[1]", "got string, want number")},
+        {"{\"prompt\":[[1],[2,262]]}",
+         REFUSED("prompt[1][1]", "got 262, want a token id in 0..261")},
+        {"{\"prompt\":\"a\",\"logprobs\":true}", REFUSED("logprobs", "got bool, want number")},
+        {"{\"prompt\":\"a\",\"logprobs\":65}",
+         REFUSED("logprobs", "got 65, want an integer in 0..64")},
+        {"{\"prompt\":\"a\",\"echo\":1}", REFUSED("echo", "got number, want bool")},
+        {"{\"prompt\":[\"a\",\"b\",\"c\",\"d\",\"e\",\"f\",\"g\",\"h\",\"i\"],\"n\":114}",
+         REFUSED("prompt", "got 1026 sequences, want at most 1024")},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        check_ask(post_text("/v1/completions", rows[i].body), 200, rows[i].answer);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        check_ask(post_text("/v1/completions", bad[i].body), 400, bad[i].answer);
+    Reply r = ask(post_text("/v1/completions", "{\"prompt\":[\"a\",\"b\"],\"n\":2,\"seed\":5}"));
+    CHECK(last_seed[0] == 5 && last_seed[1] == 6 && last_seed[2] == 5 && last_seed[3] == 6);
+    CHECK(last_temperature == 0.6f, "%g", last_temperature);
+    reply_free(&r);
+    server.options.enable_cache_report = true, cached = 2;  // of each prompt, once
+    r = ask(post_text("/v1/completions", "{\"prompt\":[\"a\",\"b\"],\"n\":3,\"max_tokens\":1}"));
+    CHECK(strstr(r.body.data, COUNTED_CACHED), "%s", r.body.data);
+    server.options.enable_cache_report = false, cached = 0;
+    reply_free(&r);
+}
+
+#define INFO(id, reason, p, lists, c) "\"meta_info\":{\"id\":\"" id "\",\"finish_reason\":" reason \
+    ",\"prompt_tokens\":" #p "," lists "\"completion_tokens\":" #c ",\"cached_tokens\":0}"
+#define HEX "iiiiiiiiiiiiiiiiiiiiiiiiiiiiiiii"
+#define NATIVE(text, reason, p, c) "{\"text\":\"" text "\"," INFO(HEX, reason, p, "", c) "}"
+#define LENGTH(n) "{\"type\":\"length\",\"length\":" #n "}"
+#define REFUSED_G(message) "{\"error\":{\"message\":\"" message "\"}}"
+
+static void test_native(void) {
+    static const struct { const char *body, *answer;
+    } rows[] = {
+        {"{\"text\":\"Hi\"}", NATIVE("Hi", "{\"type\":\"stop\",\"matched\":1}", 3, 3)},
+        {"{\"text\":\"Hi\",\"sampling_params\":null,\"lora_path\":null,\"return_logprob\":false,"
+         "\"logprob_start_len\":-1}", NATIVE("Hi", "{\"type\":\"stop\",\"matched\":1}", 3, 3)},
+        {"{\"input_ids\":[78,111],\"sampling_params\":{\"max_new_tokens\":1}}",
+         NATIVE("H", LENGTH(1), 2, 1)},
+        {"{\"text\":\"Hello\",\"sampling_params\":{\"stop\":[\"ll\"],\"max_tokens\":1}}",
+         NATIVE("He", "{\"type\":\"stop\",\"matched\":\"ll\"}", 6, 4)},
+        // An array of one is an array, and n > 1 makes one.
+        {"{\"text\":[\"H\"],\"sampling_params\":{\"max_new_tokens\":0}}",
+         "[" NATIVE("", LENGTH(0), 2, 0) "]"},
+        {"{\"text\":\"H\",\"sampling_params\":{\"max_new_tokens\":1,\"n\":2}}",
+         "[" NATIVE("H", LENGTH(1), 2, 1) "," NATIVE("H", LENGTH(1), 2, 1) "]"},
+        {"{\"text\":[\"H\",\"ab\"],\"sampling_params\":[{\"max_new_tokens\":1,\"n\":1},"
+         "{\"max_new_tokens\":2,\"min_new_tokens\":1}],\"rid\":[\"one\",\"two\"]}",
+         "[{\"text\":\"H\"," INFO("one", LENGTH(1), 2, "", 1) "},"
+         "{\"text\":\"ab\"," INFO("two", LENGTH(2), 3, "", 2) "}]"},
+        {"{\"text\":[\"H\",\"a\"],\"sampling_params\":{\"max_new_tokens\":1},\"rid\":\"r\"}",
+         "[{\"text\":\"H\"," INFO("r_0", LENGTH(1), 2, "", 1) "},"
+         "{\"text\":\"a\"," INFO("r_1", LENGTH(1), 2, "", 1) "}]"},
+        {"{\"input_ids\":[[78],[111]],\"sampling_params\":{\"max_new_tokens\":1,\"n\":2},\"rid\":[\"a\","
+         "\"b\"]}",
+         "[{\"text\":\"H\"," INFO("a_0", LENGTH(1), 1, "", 1) "},"
+         "{\"text\":\"H\"," INFO("a_1", LENGTH(1), 1, "", 1) "},"
+         "{\"text\":\"i\"," INFO("b_0", LENGTH(1), 1, "", 1) "},"
+         "{\"text\":\"i\"," INFO("b_1", LENGTH(1), 1, "", 1) "}]"},
+        {"{\"input_ids\":[0,78],\"sampling_params\":{\"max_new_tokens\":1},\"return_logprob\":true}",
+         "{\"text\":\"H\"," INFO(HEX, LENGTH(1), 2, "\"input_token_logprobs\":[],"
+         "\"output_token_logprobs\":[[-0.5,78,null]],", 1) "}"},
+        {"{\"input_ids\":[0,78,111],\"sampling_params\":{\"max_new_tokens\":1},\"return_logprob\":true,"
+         "\"logprob_start_len\":0,\"top_logprobs_num\":1}",
+         "{\"text\":\"H\"," INFO(HEX, LENGTH(1), 3,
+         "\"input_token_logprobs\":[[null,0,null],[-0.25,78,null],[-0.5,111,null]],"
+         "\"output_token_logprobs\":[[-0.5,78,null]],"
+         "\"input_top_logprobs\":[null,[[-0.25,78,null]],[[-0.5,111,null]]],"
+         "\"output_top_logprobs\":[[[-0.5,78,null]]],", 1) "}"},
+        // Values or arrays of them: logprobs of the second prompt alone, from its last token.
+        {"{\"input_ids\":[[0,78],[0,78,111]],\"sampling_params\":{\"max_new_tokens\":1},"
+         "\"return_logprob\":[false,true],\"logprob_start_len\":[1,1],\"return_text_in_logprobs\":true}",
+         "[" NATIVE("H", LENGTH(1), 2, 1) ",{\"text\":\"H\"," INFO(HEX, LENGTH(1), 3,
+         "\"input_token_logprobs\":[[-0.5,111,\"i\"]],\"output_token_logprobs\":[[-0.5,78,\"H\"]],", 1)
+         "}]"},
+        {"{\"text\":\"Hi\",\"stream\":true}",
+         "data: " NATIVE("H", "null", 3, 1) "\n\ndata: " NATIVE("Hi", "null", 3, 2) "\n\ndata: "
+         NATIVE("Hi", "{\"type\":\"stop\",\"matched\":1}", 3, 3) "\n\n" DONE},
+        // An event for each token, whether or not the text grew.
+        {"{\"text\":\"\xC3\xA9\",\"stream\":true,\"sampling_params\":{\"max_new_tokens\":2},"
+         "\"return_logprob\":true}",
+         "data: {\"text\":\"\"," INFO(HEX, "null", 3, "\"input_token_logprobs\":[],"
+         "\"output_token_logprobs\":[[-0.5,201,null]],", 1) "}\n\n"
+         "data: {\"text\":\"\xC3\xA9\"," INFO(HEX, LENGTH(2), 3, "\"input_token_logprobs\":[],"
+         "\"output_token_logprobs\":[[-0.5,201,null],[-0.5,175,null]],", 2) "}\n\n" DONE},
+        {"{\"text\":[\"H\"],\"stream\":true,\"sampling_params\":{\"max_new_tokens\":1,\"n\":2}}",
+         "data: {\"text\":\"H\"," INFO(HEX, LENGTH(1), 2, "", 1) ",\"index\":0}\n\n"
+         "data: {\"text\":\"H\"," INFO(HEX, LENGTH(1), 2, "", 1) ",\"index\":1}\n\n" DONE},
+        {"{\"text\":\"nan\",\"stream\":true,\"sampling_params\":{\"max_new_tokens\":3}}",
+         "data: " NATIVE("n", "null", 4, 1) "\n\ndata: " NATIVE("na", "null", 4, 2) "\n\ndata: "
+         REFUSED_G("the model gave a value that is not a number at position 6") "\n\n" DONE},
+    };
+    static const struct { const char *body, *answer;
+    } bad[] = {
+        {"{}", REFUSED_G("text, input_ids: got neither, want exactly one")},
+        {"{\"text\":\"a\",\"input_ids\":[1]}", REFUSED_G("text, input_ids: got both, want exactly one")},
+        {"{\"text\":1}", REFUSED_G("text: got number, want string or array")},
+        {"{\"text\":[]}", REFUSED_G("text: got an empty array, want at least one prompt")},
+        {"{\"text\":[\"a\",1]}", REFUSED_G("text[1]: got number, want string")},
+        {"{\"text\":[[1]]}", REFUSED_G("text[0]: got array, want string")},
+        {"{\"input_ids\":\"a\"}", REFUSED_G("input_ids: got string, want array")},
+        {"{\"input_ids\":[\"a\"]}", REFUSED_G("input_ids[0]: got string, want number")},
+        {"{\"input_ids\":[1,2,3,262]}", REFUSED_G("input_ids[3]: got 262, want a token id in 0..261")},
+        {"{\"input_ids\":[[1],[2,-1]]}",
+         REFUSED_G("input_ids[1][1]: got -1, want a token id in 0..261")},
+        {"{\"text\":\"a\",\"sampling_params\":3}",
+         REFUSED_G("sampling_params: got number, want object")},
+        {"{\"text\":\"a\",\"sampling_params\":{\"n\":0}}",
+         REFUSED_G("sampling_params.n: got 0, want an integer in 1..128")},
+        {"{\"text\":\"a\",\"sampling_params\":{\"max_new_tokens\":-1}}",
+         REFUSED_G("sampling_params.max_new_tokens: got -1, want an integer in 0..2147483647")},
+        {"{\"text\":\"a\",\"sampling_params\":{\"min_new_tokens\":129}}",
+         REFUSED_G("sampling_params.min_new_tokens: got 129, want an integer in 0..128")},
+        {"{\"text\":\"a\",\"sampling_params\":{\"regex\":\"x\"}}",
+         REFUSED_G("sampling_params.regex: not supported by this version of r1")},
+        {"{\"text\":\"a\",\"image_data\":\"x\"}",
+         REFUSED_G("image_data: not supported by this version of r1")},
+        {"{\"text\":[\"a\",\"b\"],\"sampling_params\":[{}]}",
+         REFUSED_G("sampling_params: got 1 values, want one for each prompt, 2")},
+        {"{\"text\":[\"a\",\"b\"],\"sampling_params\":[{},{\"logit_bias\":{\"2\":101}}]}",
+         REFUSED_G("sampling_params[1].logit_bias.2: got 101, want a number in [-100, 100]")},
+        {"{\"text\":[\"a\",\"b\"],\"sampling_params\":[{},{\"stop\":[\"x\",\"\"]}]}",
+         REFUSED_G("sampling_params[1].stop[1]: got 0 bytes, want 1..1024")},
+        {"{\"text\":[\"a\",\"b\"],\"sampling_params\":[{\"n\":2},null]}",
+         REFUSED_G("sampling_params[1].n: got 1, want 2, as for the first prompt")},
+        {"{\"text\":[\"a\",\"b\"],\"rid\":[\"a\",3]}", REFUSED_G("rid[1]: got number, want string")},
+        {"{\"text\":\"Hi\",\"logprob_start_len\":3}",
+         REFUSED_G("logprob_start_len: got 3, want an integer in -1..2")},
+        {"{\"text\":[\"a\",\"b\"],\"logprob_start_len\":[0,-2]}",
+         REFUSED_G("logprob_start_len[1]: got -2, want an integer >= -1")},
+        {"{\"text\":\"a\",\"top_logprobs_num\":65}",
+         REFUSED_G("top_logprobs_num: got 65, want an integer in 0..64")},
+        {"{\"text\":\"a\",\"stream\":1}", REFUSED_G("stream: got number, want bool")},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        check_ask(post_text("/generate", rows[i].body), 200, rows[i].answer);
+    for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
+        check_ask(post_text("/generate", bad[i].body), 400, bad[i].answer);
+    CHECK(last_temperature == 1, "%g", last_temperature);
+    check_ask("PUT /generate HTTP/1.1\r\nContent-Length: 13\r\n\r\n{\"text\":\"Hi\"}", 200,
+              rows[0].answer);
+    check_ask("GET /generate HTTP/1.1\r\n\r\n", 405,
+              REFUSED_G("GET /generate: method not allowed, want POST or PUT"));
+    // Each prompt has its own bias and seed.
+    Reply r = ask(post_text("/generate", "{\"text\":[\"a\",\"b\"],\"sampling_params\":[{\"n\":2,"
+                            "\"sampling_seed\":7,\"logit_bias\":{\"5\":1}},{\"n\":2,\"seed\":-1,"
+                            "\"logit_bias\":{\"5\":2,\"6\":3}}]}"));
+    CHECK(r.status == 200 && last_seed[0] == 7 && last_seed[1] == 8 && last_seed[2] == UINT64_MAX &&
+          last_seed[3] == 0);
+    CHECK(biases[0] == 1 && biases[1] == 1 && biases[2] == 2 && biases[3] == 2);
+    reply_free(&r);
+    cached = 3;
+    r = ask(post_text("/generate", "{\"text\":\"Hello\"}"));
+    CHECK(strstr(r.body.data, "\"completion_tokens\":6,\"cached_tokens\":3}}"), "%s", r.body.data);
+    reply_free(&r);
+    cached = 0;
+    server.options.stream_interval = 2;
+    r = ask(post_text("/generate", "{\"stream\":true,\"text\":\"abcde\"}"));
+    check_reply("interval", &r, 200, "data: " NATIVE("a", "null", 6, 1) "\n\ndata: "
+                NATIVE("ab", "null", 6, 2) "\n\ndata: " NATIVE("abcd", "null", 6, 4) "\n\ndata: "
+                NATIVE("abcde", "{\"type\":\"stop\",\"matched\":1}", 6, 6) "\n\n" DONE);
+    reply_free(&r);
+    server.options.stream_interval = 1;
+}
+
+// Appends the values of "key":"..." as they stand there; false where there is none.
+static bool join(Buf *out, const char *json, const char *key) {
+    char name[40];
+    int n = snprintf(name, sizeof name, "\"%s\":\"", key);
+    bool any = false;
+    buf_str(out, "");
+    for (const char *s = json; (s = strstr(s, name)); any = true) {
+        const char *end = s += n;
+        while (*end != '"') end += 1 + (*end == '\\');
+        buf_add(out, s, (size_t)(end - s));
+    }
+    return any;
+}
+
+// The same fields come out in one piece, byte by byte, and held back to the end by a stop string.
+static void check_reasoning(const char *text, const char *thought, const char *content) {
+    static const char *const how[] = {"", ",\"stream\":true", ",\"stream\":true,\"stop\":\"%s!\"",
+                                      ",\"stop\":\"%s!\"", ",\"stream\":true,\"stream_reasoning\":false"};
+    for (size_t i = 0; i < sizeof how / sizeof *how; i++) {
+        Buf body = {0}, got[2] = {{0}};
+        buf_printf(&body, "{\"messages\":[{\"role\":\"user\",\"content\":\"%s\"}]", text);
+        buf_printf(&body, how[i], text);
+        buf_str(&body, "}");
+        Reply r = chat(body.data);
+        bool stream = strstr(how[i], "stream");
+        bool had_thought = join(&got[0], r.body.data, "reasoning_content");
+        bool had_content = join(&got[1], r.body.data, "content");
+        CHECK(!strcmp(got[0].data, thought ? thought : "") && had_thought == !!thought, "%s: %s",
+              body.data, r.body.data);
+        CHECK(!strcmp(got[1].data, content ? content : "") &&
+              (stream ? had_content == (content && *content) : had_content == !!content), "%s: %s",
+              body.data, r.body.data);
+        int thoughts = 0;
+        for (char *s = r.body.data; (s = strstr(s, "\"reasoning_content\":\"")); s++) thoughts++;
+        if (strstr(how[i], "false")) CHECK(thoughts == !!thought, "%s", r.body.data);
+        reply_free(&r), buf_free(&body), buf_free(&got[0]), buf_free(&got[1]);
+    }
+}
+
+static void test_reasoning(void) {
+    static const struct { bool think; const char *text, *thought, *content;
+    } rows[] = {
+        {true, "a b</think>c", "a b", "c"},
+        {true, "\\n a \\n</think> \\n\\nc \\n", "a", "c \\n"},
+        {true, "abc", "abc", NULL},
+        {true, " abc  ", "abc", NULL},
+        {true, "</think>x", NULL, "x"},
+        {true, " </think> ", NULL, ""},
+        {true, "a</think>", "a", ""},
+        {true, "a </thin", "a </thin", NULL},
+        {true, "a</think</think>b", "a</think", "b"},
+        {true, "a<</think>b", "a<", "b"},
+        {true, " <think>a</think>b</think>c<think>", "a", "b</think>c<think>"},
+        {true, "<thin", "<thin", NULL},
+        {true, "<think>", NULL, NULL},
+        {false, "abc", NULL, "abc"},
+        {false, "  abc ", NULL, "  abc "},
+        {false, "\\n<think> a\xC3\xA9 </think> b", "a\xC3\xA9", "b"},
+        {false, "<think>a", "a", NULL},
+        {false, "<thin", NULL, "<thin"},
+        {false, "x<think>a</think>", NULL, "x<think>a</think>"},
+    };
+    server.options.reasoning_parser = "deepseek-r1";
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        server.think = rows[i].think;
+        check_reasoning(rows[i].text, rows[i].thought, rows[i].content);
+    }
+    server.think = true;
+#define SPLIT(index, role, content, thought, reason, matched) "data: {" ID ",\"object\":" \
+    "\"chat.completion.chunk\",\"created\":0000000000,\"model\":\"test/model\",\"choices\":[{\"index\":" \
+    #index ",\"delta\":{\"role\":" role ",\"content\":" content ",\"reasoning_content\":" thought \
+    ",\"tool_calls\":null},\"logprobs\":null,\"finish_reason\":" reason ",\"matched_stop\":" matched \
+    "}],\"usage\":null}\n\n"
+    Reply r = chat("{\"stream\":true," SAY("ab</think>c") "}");
+    check_reply("reasoning stream", &r, 200,
+                SPLIT(0, "\"assistant\"", "null", "null", "null", "null")
+                SPLIT(0, "null", "null", "\"a\"", "null", "null")
+                SPLIT(0, "null", "null", "\"b\"", "null", "null")
+                SPLIT(0, "null", "\"c\"", "null", "null", "null")
+                SPLIT(0, "null", "null", "null", "\"stop\"", "1") DONE);
+    reply_free(&r);
+    r = chat("{" SAY("ab</think>c") "}");
+    CHECK(strstr(r.body.data, "\"message\":{\"role\":\"assistant\",\"content\":\"c\","
+                 "\"reasoning_content\":\"ab\",\"tool_calls\":null}"), "%s", r.body.data);
+    reply_free(&r);
+    // A prefill that opened the tag goes on thinking, one that closed it does not.
+    r = chat("{\"messages\":[{\"role\":\"user\",\"content\":\"a</think>b\"},{\"role\":\"assistant\","
+             "\"content\":\"<think>x\"}]}");
+    CHECK(strstr(r.body.data, "\"content\":\"b\",\"reasoning_content\":\"a\""), "%s", r.body.data);
+    reply_free(&r);
+    r = chat("{\"messages\":[{\"role\":\"user\",\"content\":\"ab\"},{\"role\":\"assistant\","
+             "\"content\":\"<think>x</think>\"}]}");
+    CHECK(strstr(r.body.data, "\"content\":\"ab\",\"reasoning_content\":null"), "%s", r.body.data);
+    reply_free(&r);
+    r = chat("{\"separate_reasoning\":false," SAY("ab</think>c") "}");
+    check_reply("not separate", &r, 200, ANSWER("test/model", CHOICE(0, "<think>\\nab</think>c",
+                "null", "stop", "1"), USAGE(9, 21, 12)));
+    reply_free(&r);
+    server.options.reasoning_parser = NULL;
+}
+
+static double metric(const char *text, const char *name) {  // -1: it is not there
+    Buf b = {0};
+    buf_printf(&b, "\n%s ", name);
+    const char *at = strstr(text, b.data);
+    double value = at ? atof(at + b.len) : -1;
+    buf_free(&b);
+    return value;
+}
+
+#define LABEL "{model_name=\"test/model\"}"
+#define LABELS(more) "{model_name=\"test/model\"," more "}"
+
+static void test_metrics(void) {
+    server.state = STATE_LOADING;  // it answers at all times
+    server.running = 3;
+    server.used_tokens = 500;
+    server.prompt_tokens = 12345678;
+    Reply a = ask("GET /metrics HTTP/1.1\r\n\r\n");
+    CHECK(a.status == 200 && strstr(a.head, "Content-Type: text/plain; version=0.0.4; charset=utf-8"),
+          "%s", a.head);
+    CHECK(metric(a.body.data, "r1:ready" LABEL) == 0);
+    CHECK(metric(a.body.data, "sglang:num_running_reqs" LABEL) == 3);
+    CHECK(metric(a.body.data, "sglang:token_usage" LABEL) == 0.25);
+    CHECK(metric(a.body.data, "sglang:prompt_tokens_total" LABEL) == 12345678);
+    server.state = STATE_READY;
+    server.running = server.used_tokens = 0;
+    server.prompt_tokens = 0;
+    reply_free(&(Reply[]){chat("{" HELLO ",\"n\":2}")}[0]);
+    reply_free(&(Reply[]){chat("{" SAY("nan") "}")}[0]);
+    reply_free(&(Reply[]){ask("GET /health_generate HTTP/1.1\r\n\r\n")}[0]);  // does not count
+    Reply b = ask("GET /metrics HTTP/1.1\r\n\r\n");
+    static const struct { const char *name; double more;
+    } rows[] = {
+        {"r1:ready" LABEL, 1},
+        {"sglang:generation_tokens_total" LABEL, 14},
+        {"sglang:num_requests_total" LABEL, 3},
+        {"sglang:time_to_first_token_seconds_count" LABEL, 3},
+        {"sglang:inter_token_latency_seconds_count" LABEL, 11},
+        {"sglang:inter_token_latency_seconds_bucket" LABELS("le=\"+Inf\""), 11},
+        {"sglang:time_per_output_token_seconds_count" LABEL, 3},
+        {"sglang:e2e_request_latency_seconds_count" LABEL, 3},
+        {"sglang:e2e_request_latency_seconds_bucket" LABELS("le=\"160\""), 3},
+        {"r1:aborted_total" LABELS("reason=\"error\""), 1},
+        {"r1:aborted_total" LABELS("reason=\"disconnect\""), 0},
+        {"r1:http_responses_total" LABELS("code=\"200\""), 3},  // the first /metrics, chat, a probe
+        {"r1:http_responses_total" LABELS("code=\"500\""), 1},
+        {"r1:http_responses_total" LABELS("code=\"404\""), 0},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        double before = metric(a.body.data, rows[i].name), after = metric(b.body.data, rows[i].name);
+        CHECK(before >= 0 && after - before == rows[i].more, "%s: %g, then %g", rows[i].name, before,
+              after);
+    }
+    CHECK(metric(b.body.data, "sglang:e2e_request_latency_seconds_sum" LABEL) >
+          metric(a.body.data, "sglang:e2e_request_latency_seconds_sum" LABEL));
+    reply_free(&a), reply_free(&b);
+}
+
+static void test_control(void) {
+    check_ask("GET /server_info HTTP/1.1\r\n\r\n", 200,
+              "{\"host\":\"0.0.0.0\",\"port\":30000,\"status\":\"ready\",\"max_total_num_tokens\":2000,"
+              "\"max_req_input_len\":999,\"internal_states\":[{\"num_running_reqs\":0,"
+              "\"num_queue_reqs\":0,\"num_used_tokens\":0}],\"version\":\"" R1_VERSION "\","
+              "\"system_fingerprint\":\"r1-00000000000000ab\"}");
+    int before = flushes;
+    check_ask("GET /flush_cache HTTP/1.1\r\n\r\n", 200, "Cache flushed.\n");
+    Reply r = ask(post_text("/flush_cache", ""));
+    CHECK(r.status == 200 && strstr(r.head, "Content-Type: text/plain"), "%s", r.head);
+    reply_free(&r);
+    CHECK(flushes == before + 2);
+    // Three ways to name what is to be aborted; each ends normally, with what it has.
+    static const char *const orders[] = {"{\"rid\":\"a1\"}", "{\"rid\":\"a1_0\"}", "{\"abort_all\":true}"};
+    for (int i = 0; i < 3; i++) {
+        int fd = dial(), sent = submitted, n = i == 1 ? 2 : 1;
+        char body[200];
+        snprintf(body, sizeof body, "{\"stream\":%s,\"rid\":\"a1\",\"text\":\"hang\",\"sampling_params\":"
+                 "{\"n\":%d}}", i == 2 ? "true" : "false", n);
+        send_text(fd, post_text("/generate", body));
+        CHECK(reaches(&submitted, sent + n));
+        r = ask("GET /flush_cache HTTP/1.1\r\n\r\n");
+        CHECK(r.status == 400 && strstr(r.body.data, "Cache not flushed because there are pending "
+                                        "requests. #queue-req: 0, #running-req: "), "%s", r.body.data);
+        reply_free(&r);
+        check_ask(post_text("/abort_request", "{\"rid\":\"a\"}"), 200, "");
+        check_ask(post_text("/abort_request", orders[i]), 200, "");
+        if (n == 2) check_ask(post_text("/abort_request", "{\"rid\":\"a1_1\"}"), 200, "");
+        r = reply_read(fd, false);
+        CHECK(r.status == 200 && strstr(r.body.data, "\"finish_reason\":{\"type\":\"abort\",\"message\":"),
+              "%s", r.body.data);
+        reply_free(&r);
+        close(fd);
+    }
+    CHECK(flushes == before + 2);
+    check_ask(post_text("/abort_request", "{}"), 400,
+              REFUSED_G("rid: missing, want a string, or \\\"abort_all\\\":true"));
+    check_ask(post_text("/abort_request", "{\"abort_all\":false}"), 400, NULL);
+    check_ask(post_text("/abort_request", "{\"rid\":3}"), 400,
+              REFUSED_G("rid: got number, want string"));
+    r = ask("GET /metrics HTTP/1.1\r\n\r\n");
+    CHECK(metric(r.body.data, "r1:aborted_total" LABELS("reason=\"api\"")) == 4);
+    reply_free(&r);
+}
+
 static void test_tokenizer(void) {
     static const struct { const char *path, *body; int status; const char *answer;
     } rows[] = {
@@ -1313,11 +1782,7 @@ static void test_disconnect(void) {
 // A client that does not read gets the same text in fewer, larger events; nobody waits for it.
 static void test_slow_reader(void) {
     server.context_len = server.max_total_tokens = 400000;
-    int fd = socket(AF_INET, SOCK_STREAM, 0);
-    setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &(int){65536}, sizeof(int));
-    struct sockaddr_in a = {.sin_family = AF_INET, .sin_port = htons((uint16_t)port)};
-    a.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-    if (connect(fd, (struct sockaddr *)&a, sizeof a)) die("connect");
+    int fd = dial_small(65536);
     step_us = 1;
     send_text(fd, post_text("/v1/chat/completions",
                             "{\"stream\":true,\"logprobs\":true,\"top_logprobs\":64," SAY(
@@ -1331,14 +1796,7 @@ static void test_slow_reader(void) {
     }
     CHECK(now_seconds() - start < 4, "%f", now_seconds() - start);
     usleep(500000);
-    char buffer[1 << 16];
-    Buf all = {0};
-    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &(struct timeval){.tv_sec = 5}, sizeof(struct timeval));
-    for (ssize_t n; !all.data || !memmem(all.data + (all.len > 64 ? all.len - 64 : 0),
-                                         all.len > 64 ? 64 : all.len, "[DONE]", 6);) {
-        if ((n = recv(fd, buffer, sizeof buffer, 0)) <= 0) break;
-        buf_add(&all, buffer, (size_t)n);
-    }
+    Buf all = read_stream(fd);
     size_t total = 0, events = 0, longest = 0;
     // memmem and not strstr: under the address sanitizer that one takes the length of the rest each
     // time.
@@ -1354,6 +1812,30 @@ static void test_slow_reader(void) {
     CHECK(total == 3000, "%zu", total);
     CHECK(events > 100 && events < 2900 && longest > 20000 && longest < 64 << 10,
           "%zu events, longest %zu", events, longest);
+    buf_free(&all);
+    close(fd);
+    step_us = 0;
+    server.context_len = 1000, server.max_total_tokens = 2000;
+}
+
+// A /generate event replaces the one that waits: a slow client gets a few of them, whole prefixes,
+// and the last one holds everything.
+static void test_slow_native(void) {
+    server.context_len = server.max_total_tokens = 400000;
+    int fd = dial_small(65536), most = 0, events = 0, bad = 0, before = steps_done;
+    step_us = 1;
+    send_text(fd, post_text("/generate", "{\"stream\":true,\"text\":\"many 20000\",\"sampling_params\":"
+                            "{\"max_new_tokens\":30000}}"));
+    for (int i = 0; i < 1000 && steps_done - before < 21000; i++) usleep(10000);
+    Buf all = read_stream(fd);
+    const char *start = "data: {\"text\":\"";
+    for (char *s = all.data, *last = s + all.len; events >= 0; events++) {
+        if (!(s = memmem(s, (size_t)(last - s), start, strlen(start)))) break;
+        int n = (int)strspn(s += strlen(start), "x");
+        bad += n < most || s[n] != '"';
+        most = n, s += n;
+    }
+    CHECK(most == 20000 && !bad && events > 2 && events < 10000, "%d in %d events", most, events);
     buf_free(&all);
     close(fd);
     step_us = 0;
@@ -1389,14 +1871,9 @@ static void test_many(void) {
         post_text("/v1/chat/completions", "{\"stream\":true," SAY("Hello, you") "}");
     int good = 0;
     for (int i = 0; i < MANY; i++) fds[i] = dial(), send_text(fds[i], request);
-    static char buffer[1 << 14];
     for (int i = 0; i < MANY; i++) {
-        Buf all = {0};
-        for (ssize_t n; (n = recv(fds[i], buffer, sizeof buffer, 0)) > 0;) {
-            buf_add(&all, buffer, (size_t)n);
-            if (!strncmp(all.data + all.len - 7, "\r\n0\r\n\r\n", 7)) break;
-        }
-        good += all.data && strstr(all.data, "\"finish_reason\":\"stop\"") &&
+        Buf all = read_stream(fds[i]);
+        good += strstr(all.data, "\"finish_reason\":\"stop\"") &&
                 strstr(all.data, "data: [DONE]");
         buf_free(&all);
         close(fds[i]);
@@ -1407,19 +1884,25 @@ static void test_many(void) {
 // Random bytes, and requests with random damage, never end the server.
 static void test_fuzz(void) {
     srand(1);
-    const char *good =
-        post_text("/v1/chat/completions",
-                  "{\"max_tokens\":1,\"stop\":[\"a\"],\"logit_bias\":{\"5\":1}," HELLO "}");
+    static const struct { const char *path, *body;
+    } good[] = {
+        {"/v1/chat/completions",
+         "{\"max_tokens\":1,\"stop\":[\"a\"],\"logit_bias\":{\"5\":1}," HELLO "}"},
+        {"/v1/completions", "{\"prompt\":[[1],[2,78]],\"logprobs\":2,\"echo\":true,\"stream\":true}"},
+        {"/generate", "{\"text\":[\"a\",\"b\"],\"sampling_params\":[{\"n\":2},{\"n\":2,\"stop\":\"a\"}],"
+         "\"rid\":[\"a\",\"b\"],\"return_logprob\":[true,false],\"logprob_start_len\":0}"},
+    };
     http_limits.header_s = http_limits.body_gap_s = http_limits.linger_s = 0.02;
     for (int i = 0; i < 1500; i++) {
         char text[512];
-        size_t n = strlen(good);
-        memcpy(text, good, n);
+        const char *request = post_text(good[i % 3].path, good[i % 3].body);
+        size_t n = strlen(request);
+        memcpy(text, request, n);
         for (int k = rand() % 4; k >= 0; k--) text[(size_t)rand() % n] = (char)rand();
         if (i % 10 == 0) for (size_t k = 0; k < n; k++) text[k] = (char)rand();
         int fd = dial();
         send_all(fd, text, n);
-        if (i % 3 == 0) shutdown(fd, SHUT_WR);
+        if (i % 4 == 0) shutdown(fd, SHUT_WR);
         char c;
         if (i % 2) while (recv(fd, &c, 1, 0) == 1 && c != '\n') {}
         close(fd);
@@ -1440,6 +1923,10 @@ static void test_log(void) {
     check_ask("GET /health HTTP/1.1\r\n\r\n", 200, NULL);
     server.options.log_level = "error";
     check_ask("GET /v1/foo HTTP/1.1\r\n\r\n", 404, NULL);
+    server.options.log_level_http = "info";  // goes before the other, where it is given
+    check_ask("GET /v1/bar HTTP/1.1\r\n\r\n", 404, NULL);
+    check_ask("GET /metrics HTTP/1.1\r\n\r\n", 200, NULL);
+    server.options.log_level_http = NULL;
     dup2(saved, 2);
     close(saved), close(log);
     size_t len;
@@ -1450,7 +1937,8 @@ static void test_log(void) {
     CHECK(strstr(text, "\"GET /health HTTP/1.1\" 200 OK\n") > first, "%s", text);
     int lines = 0;
     for (size_t i = 0; i < len; i++) lines += text[i] == '\n';
-    CHECK(lines == 2, "%s", text);
+    CHECK(strstr(text, "\"GET /v1/bar HTTP/1.1\" 404 Not Found\n"), "%s", text);
+    CHECK(lines == 3, "%s", text);
     free(text);
 }
 
@@ -1513,6 +2001,48 @@ static void test_drain(void) {
     CHECK(now_seconds() - start < 2);
     close(hang), close(stream);
     step_us = 0;
+    server_start();
+}
+
+// A step that does not end: everybody is told why, and the server ends.
+static void test_watchdog(void) {
+    int plain = dial(), stream = dial(), native = dial(), probe = dial(), sent = submitted;
+    send_text(plain, post_text("/v1/chat/completions", "{" SAY("hang") "}"));
+    send_text(stream, post_text("/v1/completions", "{\"stream\":true,\"prompt\":\"hang\"}"));
+    send_text(native, post_text("/generate", "{\"stream\":true,\"text\":\"hang\"}"));
+    CHECK(reaches(&submitted, sent + 3));
+    step_us = 700000;  // asleep the engine answers no probe
+    usleep(5000);
+    send_text(probe, "GET /health_generate HTTP/1.1\r\n\r\n");
+    CHECK(reaches(&submitted, sent + 4));
+    server.options.watchdog_timeout = 7;
+    server.step_start = now_seconds() - 5;  // not yet
+    check_ask("GET /v1/models HTTP/1.1\r\n\r\n", 200, MODELS);
+    server.step_start = now_seconds() - 8;
+    double start = now_seconds();
+    int wake = dial();  // else the server looks around once a second
+#define LATE ERROR_F(503, "ServiceUnavailableError", "a step took longer than 7 s")
+    Reply r = reply_read(plain, false);
+    check_reply("plain", &r, 503, LATE);
+    CHECK(r.ended);
+    reply_free(&r);
+    r = reply_read(stream, false);
+    check_reply("stream", &r, 200, "data: {\"error\":" LATE "}\n\n" DONE);
+    reply_free(&r);
+    r = reply_read(native, false);
+    check_reply("native", &r, 200, "data: " REFUSED_G("a step took longer than 7 s") "\n\n" DONE);
+    reply_free(&r);
+    r = reply_read(probe, false);
+    CHECK(r.status == 503 && strstr(r.body.data, "{\"status\":\"failed\",\"ready\":false,") &&
+          strstr(r.body.data, ",\"reason\":\"a step took longer than 7 s\",\"ranks\":"), "%s",
+          r.body.data);
+    reply_free(&r);
+    server_wait();
+    CHECK(server.state == STATE_FAILED && now_seconds() - start < 3, "%f", now_seconds() - start);
+    close(plain), close(stream), close(native), close(probe), close(wake);
+    step_us = 0;
+    server.step_start = 0;
+    server.options.watchdog_timeout = 0;
 }
 
 // With a port: serves there until it is killed, to be looked at with curl.
@@ -1527,6 +2057,7 @@ int main(int argc, char **argv) {
     server.template_kind = TEMPLATE_R1;
     server.think = true;
     server.context_len = 1000, server.max_total_tokens = 2000;
+    server.fingerprint = 0xab;
     server.boot = now_seconds();
     server.created = time(NULL);
     server.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
@@ -1555,14 +2086,21 @@ int main(int argc, char **argv) {
         {"field errors", test_field_errors},
         {"chat", test_chat},
         {"stream", test_stream},
+        {"completions", test_completions},
+        {"native", test_native},
+        {"reasoning", test_reasoning},
+        {"metrics", test_metrics},
+        {"control", test_control},
         {"tokenizer", test_tokenizer},
         {"disconnect", test_disconnect},
         {"slow reader", test_slow_reader},
+        {"slow native", test_slow_native},
         {"stall", test_stall},
         {"many", test_many},
         {"fuzz", test_fuzz},
         {"log", test_log},
         {"drain", test_drain},
+        {"watchdog", test_watchdog},
     };
     for (size_t i = 0; i < sizeof tests / sizeof *tests; i++) {
         double start = now_seconds();
