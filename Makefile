@@ -130,5 +130,5 @@ clean:
 
 FORCE:
 
-.PHONY: test test-web bench soak clean
+.PHONY: FORCE test test-web bench soak clean
 .SECONDARY:
