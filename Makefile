@@ -1,4 +1,5 @@
-# make          builds ./r1 (on the CPU; gcc and make are all it needs)
+# make          builds ./r1: for the GPU where there is an NVIDIA driver and nvcc, else for the CPU,
+#               for which gcc and make are enough; make CUDA=1 and make CUDA=0 decide by hand
 # make test     runs every test and adds up what they say; make test SAN=1 under ASan and UBSan
 # make soak     minutes of load on the real server; needs Python 3
 # make test-web tries chat.html in a headless Chromium (see tests/test_web.py for what it needs)
@@ -11,9 +12,19 @@ CC := gcc
 endif
 ARCH ?= -march=native
 SAN ?= 0
+NVCC ?= nvcc
+DRIVER := /proc/driver/nvidia/version
+CUDA ?= $(shell test -e $(DRIVER) && command -v $(NVCC) >/dev/null && echo 1 || echo 0)
+TWIN := kernels
+LINK = $(CC) $(CFLAGS)
 ifeq ($(SAN),1)
 BUILD := build/san
 OPT := -O2 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
+else ifeq ($(CUDA),1)
+BUILD := build/cuda
+OPT := -O3
+TWIN := kernels_cuda
+LINK = $(NVCC) $(NVCCFLAGS)
 else
 BUILD := build
 OPT := -O3
@@ -21,29 +32,38 @@ endif
 # -ffp-contract=off: a product and a sum round one by one, the same on every processor.
 CFLAGS := -std=gnu11 -g $(OPT) $(ARCH) -ffp-contract=off -Wall -Wextra -Wshadow -Wstrict-prototypes
 LIBS := -lm -lpthread
+NVCCFLAGS := -gencode arch=compute_90a,code=sm_90a -O3 -std=c++17 -lineinfo \
+    -Xcompiler -Wall,-Wextra,-Wshadow
 
 # Other flags or another compiler make everything anew: objects depend on a file that holds them.
 FLAGS := $(BUILD)/flags
-$(shell mkdir -p $(BUILD); echo '$(CC) $(CFLAGS)' | cmp -s - $(FLAGS) || \
-    echo '$(CC) $(CFLAGS)' >$(FLAGS))
+$(shell mkdir -p $(BUILD); echo '$(CC) $(CFLAGS) $(NVCCFLAGS)' | cmp -s - $(FLAGS) || \
+    echo '$(CC) $(CFLAGS) $(NVCCFLAGS)' >$(FLAGS))
 
-SOURCES := r1 kernels tokenizer json http bench
+SOURCES := r1 $(TWIN) tokenizer json http bench
 TESTS := json tokenizer kernels checkpoint sample scheduler http bench oracle oracle_exact end_to_end
+ifeq ($(TWIN),kernels_cuda)
+TESTS += cuda
+endif
 
 ifeq ($(SAN),1)
 r1: build/san/r1
 else
-r1: $(SOURCES:%=$(BUILD)/%.o)
-	$(CC) $(CFLAGS) $^ -o $@ $(LIBS)
+# Compared each time: the other twin's may lie there, and be newer.
+r1: $(BUILD)/r1 FORCE
+	@cmp -s $< $@ || cp $< $@
 endif
 
 $(BUILD)/r1: $(SOURCES:%=$(BUILD)/%.o)
-	$(CC) $(CFLAGS) $^ -o $@ $(LIBS)
+	$(LINK) $^ -o $@ $(LIBS)
 
 $(BUILD)/%.o: %.c r1.h Makefile $(FLAGS)
 	$(CC) $(CFLAGS) -c $< -o $@
 
 $(BUILD)/http.o: chat.html
+
+$(BUILD)/kernels_cuda.o: kernels.cu r1.h Makefile $(FLAGS)
+	$(NVCC) $(NVCCFLAGS) -c $< -o $@
 
 # r1.c without its main, for test programs; and the twin without any rounding.
 $(BUILD)/r1_test.o: r1.c r1.h Makefile $(FLAGS)
@@ -67,6 +87,17 @@ $(BUILD)/test_scheduler: tests/test_scheduler.c tests/test.h r1.c r1.h $(PARTS)
 $(BUILD)/test_kernels: tests/test_kernels.c tests/test.h kernels.c r1.h $(BUILD)/json.o
 	$(CC) $(CFLAGS) $< $(BUILD)/json.o -o $@ $(LIBS)
 
+# It includes kernels.cu and compares it with r1.c on the C twin, whose names all get "ref_" in front.
+$(BUILD)/ref.o: $(BUILD)/r1_test.o $(BUILD)/kernels.o
+	ld -r $^ -o $@
+	nm -g --defined-only $@ | sed 's/.* \(.*\)/\1 ref_\1/' >$(BUILD)/ref_names
+	objcopy --redefine-syms=$(BUILD)/ref_names $@
+
+REF := $(patsubst %,$(BUILD)/%.o,ref r1_test tokenizer json http bench)
+
+$(BUILD)/test_cuda: tests/test_cuda.cu tests/test.h kernels.cu r1.h $(REF)
+	$(NVCC) $(NVCCFLAGS) $< $(REF) -o $@ $(LIBS)
+
 # It includes bench.c.
 $(BUILD)/test_bench: tests/test_bench.c tests/test.h bench.c r1.h $(PARTS)
 	$(CC) $(CFLAGS) $< $(filter-out %/bench.o,$(PARTS)) -o $@ $(LIBS)
@@ -80,6 +111,9 @@ $(BUILD)/bench_linear: tests/bench_linear.c r1.h $(PARTS)
 
 test: $(BUILD)/r1 $(TESTS:%=$(BUILD)/test_%)
 	@R1=$(BUILD)/r1 sh tests/run.sh $(TESTS:%=$(BUILD)/test_%)
+ifneq ($(TWIN),kernels_cuda)
+	@echo "test_cuda: skipped: this build is for the CPU"
+endif
 
 test-web: $(BUILD)/r1
 	@R1=$(BUILD)/r1 python3 tests/test_web.py
@@ -94,5 +128,7 @@ soak: r1
 clean:
 	rm -rf build r1
 
-.PHONY: test test-web bench soak clean
+FORCE:
+
+.PHONY: FORCE test test-web bench soak clean
 .SECONDARY:

@@ -15,6 +15,8 @@
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
 #ifdef __x86_64__
 #include <immintrin.h>
 #endif
@@ -129,6 +131,51 @@ void *device_alloc(size_t bytes) {
 }
 
 void device_free(void *p) { free(p); }
+
+void device_memory(size_t *available, size_t *total) {
+    *available = (size_t)sysconf(_SC_AVPHYS_PAGES) * sysconf(_SC_PAGESIZE);
+    *total = (size_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
+}
+
+// Weights stay in the mapped files. Every page is touched once, so that the first answer finds it
+// in memory.
+static size_t touch(const uint8_t *data, size_t bytes) {
+    size_t page = sysconf(_SC_PAGESIZE), head = (uintptr_t)data % page;
+    madvise((void *)(data - head), bytes + head, MADV_WILLNEED);
+    for (size_t at = 0; at < bytes; at += page) *(const volatile uint8_t *)(data + at);
+    return bytes;
+}
+
+size_t place_vector(Vector *v) {
+    return touch(v->data, (size_t)v->dim * (v->dtype == DTYPE_BF16 ? 2 : 4));
+}
+
+size_t place_linear(Linear *w, Place as) {
+    (void)as;  // one layout for all: the checkpoint's
+    size_t n = (size_t)w->out * w->in, rows = (w->out + BLOCK - 1) / BLOCK;
+    if (w->dtype != DTYPE_F8_E4M3) return touch(w->data, n * (w->dtype == DTYPE_BF16 ? 2 : 4));
+    return touch(w->data, n) + touch(w->scale, rows * (w->in / BLOCK) * sizeof(float));
+}
+
+size_t place_mlp(Mlp *m, int n, Mlp *shared) {
+    size_t bytes = shared ? place_mlp(shared, 1, NULL) : 0;
+    for (int i = 0; i < n; i++)
+        bytes += place_linear(&m[i].gate_proj, PLACE_MATRIX) +
+                 place_linear(&m[i].up_proj, PLACE_MATRIX) +
+                 place_linear(&m[i].down_proj, PLACE_MATRIX);
+    return bytes;
+}
+
+void place_free(void) {}
+
+void step_reserve(int rows, const Config *c) { (void)rows, (void)c; }
+
+bool step_begin(Batch *placed, const Batch *b) {
+    *placed = *b;
+    return true;
+}
+
+void step_end(void) {}
 
 // ---- Numbers ------------------------------------------------------------------------------------
 // Everything is computed in f32. What is stored at a stage's border is rounded to bf16 by to_bf16,
@@ -450,7 +497,10 @@ void rope_angles(float *rope, const float *inv_freq, const int *position, int n)
         }
 }
 
-// Neighbours are a pair: (x[2i], x[2i+1]) turns by the i-th angle.
+// Neighbours are a pair: (x[2i], x[2i+1]) turns by the i-th angle. (Where gcc 12's vectoriser sees
+// this pattern, it takes an instruction that rounds product and sum as one, whatever -ffp-contract
+// says.)
+__attribute__((optimize("no-tree-vectorize")))
 static void rotate(bf16 *out, const bf16 *x, const float *rope) {
     for (int i = 0; i < ROPE_DIM; i += 2) {
         float re = f32(x[i]), im = f32(x[i + 1]), cosine = rope[i], sine = rope[i + 1];

@@ -436,7 +436,7 @@ void checkpoint_close(Checkpoint *c) {
     if (c->dummy)
         for (size_t i = 0; i < c->n_slots; i++) {
             free((void *)c->slots[i].name.data);
-            device_free((void *)c->slots[i].data);
+            free((void *)c->slots[i].data);
         }
     for (int i = 0; i < c->n_files; i++) {
         munmap((void *)c->files[i].map, c->files[i].size);
@@ -559,7 +559,7 @@ static const Tensor *checkpoint_find(Checkpoint *c, const char *name, const char
                       .shape = {out, in}};
         size_t n = rank == 1 ? out : out * in;
         t->bytes = n * dtype_size(t->dtype);
-        uint8_t *data = device_alloc(t->bytes);
+        uint8_t *data = xmalloc(t->bytes);
         dummy_fill(data, t, n);
         if (c->progress) c->progress->loaded_bytes += t->bytes;
         t->data = data;
@@ -682,29 +682,30 @@ static size_t layer_bind(Checkpoint *c, const Config *config, int i, Layer *l) {
     return bytes;
 }
 
-// Touches every page of the files, so that the first answer finds them in memory, and tells how it
-// goes.
-static void checkpoint_read(Checkpoint *c, Progress *p) {
-    enum { STEP = 4096, REPORT = 5 };  // bytes of a page; seconds
-    double start = now_seconds(), reported = start;
-    uint64_t done = 0, total = 0;
-    for (int i = 0; i < c->n_files; i++) total += c->files[i].size;
-    p->total_bytes = total;
-    for (int i = 0; i < c->n_files; i++) {
-        madvise((void *)c->files[i].map, c->files[i].size, MADV_WILLNEED);
-        for (size_t at = 0; at < c->files[i].size; at += STEP) {
-            *(const volatile uint8_t *)(c->files[i].map + at);
-            p->loaded_bytes = done + at;
-            double now = at % (1 << 20) ? reported : now_seconds();
-            if (now - reported < REPORT) continue;
-            double speed = (done + at) / (now - start);
-            log_line(0, "Load weight: %.1f %%, %.1f of %.1f GB, %.2f GB/s, %.0f s left",
-                     100.0 * (done + at) / total, (done + at) / 1e9, total / 1e9, speed / 1e9,
-                     (total - done - at) / speed);
-            reported = now;
-        }
-        p->loaded_bytes = done += c->files[i].size;
-    }
+// Takes a layer's weights to the device; those of the multi-token part stay where they are.
+static size_t layer_place(Layer *l, int n_experts) {
+    Vector *vectors[] = {&l->input_layernorm, &l->post_attention_layernorm,
+                         &l->self_attn.q_a_layernorm, &l->self_attn.kv_a_layernorm};
+    Linear *matrices[] = {&l->self_attn.q_a_proj, &l->self_attn.q_b_proj,
+                          &l->self_attn.kv_a_proj_with_mqa, &l->self_attn.o_proj};
+    size_t bytes = place_linear(&l->self_attn.kv_b_proj, PLACE_KV_B);
+    for (size_t i = 0; i < COUNT(vectors); i++) bytes += place_vector(vectors[i]);
+    for (size_t i = 0; i < COUNT(matrices); i++) bytes += place_linear(matrices[i], PLACE_MATRIX);
+    if (!l->moe) return bytes + place_mlp(&l->mlp, 1, NULL);
+    bytes += place_linear(&l->moe_mlp.gate, PLACE_MATRIX);
+    bytes += place_vector(&l->moe_mlp.e_score_correction_bias);
+    return bytes + place_mlp(l->moe_mlp.experts, n_experts, &l->moe_mlp.shared_experts);
+}
+
+// Counts n loaded bytes and tells how it goes, every few seconds.
+static void progress_add(Progress *p, size_t n, double start, double *reported) {
+    enum { REPORT = 5 };  // seconds
+    double now = now_seconds(), done = p->loaded_bytes += n, total = p->total_bytes;
+    if (now - *reported < REPORT) return;
+    *reported = now;
+    double speed = done / (now - start);
+    log_line(0, "Load weight: %.1f %%, %.1f of %.1f GB, %.2f GB/s, %.0f s left",
+             100 * done / total, done / 1e9, total / 1e9, speed / 1e9, (total - done) / speed);
 }
 
 // ==== One layer, one step ========================================================================
@@ -731,8 +732,8 @@ static void yarn(Model *m) {
     m->softmax_scale = mscale * mscale / sqrt(QK_DIM);
 }
 
-// Binds every tensor that the config asks for. What the checkpoint has beyond that is no error, but
-// a line in the log: it may be a file of another model.
+// Binds every tensor that the config asks for, and places those that a step uses. What the
+// checkpoint has beyond that is no error, but a line in the log: it may be a file of another model.
 static void model_bind(Model *m, Progress *p) {
     const Config *c = &m->config;
     const Weight table[] = {
@@ -742,10 +743,21 @@ static void model_bind(Model *m, Progress *p) {
     };
     size_t bytes = weights_bind(m->checkpoint, c, "", table, COUNT(table));
     int layers = c->num_hidden_layers + c->num_nextn_predict_layers;
+    bool dummy = m->checkpoint->dummy;  // these count as loaded when they are made
     m->layers = xcalloc(layers, sizeof *m->layers);
-    for (int i = 0; i < layers; i++) bytes += layer_bind(m->checkpoint, c, i, &m->layers[i]);
-    if (m->checkpoint->dummy) p->total_bytes = bytes;
-    else checkpoint_read(m->checkpoint, p);
+    for (int i = 0; i < layers; i++) {
+        size_t n = layer_bind(m->checkpoint, c, i, &m->layers[i]);
+        bytes += dummy || i < c->num_hidden_layers ? n : 0;
+    }
+    p->total_bytes = bytes;
+    double start = now_seconds(), reported = start;
+    size_t n = place_linear(&m->embed_tokens, PLACE_TABLE) +
+               place_linear(&m->lm_head, PLACE_MATRIX) + place_vector(&m->norm);
+    progress_add(p, dummy ? 0 : n, start, &reported);
+    for (int i = 0; i < c->num_hidden_layers; i++) {
+        n = layer_place(&m->layers[i], c->n_routed_experts);
+        progress_add(p, dummy ? 0 : n, start, &reported);
+    }
     size_t unused = 0;
     Str first = {0};
     for (size_t i = 0; i < m->checkpoint->n_slots && !m->checkpoint->dummy; i++)
@@ -759,7 +771,7 @@ static void model_bind(Model *m, Progress *p) {
 Model *model_load(const char *dir, bool dummy, int max_rows, int max_out, int n_pages,
                   Progress *p) {
     Model *m = xcalloc(1, sizeof *m);
-    Progress unwatched;
+    Progress unwatched = {0};
     m->config = config_load(dir);
     m->checkpoint = checkpoint_open(dir, dummy);
     m->checkpoint->progress = p;
@@ -787,6 +799,7 @@ Model *model_load(const char *dir, bool dummy, int max_rows, int max_out, int n_
     m->dense_hidden = act_new(max_rows, c->intermediate_size);
     m->expert_hidden = act_new(max_rows * (k + 1), c->moe_intermediate_size);
     m->routing = routing_new(max_rows, c);
+    step_reserve(max_rows, c);
     return m;
 }
 
@@ -800,6 +813,7 @@ void model_free(Model *m) {
     Act *acts[] = {m->normed, m->q_latent, m->heads_out, m->dense_hidden, m->expert_hidden};
     for (size_t i = 0; i < COUNT(acts); i++) act_free(acts[i]);
     routing_free(&m->routing);
+    place_free();
     checkpoint_close(m->checkpoint);
     free(m->cache);
     free(m->layers);
@@ -847,14 +861,23 @@ void model_layer(Model *m, int layer, const Batch *b) {
 
 void model_logits(Model *m, const Batch *b) {
     add_norm(m->x, m->normed, m->y, &m->norm, m->config.rms_norm_eps, b->n);
-    logits(m->logits, m->normed, &m->lm_head, b->out, b->n_out);
+    int n = b->n_out < m->max_out ? b->n_out : m->max_out;
+    logits(m->logits, m->normed, &m->lm_head, b->out, n);
+}
+
+void model_more_logits(Model *m, int first, int n) {
+    assert(first + n <= m->batch.n_out && n <= m->max_out);
+    logits(m->logits, m->normed, &m->lm_head, m->batch.out + first, n);
 }
 
 void model_step(Model *m, const Batch *b) {
-    assert(b->n <= m->max_rows && b->n_out <= m->max_out);
-    model_embed(m, b);
-    for (int i = 0; i < m->config.num_hidden_layers; i++) model_layer(m, i, b);
-    model_logits(m, b);
+    assert(b->n <= m->max_rows);
+    if (step_begin(&m->batch, b)) {
+        model_embed(m, &m->batch);
+        for (int i = 0; i < m->config.num_hidden_layers; i++) model_layer(m, i, &m->batch);
+        model_logits(m, &m->batch);
+    }
+    step_end();
 }
 
 // ==== Many at once ===============================================================================
@@ -1343,7 +1366,6 @@ static void step_compute(void) {
     Batch *b = &engine.batch;
     Model *m = engine.model;
     int n_out = b->n_out;
-    b->n_out = n_out < MAX_OUT ? n_out : MAX_OUT;
     model_step(m, b);
     server.steps++;
     for (int i = 0; i < engine.n_running; i++) seq_computed(engine.running[i]);
@@ -1351,7 +1373,7 @@ static void step_compute(void) {
         int n = n_out - first < MAX_OUT ? n_out - first : MAX_OUT;
         Seq **s = engine.out_seq + first;
         const int **given = engine.out_given + first;
-        if (first) logits(m->logits, m->normed, &m->lm_head, b->out + first, n);
+        if (first) model_more_logits(m, first, n);
         for (int i = 0; i < n; i++) sampling[i] = seq_sampling(s[i], given[i]);
         sample(choice, m->logits, sampling, tokenizer_vocab(server.tokenizer),
                server.config.vocab_size, n);
@@ -1517,7 +1539,9 @@ static void engine_warmup(void) {
 }
 
 static double free_memory(void) {  // GB
-    return (double)sysconf(_SC_AVPHYS_PAGES) * sysconf(_SC_PAGESIZE) / 1e9;
+    size_t available, total;
+    device_memory(&available, &total);
+    return available / 1e9;
 }
 
 static void *engine_main(void *unused) {
@@ -1831,7 +1855,8 @@ static const char *model_directory(const char *path) {
 // How many tokens the cache holds: as asked for, or --mem-fraction-static of the memory, in pages.
 static int pool_size(const Config *c, const Options *o) {
     double bytes = (double)c->num_hidden_layers * CACHE_DIM * sizeof(bf16);
-    double memory = (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
+    size_t available, memory;
+    device_memory(&available, &memory);
     double tokens = o->max_total_tokens ? o->max_total_tokens
                                         : o->mem_fraction_static * memory / bytes;
     return (int)fmax(1, fmin(tokens / PAGE, 1 << 24)) * PAGE;
@@ -1935,13 +1960,13 @@ static int serve_main(char **argv) {
     sigaction(SIGINT, &stop, NULL);
     int listener = http_listen(o.host, o.port);
     server_setup(&o);
+    device_init();
     server_size(&o);
     log_options(&server.options);
     log_line(-1, "chat template: %s (%s), prompts %s in <think>",
              server.template_kind == TEMPLATE_R1 ? "r1" : "r1-0528",
              strcmp(o.chat_template, "auto") ? "by flag" : "recognised from tokenizer_config.json",
              server.think ? "end" : "don't end");
-    device_init();
     pthread_t thread;
     if (pthread_create(&thread, NULL, engine_main, NULL) != 0) die("can't start the engine thread");
     http_serve(listener);
@@ -1999,8 +2024,8 @@ static int run_main(char **argv) {
     Options o = {.max_tokens = -1, .temperature = -1, .top_p = -1};
     const char *argument = flags_parse(&command, &o, argv);
     server_setup(&o);
-    server_size(&o);
     device_init();
+    server_size(&o);
     Buf text = text_or_stdin(argument);
     engine_load(1);
     Seq *s = seq_new();

@@ -311,8 +311,31 @@ typedef struct {
 } Choice;
 
 void device_init(void);                          // threads or streams; once, before anything else
+void device_memory(size_t *available, size_t *total);  // bytes
 void *device_alloc(size_t bytes);                // zeroed; dies where there is none
 void device_free(void *p);
+
+// Weights are placed before a stage reads them: the twin takes them to where its stages want them,
+// in its own layout, and turns the pointers there. Returns the bytes that it took.
+typedef enum {
+    PLACE_MATRIX,
+    PLACE_TABLE,  // rows are taken one by one: the embedding
+    PLACE_KV_B,   // kv_b_proj, of which mla_query and mla_value take a half each
+} Place;
+
+size_t place_vector(Vector *v);
+size_t place_linear(Linear *w, Place as);
+size_t place_mlp(Mlp *m, int n, Mlp *shared);    // n of equal size and perhaps one more
+void place_free(void);           // gives back all that was placed, and what was reserved
+
+// What the stages of a step of so many rows keep to themselves.
+void step_reserve(int rows, const Config *c);
+// A step's arrays are placed, too. Between the two calls stand the stages of one step, always the
+// same ones; false where they need not be called, since the twin has recorded them at an equal
+// step.
+bool step_begin(Batch *placed, const Batch *b);
+void step_end(void);
+
 Act *act_new(int rows, int cols);
 void act_free(Act *a);
 Routing routing_new(int rows, const Config *c);
@@ -391,6 +414,7 @@ typedef struct {
     float softmax_scale;
     // Everything that a step writes, allocated once.
     int max_rows, max_out;
+    Batch batch;            // as the twin placed it
     bf16 **cache;           // [layers] of [n_pages][64][576]
     float *rope, *logits;
     bf16 *x, *y, *q_a, *kv_a, *q, *query, *u;
@@ -404,8 +428,10 @@ Model *model_load(const char *dir, bool dummy, int max_rows, int max_out, int n_
 void model_free(Model *m);
 void model_embed(Model *m, const Batch *b);              // x = the tokens' embeddings
 void model_layer(Model *m, int layer, const Batch *b);   // x, y: one decoder layer
-void model_logits(Model *m, const Batch *b);             // m->logits [n_out][vocab_size]
+void model_logits(Model *m, const Batch *b);  // m->logits [n_out][vocab_size], of max_out at most
 void model_step(Model *m, const Batch *b);               // all of them
+// m->logits of n of the last step's wanted rows, from the first-th on.
+void model_more_logits(Model *m, int first, int n);
 
 typedef enum { FINISH_NONE, FINISH_STOP, FINISH_LENGTH, FINISH_ABORT, FINISH_ERROR } Finish;
 

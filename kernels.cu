@@ -1,0 +1,2768 @@
+// kernels.cu: the stages of kernels.c on a Hopper GPU (sm_90a), under the same names. What a stage
+// means stands there; here stands what makes it fast.
+//
+// The one idea: a step of R1 is bound by memory, so memory holds everything as the multiprocessors
+// want to have it. Weights are repacked once, while they are loaded, into strips of 16 rows whose
+// 128-byte pieces lie swizzled as the tensor cores read them; activations and cache pages are
+// written that way at once. A tile then comes with plain bulk copies and is used as it is.
+//
+// A decoding step is some thousand small kernels. They are recorded as a CUDA graph for each number
+// of rows, so that starting them costs the host nothing; and each one may begin before the last one
+// has ended (programmatic launch): what it does before grid_wait must not depend on the others.
+#include <assert.h>
+#include <cooperative_groups.h>
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+// r1.h is C. C++ spells two of its words otherwise, and no atomic of it is used here.
+#define _Noreturn [[noreturn]]
+#define _Atomic
+#define atomic_bool bool
+extern "C" {
+#include "r1.h"
+}
+
+#define E4M3_MAX 448.0f
+#define MIN_AMAX 1e-4f  // a group that is smaller is scaled as if it were this large (model.py)
+
+enum {
+    WARP = 32,
+    MAX_SHARED = 227 << 10,   // bytes that a block can have
+    ROW_BYTES = 128,          // of a row that lie together: the width of the swizzle
+    STRIP = 16,               // rows of a weight matrix that lie together
+    CHUNK = 8,                // bf16 values of a 16-byte load
+    MAX_COLS = 1024 * CHUNK,  // of a row that a block norms
+    TOKEN_PAD = 128,          // an Act has room for whole tiles of tokens
+    PAGE_BYTES = PAGE * CACHE_DIM * 2,
+};
+
+static __host__ __device__ int min_int(int a, int b) { return a < b ? a : b; }
+static __host__ __device__ int max_int(int a, int b) { return a > b ? a : b; }
+static __host__ __device__ int units(size_t n, int per_unit) {
+    return (n + per_unit - 1) / per_unit;
+}
+
+// ---- The device ---------------------------------------------------------------------------------
+// One stream takes all work in order, so nothing but the host ever waits.
+
+static cudaStream_t stream;
+static int n_sms;
+static float *scratch;  // between the kernels of one stage
+
+static void check(cudaError_t error, const char *what) {
+    if (error != cudaSuccess) die("CUDA: %s: %s", what, cudaGetErrorString(error));
+}
+
+void device_init(void) {
+    int major = 0, minor = 0;
+    if (stream) return;
+    // All kernels are loaded now: while a graph is recorded, a first call could not load its own.
+    setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+    check(cudaSetDevice(0), "the first GPU");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attributes");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "attributes");
+    if (major != 9) die("CUDA: got a GPU of compute capability %d.%d, want 9.0", major, minor);
+    check(cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, 0), "attributes");
+    check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
+}
+
+void device_memory(size_t *available, size_t *total) {
+    check(cudaMemGetInfo(available, total), "memory");
+}
+
+void *device_alloc(size_t bytes) {
+    void *p;
+    if (cudaMalloc(&p, bytes ? bytes : 1) != cudaSuccess) {
+        size_t available = 0, total = 0;
+        device_memory(&available, &total);
+        die("out of GPU memory: %zu bytes wanted, %zu of %zu are free", bytes, available, total);
+    }
+    check(cudaMemsetAsync(p, 0, bytes, stream), "memset");
+    return p;
+}
+
+void device_free(void *p) { check(cudaFree(p), "free"); }
+
+// Starts a kernel that may begin while the one before it ends.
+template <typename... Wanted, typename... Given>
+static void launch(void (*kernel)(Wanted...), dim3 grid, int threads, size_t shared,
+                   Given... args) {
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {grid, dim3(threads), shared, stream, &early, 1};
+    if (shared > 48 << 10) {  // what a kernel gets without asking
+        cudaFuncAttributes a;
+        check(cudaFuncGetAttributes(&a, kernel), "kernel");
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                   MAX_SHARED - (int)a.sharedSizeBytes), "shared memory");
+    }
+    check(cudaLaunchKernelEx(&config, kernel, (Wanted)args...), "kernel");
+}
+
+// ---- PTX ----------------------------------------------------------------------------------------
+
+// What earlier kernels wrote is there behind grid_wait, and every kernel calls it: one that did not
+// would let the next but one run too early. launch_dependents lets the next kernel's blocks come
+// up; a kernel that calls it behind its own wait gives them more, since what was written before it
+// is then there for them from the start.
+static __device__ void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+static __device__ void launch_dependents() {
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+static __device__ uint32_t smem_address(const void *p) { return __cvta_generic_to_shared(p); }
+
+static __device__ void bar_init(uint64_t *bar, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(bar)), "r"(count));
+}
+
+// The copy engine must see the barriers that one thread has made; then all threads may.
+static __device__ void bar_init_done() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
+
+// An arrival that also announces `bytes` of copies: the phase ends when they have come, too.
+static __device__ void bar_expect(uint64_t *bar, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)),
+                 "r"(bytes) : "memory");
+}
+
+static __device__ void bar_arrive(uint64_t *bar) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(bar)) : "memory");
+}
+
+static __device__ void bar_wait(uint64_t *bar, int parity) {
+    asm volatile("{ .reg .pred p;\n"
+                 "W%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+                 "@p bra D%=;\n bra W%=;\n D%=: }" ::"r"(smem_address(bar)),
+                 "r"(parity) : "memory");
+}
+
+static __device__ void bulk_load(void *dst_smem, const void *src, uint32_t bytes, uint64_t *bar) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1], %2, [%3];" ::"r"(smem_address(dst_smem)), "l"(src), "r"(bytes),
+                 "r"(smem_address(bar)) : "memory");
+}
+
+static __device__ void copy_16(void *dst_smem, const void *src) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(dst_smem)),
+                 "l"(src) : "memory");
+}
+
+static __device__ void copy_4(void *dst_smem, const void *src) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem_address(dst_smem)),
+                 "l"(src) : "memory");
+}
+
+static __device__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int N> static __device__ void copies_wait() {  // all but this thread's last N groups
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// wgmma reads shared memory past the ordinary path: what ordinary stores wrote must be fenced.
+static __device__ void fence_async() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+static __device__ void sync_threads(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+static __device__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+static __device__ void wgmma_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
+template <int N> static __device__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+// A tile of rows of 128 bytes, swizzled in atoms of 8 rows; it starts at a multiple of 1 KB.
+static __device__ uint64_t smem_desc(const void *p) {
+    return (uint64_t)((smem_address(p) & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+// c [64][128] (+)= a [64][32] b [128][32]^T. Thread (warp, g = lane / 4, t = lane % 4) holds in
+// c[4 j + i] row 16 warp + g + i / 2 * 8, column 8 j + 2 t + i % 2.
+static __device__ void wgmma_128(float c[64], uint64_t a, uint64_t b, int accumulate) {
+#define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
+                 "%64, %65, p, 1, 1; }"
+                 : C4(0), C4(4), C4(8), C4(12), C4(16), C4(20), C4(24), C4(28), C4(32), C4(36),
+                   C4(40), C4(44), C4(48), C4(52), C4(56), C4(60)
+                 : "l"(a), "l"(b), "r"(accumulate));
+}
+
+// c [64][32] likewise, of 32 bytes of each row: 32 columns in e4m3, 16 in bf16.
+template <bool FP8>
+static __device__ void wgmma_32(float c[16], uint64_t a, uint64_t b, int accumulate) {
+    if (FP8)
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                     "%16, %17, p, 1, 1; }"
+                     : C4(0), C4(4), C4(8), C4(12) : "l"(a), "l"(b), "r"(accumulate));
+    else
+        asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
+                     "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                     "%16, %17, p, 1, 1, 0, 0; }"
+                     : C4(0), C4(4), C4(8), C4(12) : "l"(a), "l"(b), "r"(accumulate));
+#undef C4
+}
+
+static __device__ uint32_t bf16_pair(float low, float high) {
+    uint32_t pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+static __device__ uint32_t e4m3_pair(float low, float high) {
+    uint16_t pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(high), "f"(low));
+    return pair;
+}
+
+static __device__ float round_bf16(float f) {
+    return __uint_as_float(bf16_pair(f, 0) << 16);
+}
+
+static __device__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
+static __device__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000); }
+
+// d [64][N] (+)= A B^T, bf16, K = 16. TRANS: A lies as [K][64].
+template <int TRANS> static __device__ void wgmma(float (&d)[8], uint64_t a, uint64_t b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %10, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+                 "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, %11, 0; }"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+                   "+f"(d[6]), "+f"(d[7])
+                 : "l"(a), "l"(b), "r"(add), "n"(TRANS));
+}
+
+template <int TRANS> static __device__ void wgmma(float (&d)[16], uint64_t a, uint64_t b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
+                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
+                 "%16, %17, p, 1, 1, %19, 0; }"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+                   "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+                   "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
+                 : "l"(a), "l"(b), "r"(add), "n"(TRANS));
+}
+
+// d [16][8] += a [16][16] b [16][8], bf16.
+static __device__ void mma_bf16(float (&d)[4], const uint4 &a, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+}
+
+// An 8x8 tile of bf16 over a warp, transposed: registers to registers, and registers to rows.
+static __device__ uint32_t transpose_8x8(uint32_t v) {
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(v));
+    return v;
+}
+
+static __device__ void store_transposed(void *row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1,%2,%3,%4};" ::"r"(
+                     smem_address(row)),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
+static __device__ float exp2_fast(float x) {  // 2 ulp; -infinity gives 0
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+static __device__ float warp_max(float v) {
+    for (int i = 16; i > 0; i /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, i));
+    return v;
+}
+
+// One 128-byte wide operand, swizzled, 1,024 bytes from 8 rows to the next 8. It describes rows
+// along M (or N) with K inside the row, and with wgmma's transpose bit rows along K with M inside.
+static __device__ uint64_t warp_desc(const void *p) {
+    return __shfl_sync(~0u, smem_address(p) >> 4, 0) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+// The 16-byte chunk at which chunk c of row r stands.
+static __device__ int swizzle_chunk(int r, int c) { return c ^ (r & 7); }
+
+// ---- Numbers ------------------------------------------------------------------------------------
+// Everything is computed in f32 and rounded where kernels.c rounds. Where bits must be equal,
+// products and sums that follow each other are kept from becoming one fused operation.
+
+static __device__ void unpack8(float v[CHUNK], uint4 chunk) {
+    const uint32_t pair[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
+    for (int i = 0; i < 4; i++) v[2 * i] = bf16_low(pair[i]), v[2 * i + 1] = bf16_high(pair[i]);
+}
+
+static __device__ uint4 pack8(const float v[CHUNK]) {
+    return make_uint4(bf16_pair(v[0], v[1]), bf16_pair(v[2], v[3]), bf16_pair(v[4], v[5]),
+                      bf16_pair(v[6], v[7]));
+}
+
+// The sum of all threads' v, for all threads, always in the same order. Once in a kernel.
+static __device__ float block_sum(float v) {
+    __shared__ float warp[WARP];
+    for (int d = WARP / 2; d; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+    if (threadIdx.x % WARP == 0) warp[threadIdx.x / WARP] = v;
+    __syncthreads();
+    v = threadIdx.x % WARP < blockDim.x / WARP ? warp[threadIdx.x % WARP] : 0;
+    for (int d = WARP / 2; d; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+    return v;
+}
+
+// ---- Rows on their way into a linear ------------------------------------------------------------
+// Quantised values lie as the tensor cores read them, [cols/128][tokens][128 bytes] with chunk c of
+// token t at c ^ (t mod 8), and the scales beside: [cols/128][tokens]. The unquantised values that
+// bf16 matrices want are plain rows.
+
+struct Act {
+    int cols, stride;  // stride: tokens that there is room for
+    bf16 *x;           // [stride][cols]
+    uint8_t *q;        // [cols / 128][stride][128]
+    float *scale;      // [cols / 128][stride]
+};
+
+Act *act_new(int rows, int cols) {
+    assert(cols % BLOCK == 0);
+    Act *a = (Act *)xmalloc(sizeof *a);
+    size_t stride = (size_t)units(rows, TOKEN_PAD) * TOKEN_PAD;
+    *a = (Act){cols, (int)stride, (bf16 *)device_alloc(stride * cols * sizeof(bf16)),
+               (uint8_t *)device_alloc(stride * cols),
+               (float *)device_alloc(stride * (cols / BLOCK) * sizeof(float))};
+    return a;
+}
+
+void act_free(Act *a) {
+    if (!a) return;
+    device_free(a->x), device_free(a->q), device_free(a->scale);
+    free(a);
+}
+
+// Quantises and stores eight columns of a token, chunk c of its row; sixteen neighbouring threads
+// hold a scale group. A thread that is not `there` only takes part in the exchange.
+static __device__ void quantise8(const Act &a, int token, int c, float v[CHUNK], bool there) {
+    enum { GROUP = BLOCK / CHUNK };
+    float amax = MIN_AMAX;
+    for (int i = 0; i < CHUNK; i++) amax = fmaxf(amax, fabsf(v[i]));
+    for (int d = GROUP / 2; d; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
+    float scale = amax / E4M3_MAX, inverse = 1 / scale;
+    if (!there) return;
+    for (int i = 0; i < CHUNK; i++) {  // v / scale, correctly rounded (Markstein 1990)
+        float guess = v[i] * inverse;
+        v[i] = fmaf(fmaf(-guess, scale, v[i]), inverse, guess);
+    }
+    uint2 q = make_uint2(e4m3_pair(v[0], v[1]) | e4m3_pair(v[2], v[3]) << 16,
+                         e4m3_pair(v[4], v[5]) | e4m3_pair(v[6], v[7]) << 16);
+    size_t line = (size_t)(c / GROUP) * a.stride + token;
+    uint8_t *to = a.q + line * ROW_BYTES + ((c % GROUP / 2 ^ token % 8) << 4) + c % 2 * CHUNK;
+    *(uint2 *)to = q;
+    if (c % GROUP == 0) a.scale[line] = scale;
+}
+
+// ---- From the host: small things of each step ---------------------------------------------------
+// Arrays of a step go through one pinned buffer and one copy. The buffer is written again only when
+// its last copy is done.
+
+typedef struct {
+    uint8_t *host, *device;
+    size_t size, used;
+    cudaEvent_t copied;
+} Mailbox;
+
+static size_t mail_bytes(size_t bytes) { return (bytes + 15) / 16 * 16; }
+
+// Makes room for arrays that add up to `bytes` in mail_bytes. True: the buffer moved.
+static bool mail_open(Mailbox *m, size_t bytes) {
+    if (!m->copied) check(cudaEventCreateWithFlags(&m->copied, cudaEventDisableTiming), "event");
+    check(cudaEventSynchronize(m->copied), "copy");
+    m->used = 0;
+    if (bytes <= m->size) return false;
+    check(cudaStreamSynchronize(stream), "stream");
+    check(cudaFreeHost(m->host), "free"), check(cudaFree(m->device), "free");
+    m->size = 2 * bytes + 4096;
+    check(cudaMallocHost(&m->host, m->size), "pinned memory");
+    m->device = (uint8_t *)device_alloc(m->size);
+    return true;
+}
+
+// Adds an array (NULL: room that the caller fills) and says where it will be on the device.
+static void *mail_add(Mailbox *m, const void *data, size_t bytes) {
+    size_t at = m->used;
+    m->used += mail_bytes(bytes);
+    assert(m->used <= m->size);
+    if (data) memcpy(m->host + at, data, bytes);
+    return m->device + at;
+}
+
+static void mail_send(Mailbox *m) {
+    check(cudaMemcpyAsync(m->device, m->host, m->used, cudaMemcpyHostToDevice, stream), "copy");
+    check(cudaEventRecord(m->copied, stream), "event");
+}
+
+// ---- One step -----------------------------------------------------------------------------------
+// Steps of at most MAX_RECORDED rows, all with logits, are recorded when their number of rows first
+// comes, exactly that many: rows that only fill up would be routed to experts, whose weights would
+// have to be read. What else differs from step to step, lengths and pages, lies in device memory.
+
+enum { MAX_RECORDED = 256 };
+
+static struct {
+    Mailbox mail;
+    cudaGraphExec_t recorded[MAX_RECORDED + 1], run;
+    int recording;  // rows; 0: none
+    int heads;      // of attention; 0: it takes no part (a test)
+    bool prompts;   // some sequence has several rows in this step
+} step;
+
+static void mla_plan(const Batch *b, int heads);
+
+static void step_forget(void) {
+    for (int n = 0; n <= MAX_RECORDED; n++)
+        if (step.recorded[n]) check(cudaGraphExecDestroy(step.recorded[n]), "graph");
+    memset(step.recorded, 0, sizeof step.recorded);
+}
+
+// The rows from `first` on that belong to one sequence: their end, and how many pages they see.
+static int batch_run(const Batch *b, int first, int *pages) {
+    int i = first;
+    for (*pages = 0; i < b->n && b->seq[i] == b->seq[first]; i++)
+        if (*pages <= b->position[i] / PAGE) *pages = b->position[i] / PAGE + 1;
+    return i;
+}
+
+// Of the page tables only what is used is sent, one run behind the other: on the device max_pages
+// is 1, and a row's seq is where its run begins.
+bool step_begin(Batch *placed, const Batch *b) {
+    size_t rows = mail_bytes(b->n * sizeof(int)), out = mail_bytes(b->n_out * sizeof(int));
+    int pages, total = 0;
+    for (int i = 0; i < b->n; total += pages) i = batch_run(b, i, &pages);
+    if (mail_open(&step.mail, 3 * rows + out + mail_bytes(total * sizeof(int)))) step_forget();
+    placed->n = b->n, placed->max_pages = 1, placed->n_out = b->n_out;
+    placed->id = (int *)mail_add(&step.mail, b->id, b->n * sizeof(int));
+    placed->position = (int *)mail_add(&step.mail, b->position, b->n * sizeof(int));
+    int *seq = (int *)(step.mail.host + step.mail.used);
+    placed->seq = (int *)mail_add(&step.mail, NULL, b->n * sizeof(int));
+    placed->out = (int *)mail_add(&step.mail, b->out, b->n_out * sizeof(int));
+    int *table = (int *)(step.mail.host + step.mail.used), at = 0;
+    placed->pages = (int *)mail_add(&step.mail, NULL, total * sizeof(int));
+    step.prompts = false;
+    for (int i = 0, end; i < b->n; at += pages) {
+        end = batch_run(b, i, &pages);
+        step.prompts |= end > i + 1;
+        memcpy(table + at, b->pages + (size_t)b->seq[i] * b->max_pages, pages * sizeof(int));
+        for (; i < end; i++) seq[i] = at;
+    }
+    mail_send(&step.mail);
+    bool decodes = b->n <= MAX_RECORDED && b->n_out == b->n && !step.prompts;
+    if (decodes && (step.run = step.recorded[b->n])) return false;
+    if (decodes) {
+        step.recording = b->n;
+        check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording");
+    }
+    if (step.heads) mla_plan(placed, step.heads);
+    return true;
+}
+
+void step_end(void) {
+    if (step.recording) {
+        cudaGraph_t graph;
+        check(cudaStreamEndCapture(stream, &graph), "recording");
+        check(cudaGraphInstantiate(&step.run, graph, 0), "graph");
+        check(cudaGraphDestroy(graph), "graph");
+        step.recorded[step.recording] = step.run;
+        step.recording = 0;
+    }
+    if (step.run) check(cudaGraphLaunch(step.run, stream), "graph");
+    step.run = NULL;
+}
+
+// ---- W_UK and W_UV ------------------------------------------------------------------------------
+// Both products are out[m] = sum_k A[m][k] x[k] with A of one head and few x. A is cut into bricks
+// of 64 x 128, each inside one scale block, which lie in memory as mma.sync wants them in
+// registers: 32 fragments of 16 x 16 (4 strips of rows, 8 steps along k), 16 bytes a lane, so that
+// a warp loads a brick in whole lines and without shared memory. They are bf16: e4m3 is exact in
+// it, a checkpoint in bf16 needs nothing else, and for 2 MB more per layer of 16 heads (0.15 % of a
+// rank's weights) no kernel converts anything.
+//
+// Two orders are ours to choose. Which k a fragment's column means is free if A and x agree: lane
+// (g, t) takes 16-byte chunk 4 i + t of x for steps 2 i and 2 i + 1. And rows g and g + 8 of strip
+// s are m = 8 g + 2 s and the next: a lane ends up with 8 consecutive m of a token, a chunk.
+
+enum { BRICK_ROWS = 64, BRICK_STRIPS = 4, BRICK_STEPS = 8, BRICKS = KV_DIM * LATENT_DIM / 64 / 128,
+       UK_BRICKS = BRICKS / 2, FRAGMENTS = BRICK_STRIPS * BRICK_STEPS, LATENT_SCALES = 4,
+       TOKENS = 8 };  // of one product
+
+typedef uint4 Brick[BRICK_STRIPS][BRICK_STEPS];
+
+enum { HEAD_BRICKS = BRICKS * FRAGMENTS * WARP * (int)sizeof(uint4) };  // bytes
+
+static __device__ uint32_t weight_bits(const uint8_t *w, bool fp8, size_t i) {  // as bf16
+    if (!fp8) return w[2 * i] | w[2 * i + 1] << 8;
+    // e4m3 in the place of f32's bits is the value x 2^-120, as in kernels.c.
+    float v = __int_as_float((int)(int8_t)w[i] << 20 & (int)0x87f00000) * 0x1p120f;
+    return __float_as_uint(v) >> 16;
+}
+
+// bricks [heads][16] of w [heads * 256][512], e4m3 or bf16 at any byte: of each head W_UK^T's eight
+// bricks (brick b: latent dims 64 b ..), then W_UV's (brick 2 k + h: values 64 h .., latent dims
+// 128 k ..). Once, at load: a thread makes one lane's 16 bytes.
+static __global__ void kv_b_repack_kernel(uint4 *bricks, const uint8_t *w, bool fp8) {
+    int head = blockIdx.x, brick = blockIdx.y, fragment = threadIdx.x / 32, lane = threadIdx.x % 32;
+    int step = fragment % BRICK_STEPS, m = 8 * (lane / 4) + 2 * (fragment / BRICK_STEPS);
+    int k = 32 * (step / 2) + 8 * (lane % 4) + 4 * (step % 2);
+    uint32_t out[4];
+    for (int i = 0; i < 4; i++) {  // rows m and m + 1 at k, then at k + 2
+        uint32_t pair = 0;
+        for (int j = 0; j < 2; j++) {
+            int mi = m + i % 2, kj = k + i / 2 * 2 + j, value = brick - UK_BRICKS;
+            size_t row = (size_t)head * KV_DIM + (value < 0 ? kj : NOPE_DIM + value % 2 * 64 + mi);
+            int col = value < 0 ? brick * BRICK_ROWS + mi : value / 2 * BLOCK + kj;
+            pair |= weight_bits(w, fp8, row * LATENT_DIM + col) << 16 * j;
+        }
+        out[i] = pair;
+    }
+    bricks[((size_t)head * BRICKS + brick) * FRAGMENTS * 32 + threadIdx.x] =
+        make_uint4(out[0], out[1], out[2], out[3]);
+}
+
+// Weights are constants and can be asked for before grid_wait(). Callers do so under a condition:
+// the assembler moves loads past the wait, but not out of a branch.
+// ---- Placing weights ----------------------------------------------------------------------------
+// A weight's bytes are read into one of two pinned buffers, copied to one on the device, and
+// repacked from there, while the next ones are read into the other. What is not read and not copied
+// is a layout: a matrix is strips of 16 rows, [out/16][in bytes/128][16 rows][128 bytes], in which
+// the 16-byte chunk c of row r stands at c ^ (r mod 8). That is the order in which a tensor core's
+// operand of 8 rows by 128 bytes is free of bank conflicts.
+
+enum { UPLOAD_BYTES = 32 << 20 };
+
+static struct {
+    uint8_t *host[2], *device[2];
+    cudaEvent_t used[2];
+    int turn;
+} upload;
+
+static struct { void **data; int n; } placed;
+
+static uint8_t *place_alloc(size_t bytes) {
+    placed.data = (void **)xrealloc(placed.data, (placed.n + 1) * sizeof *placed.data);
+    return (uint8_t *)(placed.data[placed.n++] = device_alloc(bytes));
+}
+
+void place_free(void) {
+    check(cudaStreamSynchronize(stream), "stream");
+    step_forget();
+    while (placed.n) device_free(placed.data[--placed.n]);
+    free(placed.data);
+    placed.data = NULL, step.heads = 0;
+}
+
+static size_t dtype_size(DType dtype) {
+    return dtype == DTYPE_F8_E4M3 ? 1 : dtype == DTYPE_BF16 ? 2 : 4;
+}
+
+static float value_at(const uint8_t *data, DType dtype, size_t i) {  // bf16 or f32, at any byte
+    size_t size = dtype_size(dtype);
+    float f = 0;
+    memcpy((uint8_t *)&f + 4 - size, data + i * size, size);
+    return f;
+}
+
+// To bf16 as kernels.c rounds, for the few matrices that some copies of R1 store in f32.
+static bf16 round_half(float f) {
+    uint32_t bits;
+    memcpy(&bits, &f, sizeof bits);
+    return f != f ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// Brings n values to the device, f32 ones as bf16, and returns which buffer holds them. When all
+// that reads it is in the stream, its event `used` has to be recorded.
+static int upload_next(const uint8_t *src, DType dtype, size_t n) {
+    int i = upload.turn ^= 1;
+    size_t bytes = n * (dtype == DTYPE_F8_E4M3 ? 1 : 2);
+    if (!upload.host[i]) {
+        check(cudaMallocHost(&upload.host[i], UPLOAD_BYTES), "pinned memory");
+        upload.device[i] = (uint8_t *)device_alloc(UPLOAD_BYTES);
+        check(cudaEventCreateWithFlags(&upload.used[i], cudaEventDisableTiming), "event");
+    }
+    check(cudaEventSynchronize(upload.used[i]), "copy");
+    if (dtype != DTYPE_F32) memcpy(upload.host[i], src, bytes);
+    for (size_t k = 0; k < n && dtype == DTYPE_F32; k++)
+        ((bf16 *)upload.host[i])[k] = round_half(value_at(src, dtype, k));
+    check(cudaMemcpyAsync(upload.device[i], upload.host[i], bytes, cudaMemcpyHostToDevice, stream),
+          "copy");
+    return i;
+}
+
+// Row r of a matrix goes to row r / group x 16 + r mod group + offset of dst: all 16 rows of a
+// strip (group 16), or 8 rows of gate_proj (offset 0) and 8 of up_proj (offset 8), so that values
+// that belong together come out side by side. A thread moves 16 bytes; bound by memory, once.
+static __global__ void repack_kernel(uint8_t *dst, const uint8_t *src, int first, int n,
+                                     int row_bytes, int group, int offset) {
+    int per_row = row_bytes / 16;
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    int row = i / per_row, c = i % per_row;
+    if (row >= n) return;
+    int to = (first + row) / group * STRIP + (first + row) % group + offset;
+    uint8_t *line = dst + (size_t)(to / STRIP) * STRIP * row_bytes +
+                    (size_t)(c / 8) * STRIP * ROW_BYTES + to % STRIP * ROW_BYTES;
+    ((uint4 *)line)[c % 8 ^ to % 8] = ((const uint4 *)src)[i];
+}
+
+// Takes [rows][cols] to dst, part by part, and returns the bytes that the checkpoint has for it.
+static size_t place_rows(uint8_t *dst, const uint8_t *src, DType dtype, size_t rows, size_t cols,
+                         Place as, int group, int offset) {
+    enum { THREADS = 256 };
+    size_t row_bytes = cols * (dtype == DTYPE_F8_E4M3 ? 1 : 2);
+    size_t whole = as == PLACE_KV_B ? KV_DIM : 1;  // rows that stay together
+    size_t most = UPLOAD_BYTES / (row_bytes * whole) * whole;
+    for (size_t first = 0, n; first < rows; first += n) {
+        n = rows - first < most ? rows - first : most;
+        int i = upload_next(src + first * cols * dtype_size(dtype), dtype, n * cols);
+        if (as == PLACE_TABLE)
+            check(cudaMemcpyAsync(dst + first * row_bytes, upload.device[i], n * row_bytes,
+                                  cudaMemcpyDeviceToDevice, stream), "copy");
+        else if (as == PLACE_MATRIX)
+            repack_kernel<<<units(n * row_bytes / 16, THREADS), THREADS, 0, stream>>>(
+                dst, upload.device[i], first, n, row_bytes, group, offset);
+        else
+            kv_b_repack_kernel<<<dim3(n / KV_DIM, BRICKS), FRAGMENTS * WARP, 0, stream>>>(
+                (uint4 *)(dst + first / KV_DIM * HEAD_BRICKS), upload.device[i], true);
+        check(cudaGetLastError(), "repack");
+        check(cudaEventRecord(upload.used[i], stream), "event");
+    }
+    return rows * cols * dtype_size(dtype);
+}
+
+static size_t place_bytes(uint8_t *dst, const void *src, size_t n) {
+    return place_rows(dst, (const uint8_t *)src, DTYPE_F8_E4M3, n, 1, PLACE_TABLE, 0, 0);
+}
+
+// Vectors are f32 on the device, whatever they were.
+size_t place_vector(Vector *v) {
+    size_t bytes = v->dim * sizeof(float), from = v->dim * dtype_size(v->dtype);
+    float *values = (float *)xmalloc(bytes);
+    uint8_t *data = place_alloc(bytes);
+    for (int i = 0; i < v->dim; i++) values[i] = value_at(v->data, v->dtype, i);
+    place_bytes(data, values, bytes);
+    free(values);
+    *v = (Vector){v->dim, DTYPE_F32, data};
+    return from;
+}
+
+// Bytes of a matrix on the device, whole strips, and of its scales, which stay as they are.
+static size_t matrix_bytes(const Linear *w) {
+    return (size_t)units(w->out, STRIP) * STRIP * w->in * (w->dtype == DTYPE_F8_E4M3 ? 1 : 2);
+}
+
+static size_t scale_bytes(const Linear *w) {
+    return w->dtype == DTYPE_F8_E4M3 ? units(w->out, BLOCK) * (w->in / BLOCK) * sizeof(float) : 0;
+}
+
+// Places a matrix and its scales there, and lets w point to them.
+static size_t linear_move(Linear *w, uint8_t *data, uint8_t *scale, Place as, int group,
+                          int offset) {
+    size_t bytes = place_rows(data, w->data, w->dtype, w->out, w->in, as, group, offset);
+    bytes += place_bytes(scale, w->scale, scale_bytes(w));
+    *w = (Linear){w->out, w->in, w->dtype == DTYPE_F32 ? DTYPE_BF16 : w->dtype, data, scale};
+    return bytes;
+}
+
+size_t place_linear(Linear *w, Place as) {
+    if (as == PLACE_KV_B && w->dtype != DTYPE_F8_E4M3)
+        die("this checkpoint is bf16, a GPU wants R1's FP8 one");
+    size_t size = as == PLACE_KV_B ? w->out / KV_DIM * HEAD_BRICKS : matrix_bytes(w);
+    return linear_move(w, place_alloc(size), place_alloc(scale_bytes(w)), as, STRIP, 0);
+}
+
+// A layer's experts lie side by side, so that a kernel finds number e at base + e x size, and the
+// shared one is number n. Gate and up are one matrix of twice the rows, with two arrays of scales.
+size_t place_mlp(Mlp *m, int n, Mlp *shared) {
+    uint8_t *data = NULL;
+    size_t bytes = 0, all = n + (shared != NULL);
+    for (int i = 0; i < 3; i++) {
+        const Linear *first = i == 0 ? &m->gate_proj : i == 1 ? &m->up_proj : &m->down_proj;
+        size_t size = matrix_bytes(first) * (i < 2 ? 2 : 1), scales = scale_bytes(first);
+        if (i != 1) data = place_alloc(all * size);
+        uint8_t *scale = place_alloc(all * scales);
+        for (size_t e = 0; e < all; e++) {
+            Mlp *x = e < (size_t)n ? m + e : shared;
+            Linear *w = i == 0 ? &x->gate_proj : i == 1 ? &x->up_proj : &x->down_proj;
+            bytes += linear_move(w, data + e * size, scale + e * scales, PLACE_MATRIX,
+                                 i < 2 ? STRIP / 2 : STRIP, i == 1 ? STRIP / 2 : 0);
+        }
+    }
+    return bytes;
+}
+
+// ---- What both kernels are given ----------------------------------------------------------------
+
+enum { UNIT = STRIP * ROW_BYTES };  // bytes of a block of a strip
+
+typedef struct {  // one matrix, or one for each expert
+    const uint8_t *data;
+    const float *scale[2];  // of a strip's rows 0-7 and 8-15: [strip / scale_strips][blocks]
+    size_t expert_bytes, expert_scales;  // from expert to expert
+    int strips, blocks;  // a block is 128 columns in e4m3, 64 in bf16
+    int scale_strips;
+} Weights;
+
+// Products are made for slots. The first n are the rows, for the one matrix that takes every row:
+// the only one, or the shared expert, number n_experts. Behind them come the pairs (row, choice)
+// in the experts' order, as in Routing.pair.
+typedef struct {
+    int n, n_experts, top_k;
+    const int *start;    // [n_experts + 1]
+    const int *list;     // row x divisor of the slots from `listed` on; slots before are rows
+    int listed, divisor;
+    bool gather;         // the activations are found by a slot's row, not by the slot
+} Slots;
+
+typedef struct { int slot; short expert, rows; } Entry;  // slots that share weights: one tile
+
+// How many tiles of `tile` slots there are that no list is needed for: they come first.
+static __host__ __device__ int known_entries(const Slots *s, int tile) {
+    return (s->n + tile - 1) / tile;
+}
+
+static int max_entries(const Slots *s, int tile) {  // that list_entries can make
+    int pairs = s->n * s->top_k;
+    return min_int(pairs, 2 * s->n_experts + pairs / tile);
+}
+
+static __device__ Entry entry_at(const Slots &s, const Entry *table, int tile, int i) {
+    int known = known_entries(&s, tile);
+    if (i >= known) return table[i - known];
+    return (Entry){i * tile, (short)s.n_experts, (short)min(tile, s.n - i * tile)};
+}
+
+static __device__ int slot_row(const Slots &s, int slot) {
+    return slot < s.listed ? slot : __ldcg(s.list + slot - s.listed) / s.divisor;
+}
+
+// Writes the experts' tiles into the table, experts ascending, and returns how many there are; and
+// the slots' rows into row_of, if wanted. Tiles start at multiples of `align`: the first may
+// begin with slots of the expert before. All threads of the block come here, at least as many as
+// there are experts.
+static __device__ int list_entries(const Slots &s, Entry *table, int tile, int align,
+                                   uint16_t *row_of, int slots) {
+    __shared__ int warp_sum[16];
+    int e = threadIdx.x, warp = e / 32, first = 0, last = 0;
+    if (e < s.n_experts) first = s.n + __ldcg(s.start + e), last = s.n + __ldcg(s.start + e + 1);
+    for (int i = threadIdx.x; row_of && i < slots; i += blockDim.x) row_of[i] = slot_row(s, i);
+    int begin = first / align * align, sum = first < last ? (last - begin + tile - 1) / tile : 0;
+    int tiles = sum, before = 0, total = 0;
+    for (int d = 1; d < 32; d *= 2) {
+        int other = __shfl_up_sync(~0u, sum, d);
+        if (e % 32 >= d) sum += other;
+    }
+    if (e % 32 == 31) warp_sum[warp] = sum;
+    __syncthreads();
+    for (int w = 0; w < blockDim.x / 32; w++) {
+        if (w < warp) before += warp_sum[w];
+        total += warp_sum[w];
+    }
+    for (int i = 0; i < tiles; i++, begin += tile)
+        table[before + sum - tiles + i] = (Entry){begin, (short)e, (short)min(tile, last - begin)};
+    __syncthreads();
+    return total;
+}
+
+// ---- A few rows ---------------------------------------------------------------------------------
+// y = x W^T for up to some tens of rows: each weight is read once, so the memory's speed is the
+// limit, and all that counts is that it never waits. Four warps of a block only ask for copies: a
+// ring of stages of 16 KB, 8 units of 2 KB (one strip's 16 rows, one K block). Two warpgroups
+// multiply, each 4 units of every stage. Kernels overlap, so the ring fills with weights while the
+// kernel before is still at work; activations follow behind grid_wait.
+//
+// wgmma wants 64 rows that meet the same columns, and four units of one strip are four blocks of K.
+// So the activations of all four stand side by side as 32 columns: 4 blocks of 8 rows, and each
+// warp keeps the 8 columns that are its own block's. Three quarters of the products are thrown
+// away; the tensor cores have the time. (Turning e4m3 into f16 for mma.sync has not: the chip
+// converts 16 pairs a clock.) With SHIFT 2 the four units are four strips, and the 32 columns are
+// 32 rows of activations: fewer bytes from L2 where rows are many.
+//
+// `parts` splits K over blocks where strips don't fill the chip; the next kernel adds. DOWN is the
+// experts' second product: a block owns 4 strips of the output and walks all experts, adding weight
+// x product to its rows in shared memory. Nothing is written but y, in one order.
+
+enum {
+    CONSUMERS = 8, PRODUCERS = 4, SKINNY_THREADS = (CONSUMERS + PRODUCERS) * 32,
+    UNITS = 8, MAX_STAGES = 8, COLUMNS = 32,  // of a warpgroup's product
+    STAGE_WEIGHTS = UNITS * UNIT, STAGE_BYTES = STAGE_WEIGHTS + 2 * COLUMNS * ROW_BYTES,
+    STAGE_SCALES = 2 * UNITS + 2 * COLUMNS,  // floats: two of each unit, one of each column
+    SUM_STRIDE = 20,  // floats from row to row of the warps' sums: no two lanes meet in a bank
+    SKINNY_ROWS = 32, EXPERT_ROWS = 256,  // more rows than these are `wide`'s
+};
+
+typedef struct {
+    Weights w;
+    Slots s;
+    const uint8_t *x;       // row r's 128 bytes of block k: x + k x_block + r x_row
+    size_t x_block, x_row;
+    bool x_swizzled;
+    const float *x_scale;   // [blocks][x_stride]
+    int x_stride;
+    const float *weight;    // DOWN: of a pair
+    void *y;                // bf16 [n][out], or f32 [parts][slots][out]
+    bool y_f32;
+    int slots, parts;
+    int groups, part_blocks, item_stages, stages, x_rows, n_sums, table;  // launch_skinny's
+    uint64_t by_groups, by_parts;  // for divide
+} Skinny;
+
+// What a block does next: some strips of one entry's product, over the K blocks from block to end.
+typedef struct { int i, entry, group, part, block, end; } Item;
+
+// A division takes as long as a product of a whole unit: multiply by 2^32 / divisor instead.
+static uint64_t divisor(int d) { return (1ull << 32) / d + 1; }
+static __device__ int divide(int i, uint64_t by) { return i * by >> 32; }
+
+// The i-th item of all; the blocks of the grid take turns.
+static __device__ Item item_at(const Skinny &p, int i) {
+    int rest = divide(i, p.by_parts), part = i - rest * p.parts, entry = divide(rest, p.by_groups);
+    int block = part * p.part_blocks;
+    return (Item){i, entry, rest - entry * p.groups, part, block,
+                  min(block + p.part_blocks, p.w.blocks)};
+}
+
+template <bool DOWN> static __device__ Item first_item(const Skinny &p) {
+    return DOWN ? (Item){0, 0, (int)blockIdx.x, 0, 0, p.w.blocks} : item_at(p, blockIdx.x);
+}
+
+template <bool DOWN>
+static __device__ bool has_item(const Skinny &p, const Item &item, int entries) {
+    return DOWN ? item.group < p.groups : item.entry < entries;
+}
+
+template <bool DOWN> static __device__ void next_item(const Skinny &p, Item *item, int entries) {
+    if (!DOWN) *item = item_at(p, item->i + gridDim.x);
+    else if (++item->entry == entries) item->entry = 0, item->group += gridDim.x;
+}
+
+// One warp brings a whole stage, and four warps take turns: a copy's way is long, but they overlap.
+// Unit u of a stage is block u >> SHIFT of strip u % (1 << SHIFT): only with SHIFT 0 do a strip's
+// blocks stay one piece.
+template <bool FP8, int SHIFT>
+static __device__ void load_weights(const Skinny &p, const Item &item, int block, int expert,
+                                    uint8_t *stage, float *scales, uint64_t *bar) {
+    int lane = threadIdx.x % 32, first = item.group << SHIFT;
+    int strips = min(1 << SHIFT, p.w.strips - first);
+    int blocks = max(0, min(UNITS >> SHIFT, item.end - block));
+    const uint8_t *from = p.w.data + expert * p.w.expert_bytes +
+                          ((size_t)first * p.w.blocks + block) * UNIT;
+    if (lane == 0) bar_expect(bar, strips * blocks * UNIT);
+    __syncwarp();
+    int unit = SHIFT == 0 ? lane / 2 : lane, k = unit >> SHIFT, strip = unit & (1 << SHIFT) - 1;
+    if (SHIFT == 0 && lane == 0 && blocks) bulk_load(stage, from, blocks * UNIT, bar);
+    if (SHIFT > 0 && k < blocks && strip < strips)
+        bulk_load(stage + unit * UNIT, from + ((size_t)strip * p.w.blocks + k) * UNIT, UNIT, bar);
+    unit = lane / 2, k = unit >> SHIFT, strip = unit & (1 << SHIFT) - 1;
+    if (FP8 && k < blocks && strip < strips)
+        copy_4(scales + lane, p.w.scale[lane % 2] + expert * p.w.expert_scales +
+                                  (first + strip) / p.w.scale_strips * p.w.blocks + block + k);
+}
+
+// Eight lanes bring 128 bytes of a row and swizzle them by its place in the stage.
+template <bool FP8, int SHIFT>
+static __device__ void load_rows(const Skinny &p, const Item &item, int block, const Entry &entry,
+                                 const uint16_t *row_of, uint8_t *stage, float *scales) {
+    enum { ROWS = 8 << SHIFT, BLOCKS = UNITS >> SHIFT };
+    int lane = threadIdx.x % 32, chunk = lane % 8, blocks = min((int)BLOCKS, item.end - block);
+    const uint8_t *x = p.x + block * p.x_block;
+    for (int i = lane / 8; i < entry.rows; i += 4) {
+        int slot = entry.slot + i, row = p.s.gather ? row_of[slot] : slot;
+        const uint8_t *from = x + row * p.x_row + (p.x_swizzled ? chunk ^ row & 7 : chunk) * 16;
+        uint8_t *to = stage + STAGE_WEIGHTS + i * ROW_BYTES + ((chunk ^ i & 7) << 4);
+#pragma unroll
+        for (int k = 0; k < BLOCKS; k++, from += p.x_block)
+            if (k < blocks) copy_16(to + k * ROWS * ROW_BYTES, from);
+    }
+#pragma unroll
+    for (int c = lane; FP8 && c < 2 * COLUMNS; c += 32) {
+        int k = c / ROWS, i = c % ROWS, slot = entry.slot + i;
+        if (k >= blocks || i >= entry.rows) continue;
+        copy_4(scales + 2 * UNITS + c, p.x_scale + (size_t)(block + k) * p.x_stride +
+                                           (p.s.gather ? row_of[slot] : slot));
+    }
+}
+
+// A warpgroup's share of a stage. sum[tile] is [16][8]: this warp's unit times 8 rows.
+template <bool FP8, int SHIFT>
+static __device__ void multiply(float sum[1 << SHIFT][4], const uint8_t *stage, const float *scales,
+                                int blocks, int rows) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = warp >> SHIFT;
+    int group = __shfl_sync(~0u, warp / 4, 0);  // so that the compiler knows it is one for all
+    uint64_t w = smem_desc(stage) + group * (4 * UNIT >> 4);
+    uint64_t x = smem_desc(stage + STAGE_WEIGHTS) + group * (COLUMNS * ROW_BYTES >> 4);
+    float c[16], low = scales[2 * warp], high = scales[2 * warp + 1];
+    const float2 *x_scale = (const float2 *)(scales + 2 * UNITS + (block << SHIFT + 3)) + lane % 4;
+    wgmma_fence();
+    for (int k = 0; k < 4; k++) wgmma_32<FP8>(c, w + 2 * k, x + 2 * k, k > 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (block >= blocks) return;
+#pragma unroll
+    for (int tile = 0; tile < 1 << SHIFT; tile++) {
+        if (tile > 0 && tile * 8 >= rows) break;
+        float v[4], by[4] = {1, 1, 1, 1};
+        for (int i = 0; i < 4; i++) {
+            float even = warp & 2 ? c[8 + i] : c[i], odd = warp & 2 ? c[12 + i] : c[4 + i];
+            v[i] = SHIFT ? c[4 * tile + i] : warp & 1 ? odd : even;
+        }
+        if (FP8) {
+            float2 s = x_scale[tile * 4];
+            by[0] = s.x * low, by[1] = s.y * low, by[2] = s.x * high, by[3] = s.y * high;
+        }
+        for (int i = 0; i < 4; i++) sum[tile][i] += v[i] * by[i];
+    }
+}
+
+// All warps' sums of an item, added over the warps that shared a strip. The next item's go to the
+// other half of `sums`, so one barrier is enough.
+template <int SHIFT>
+static __device__ void store_item(const Skinny &p, const Item &item, const Entry &entry,
+                                  float *sums, const float sum[1 << SHIFT][4]) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, out = p.w.strips * STRIP;
+    int stride = p.x_rows * SUM_STRIDE;  // from warp to warp
+#pragma unroll
+    for (int i = 0; i < 4 << SHIFT; i++) {
+        int row = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        if (row < entry.rows)
+            sums[warp * stride + row * SUM_STRIDE + lane / 4 + i % 4 / 2 * 8] = sum[i / 4][i % 4];
+    }
+    sync_threads(1, CONSUMERS * 32);
+    for (int i = threadIdx.x; i < entry.rows * STRIP << SHIFT; i += CONSUMERS * 32) {
+        int row = i / (STRIP << SHIFT), column = i % (STRIP << SHIFT);
+        int to = item.group * (STRIP << SHIFT) + column;
+        const float *from = sums + column / STRIP * stride + row * SUM_STRIDE + column % STRIP;
+        float total = 0;
+        for (int k = 0; k < UNITS; k += 1 << SHIFT) total += from[k * stride];
+        size_t y = ((size_t)item.part * p.slots + entry.slot + row) * out + to;
+        if (to >= out) continue;
+        if (p.y_f32) ((float *)p.y)[y] = total;
+        else ((bf16 *)p.y)[y] = bf16_pair(total, 0);
+    }
+}
+
+// DOWN: an expert's product, weighted, goes to its rows' sums. Each warp has its own [n][16].
+template <int SHIFT>
+static __device__ void scatter_item(const Entry &entry, float *mine, const uint16_t *row_of,
+                                    const float *weight_of, const float sum[1 << SHIFT][4]) {
+    int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < 2 << SHIFT; i++) {
+        int row = i / 2 * 8 + lane % 4 * 2 + i % 2, slot = entry.slot + row;
+        if (i / 2 * 8 >= entry.rows) break;
+        if (row >= entry.rows) continue;
+        float *to = mine + row_of[slot] * STRIP + lane / 4;
+        to[0] += weight_of[slot] * sum[i / 2][i % 2];
+        to[8] += weight_of[slot] * sum[i / 2][2 + i % 2];
+    }
+    __syncwarp();  // the next expert may give a row to another lane
+}
+
+template <int SHIFT>
+static __device__ void store_down(const Skinny &p, int group, const float *sums) {
+    int out = p.w.strips * STRIP;
+    sync_threads(1, CONSUMERS * 32);
+    for (int i = threadIdx.x; i < p.s.n * STRIP << SHIFT; i += CONSUMERS * 32) {
+        int row = i / (STRIP << SHIFT), column = i % (STRIP << SHIFT);
+        int to = group * (STRIP << SHIFT) + column;
+        const float *from = sums + (column / STRIP * p.s.n + row) * STRIP + column % STRIP;
+        float total = 0;
+        for (int k = 0; k < UNITS; k += 1 << SHIFT) total += from[k * p.s.n * STRIP];
+        if (to < out) ((bf16 *)p.y)[(size_t)row * out + to] = bf16_pair(total, 0);
+    }
+    sync_threads(1, CONSUMERS * 32);
+}
+
+template <bool FP8, bool DOWN, int SHIFT>
+static __global__ void __launch_bounds__(SKINNY_THREADS, SHIFT ? 1 : 2)
+skinny(const __grid_constant__ Skinny p) {
+    extern __shared__ __align__(1024) uint8_t smem[];
+    __shared__ uint64_t full[MAX_STAGES], empty[MAX_STAGES];
+    __shared__ __align__(16) float scales[MAX_STAGES][STAGE_SCALES];
+    float *sums = (float *)(smem + p.stages * STAGE_BYTES);
+    Entry *table = (Entry *)(sums + p.n_sums);
+    float *weight_of = (float *)(table + p.table);
+    uint16_t *row_of = (uint16_t *)(weight_of + (DOWN ? p.slots : 0));
+    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = 8 << SHIFT, per = UNITS >> SHIFT;
+    int entries = known_entries(&p.s, tile), issued = 0;
+    bool producer = warp >= CONSUMERS;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < p.stages; i++)
+            bar_init(&full[i], 2), bar_init(&empty[i], CONSUMERS);
+        bar_init_done();
+    }
+    __syncthreads();
+    // The experts' first product starts its successors only when the lists are complete. So DOWN,
+    // the second of them, may read them at once. (From L2: nobody has emptied its L1.)
+    if (DOWN || !p.s.n_experts) launch_dependents();
+    // Weights of entries that are known without the lists are asked for now.
+    if (DOWN) entries += list_entries(p.s, table, tile, 1, row_of, p.slots);
+    Item item = first_item<DOWN>(p);
+    for (; producer && issued < p.stages && has_item<DOWN>(p, item, entries);
+         next_item<DOWN>(p, &item, entries)) {
+        int expert = entry_at(p.s, table, tile, item.entry).expert;
+        for (int n = 0; n < p.item_stages && issued < p.stages; n++, issued++)
+            if (issued % PRODUCERS == warp % PRODUCERS)
+                load_weights<FP8, SHIFT>(p, item, item.block + n * per, expert,
+                                         smem + issued * STAGE_BYTES, scales[issued],
+                                         &full[issued]);
+    }
+    for (int i = threadIdx.x; DOWN && i < p.slots; i += blockDim.x)
+        weight_of[i] = i < p.s.n ? 1 : __ldcg(p.weight + __ldcg(p.s.list + i - p.s.n));
+    grid_wait();
+    if (!DOWN && p.s.n_experts) launch_dependents();
+    if (!DOWN && p.s.list) entries += list_entries(p.s, table, tile, 1, row_of, p.slots);
+    __syncthreads();
+
+    int slot = 0, parity = producer, turn = warp % PRODUCERS, half = 0;
+    float sum[1 << SHIFT][4] = {}, *mine = sums + warp * p.s.n * STRIP;
+    if (DOWN && !producer)
+        for (int i = lane; i < p.s.n * STRIP; i += 32) mine[i] = 0;
+    __syncwarp();
+    for (item = first_item<DOWN>(p); has_item<DOWN>(p, item, entries);
+         next_item<DOWN>(p, &item, entries)) {
+        Entry entry = entry_at(p.s, table, tile, item.entry);
+        for (int block = item.block, n = 0; n < p.item_stages; n++, block += per) {
+            uint8_t *stage = smem + slot * STAGE_BYTES;
+            if (producer) {
+                if (--turn < 0) {
+                    turn = PRODUCERS - 1;
+                    if (issued <= 0) {
+                        bar_wait(&empty[slot], parity);
+                        load_weights<FP8, SHIFT>(p, item, block, entry.expert, stage, scales[slot],
+                                                 &full[slot]);
+                    }
+                    load_rows<FP8, SHIFT>(p, item, block, entry, row_of, stage, scales[slot]);
+                    copies_commit();
+                    copies_wait<0>();
+                    fence_async();
+                    __syncwarp();
+                    if (lane == 0) bar_arrive(&full[slot]);
+                }
+                issued--;
+            } else {
+                bar_wait(&full[slot], parity);
+                multiply<FP8, SHIFT>(sum, stage, scales[slot], item.end - block, entry.rows);
+                __syncwarp();
+                if (lane == 0) bar_arrive(&empty[slot]);
+            }
+            if (++slot == p.stages) slot = 0, parity ^= 1;
+        }
+        if (producer) continue;
+        if (DOWN) scatter_item<SHIFT>(entry, mine, row_of, weight_of, sum);
+        else store_item<SHIFT>(p, item, entry, sums + (half ^= p.n_sums / 2), sum);
+        memset(sum, 0, sizeof sum);
+        if (DOWN && item.entry == entries - 1) {
+            store_down<SHIFT>(p, item.group, sums);
+            for (int j = lane; j < p.s.n * STRIP; j += 32) mine[j] = 0;
+            __syncwarp();
+        }
+    }
+}
+
+// Shares the shared memory out between ring and sums. With few rows two kernels fit side by side.
+template <bool FP8, bool DOWN, int SHIFT> static void launch_skinny(Skinny *p) {
+    int tile = 8 << SHIFT, pairs = p->s.n * p->s.top_k;
+    p->groups = units(p->w.strips, 1 << SHIFT);
+    p->by_groups = divisor(p->groups), p->by_parts = divisor(p->parts);
+    p->table = max_entries(&p->s, tile);
+    p->x_rows = min_int(p->s.n, tile);
+    p->part_blocks = units(p->w.blocks, p->parts);
+    p->item_stages = units(p->part_blocks, UNITS >> SHIFT);
+    p->n_sums = CONSUMERS * (DOWN ? p->s.n * STRIP : 2 * p->x_rows * SUM_STRIDE);
+    int rest = p->n_sums * sizeof(float) + p->table * sizeof(Entry) +
+               (p->s.list ? p->slots : 0) * (sizeof(uint16_t) + (DOWN ? sizeof(float) : 0));
+    int room = (p->s.n <= 8 ? 110 : 222) << 10;
+    p->stages = min_int(MAX_STAGES, (room - rest) / STAGE_BYTES);
+    assert(p->stages >= 2 && p->s.n_experts <= 256);
+    int items = p->groups * p->parts * (known_entries(&p->s, tile) + min_int(pairs, p->table));
+    launch(skinny<FP8, DOWN, SHIFT>, min_int(n_sms, DOWN ? p->groups : items), SKINNY_THREADS,
+           (size_t)p->stages * STAGE_BYTES + rest, *p);
+}
+
+static void run_skinny(Skinny *p, DType dtype) {
+    if (dtype == DTYPE_BF16 && p->s.n <= 8) launch_skinny<false, false, 0>(p);
+    else if (dtype == DTYPE_BF16) launch_skinny<false, false, 2>(p);
+    else if (p->s.n <= 8) launch_skinny<true, false, 0>(p);
+    else launch_skinny<true, false, 2>(p);
+}
+
+// ---- Many rows ----------------------------------------------------------------------------------
+// y = x W^T with tiles of 128 or 256 weight rows by 128 slots on wgmma, which takes a strip's rows
+// as they lie: W is always the first operand, so that few slots waste nothing of it. One warpgroup
+// copies, two multiply. After each block of 128 columns the tensor cores' sums are scaled and added
+// to f32 sums: their own keep only about 14 bits. Warpgroups take turns: while one scales, the
+// others multiply. Tiles of 256 x 128 ask L2 for 48 bytes a clock, just what it gives.
+
+enum {
+    WIDE_SLOTS = 128, WIDE_STAGES = 4, WARP_STAGING = 1024,
+    LAG = 2,  // stages whose copies are on their way while the next are asked for
+};
+
+typedef struct {
+    Weights w;
+    Slots s;
+    const uint8_t *x;      // e4m3, as in Act
+    const float *x_scale;
+    int x_stride, slots, parts, part_blocks;
+    void *y;               // bf16 [slots][out], or f32 [parts][slots][out]
+    bool y_f32;
+} Wide;
+
+template <int GROUPS> struct WideStage {
+    uint8_t w[GROUPS * 64 * ROW_BYTES], x[WIDE_SLOTS * ROW_BYTES];
+    float scale[WIDE_SLOTS], w_scale[GROUPS * 4][2];
+    uint8_t pad[512 - GROUPS * 4 * 8];  // stages start at multiples of 1 KB
+};
+
+typedef struct { Entry entry; int strip, part, block, end; } WideTile;
+
+template <int GROUPS>
+static __device__ WideTile wide_tile(const Wide &p, const Entry *table, int i) {
+    int strips = GROUPS * 4, columns = (p.w.strips + strips - 1) / strips;
+    int part = i % p.parts, block = part * p.part_blocks;
+    return (WideTile){entry_at(p.s, table, WIDE_SLOTS, i / p.parts / columns),
+                      i / p.parts % columns * strips,
+                  part, block, min(block + p.part_blocks, p.w.blocks)};
+}
+
+// Gathered rows are swizzled by their own number and wanted by their place: 8 lanes bring a row's
+// chunks and turn them. Others come as one copy.
+template <int GROUPS>
+static __device__ void wide_produce(const Wide &p, const Entry *table, int tiles,
+                                    WideStage<GROUPS> *ring, uint64_t *full, uint64_t *empty) {
+    int thread = threadIdx.x, chunk = thread % 8, slot = 0, parity = 1, behind = -LAG, row[8];
+    int scale_row = 0;
+    for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
+        WideTile t = wide_tile<GROUPS>(p, table, i);
+        if (p.s.gather) {
+            int last = t.entry.slot + t.entry.rows - 1;
+            for (int k = 0; k < 8; k++)
+                row[k] = slot_row(p.s, min(t.entry.slot + k * 16 + thread / 8, last));
+            scale_row = slot_row(p.s, min(t.entry.slot + thread, last));
+        }
+        int strips = min(GROUPS * 4, p.w.strips - t.strip);
+        int rows = min(WIDE_SLOTS, p.x_stride - t.entry.slot);
+        size_t w_scale = t.entry.expert * p.w.expert_scales +
+                         (t.strip + thread / 2) / p.w.scale_strips * p.w.blocks;
+        const uint8_t *w = p.w.data + t.entry.expert * p.w.expert_bytes +
+                           (size_t)t.strip * p.w.blocks * UNIT;
+        for (int block = t.block; block < t.end; block++) {
+            WideStage<GROUPS> *stage = &ring[slot];
+            bar_wait(&empty[slot], parity);
+            size_t from = (size_t)block * p.x_stride + t.entry.slot;
+            int lane = thread % 32, mine = thread / 32 + lane * 4;  // this lane's strip
+            if (thread == 0)
+                bar_expect(&full[slot], strips * UNIT + (p.s.gather ? 0 : rows * (ROW_BYTES + 4)));
+            if (mine < strips)
+                bulk_load(stage->w + mine * UNIT, w + ((size_t)mine * p.w.blocks + block) * UNIT,
+                          UNIT, &full[slot]);
+            if (thread == 32 && !p.s.gather)
+                bulk_load(stage->x, p.x + from * ROW_BYTES, rows * ROW_BYTES, &full[slot]);
+            if (thread == 64 && !p.s.gather)
+                bulk_load(stage->scale, p.x_scale + from, rows * 4, &full[slot]);
+            if (p.s.gather) {
+                const uint8_t *x = p.x + (size_t)block * p.x_stride * ROW_BYTES;
+                for (int k = 0; k < 8; k++) {
+                    int to = k * 16 + thread / 8;
+                    copy_16(stage->x + to * ROW_BYTES + ((chunk ^ row[k] & 7 ^ to & 7) << 4),
+                            x + (size_t)row[k] * ROW_BYTES + chunk * 16);
+                }
+                copy_4(&stage->scale[thread], p.x_scale + (size_t)block * p.x_stride + scale_row);
+            }
+            if (thread < 2 * strips)
+                copy_4(&stage->w_scale[0][thread], p.w.scale[thread % 2] + w_scale + block);
+            copies_commit();
+            copies_wait<LAG>();
+            fence_async();
+            __syncwarp();
+            if (behind >= 0 && lane == 0) bar_arrive(&full[behind]);
+            if (++behind == WIDE_STAGES) behind = 0;
+            if (++slot == WIDE_STAGES) slot = 0, parity ^= 1;
+        }
+    }
+    copies_wait<0>();
+    fence_async();
+    __syncwarp();
+    for (int i = 0; i < LAG; i++, behind = (behind + 1) % WIDE_STAGES)
+        if (behind >= 0 && thread % 32 == 0) bar_arrive(&full[behind]);
+}
+
+// A warp's 16 columns of y for the tile's slots: transposed in shared memory, 32 slots at a time.
+static __device__ void wide_store(const Wide &p, const WideTile &t, int strip, int first,
+                                  uint8_t *staging,
+                                  const float sum[64]) {
+    int lane = threadIdx.x % 32, out = p.w.strips * STRIP, end = t.entry.slot + t.entry.rows;
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+        if (p.y_f32) {
+            for (int i = 0; i < 4; i++) {
+                int slot = t.entry.slot + j * 8 + lane % 4 * 2 + i % 2;
+                if (slot < first || slot >= end) continue;
+                ((float *)p.y)[((size_t)t.part * p.slots + slot) * out + strip * STRIP + lane / 4 +
+                               i / 2 * 8] = sum[4 * j + i];
+            }
+            continue;
+        }
+        if (j % 2) continue;
+        uint32_t to = smem_address(staging) + ((j % 4 + lane / 16) * 8 + lane % 8) * 32 +
+                      lane / 8 % 2 * 16;
+        const float *c = sum + 4 * j;
+        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1,%2,%3,%4};" ::
+                     "r"(to), "r"(bf16_pair(c[0], c[1])), "r"(bf16_pair(c[2], c[3])),
+                     "r"(bf16_pair(c[4], c[5])), "r"(bf16_pair(c[6], c[7])) : "memory");
+        if (j % 4 == 0) continue;
+        __syncwarp();
+        int slot = t.entry.slot + j / 4 * 32 + lane;
+        if (slot >= first && slot < end) {
+            uint4 *y = (uint4 *)((bf16 *)p.y + (size_t)slot * out + strip * STRIP);
+            for (int i = 0; i < 2; i++) y[i] = ((const uint4 *)staging)[lane * 2 + i];
+        }
+        __syncwarp();
+    }
+}
+
+template <int GROUPS>
+static __device__ void wide_consume(const Wide &p, const Entry *table, int tiles,
+                                    WideStage<GROUPS> *ring, uint64_t *full, uint64_t *empty,
+                                    uint8_t *staging) {
+    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, slot = 0, parity = 0;
+    int group = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);  // so that the compiler knows it even
+    uint64_t first_x = smem_desc(ring->x), first_w = smem_desc(ring->w) + group * 512;
+    for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
+        WideTile t = wide_tile<GROUPS>(p, table, i);
+        float sum[64] = {}, c[64];
+        int own = group * 4 + warp;  // strip of the tile
+        for (int block = t.block; block < t.end; block++) {
+            const WideStage<GROUPS> *stage = &ring[slot];
+            uint64_t at = slot * (sizeof *stage >> 4), x = first_x + at, w = first_w + at;
+            const float2 *x_scale = (const float2 *)stage->scale + lane % 4;
+            bar_wait(&full[slot], parity);
+            wgmma_fence();
+            for (int k = 0; k < 4; k++) wgmma_128(c, w + k * 2, x + k * 2, k > 0);
+            wgmma_commit();
+            float low = stage->w_scale[own][0], high = stage->w_scale[own][1];
+            float2 s = x_scale[0], next = x_scale[4];
+            wgmma_wait<0>();
+#pragma unroll
+            for (int j = 0; j < 16; j++) {
+                sum[4 * j] += c[4 * j] * (s.x * low), sum[4 * j + 1] += c[4 * j + 1] * (s.y * low);
+                sum[4 * j + 2] += c[4 * j + 2] * (s.x * high);
+                sum[4 * j + 3] += c[4 * j + 3] * (s.y * high);
+                s = next;
+                if (j < 14) next = x_scale[(j + 2) * 4];
+            }
+            __syncwarp();
+            if (lane == 0) bar_arrive(&empty[slot]);
+            if (++slot == WIDE_STAGES) slot = 0, parity ^= 1;
+        }
+        int first = t.entry.expert < p.s.n_experts ? p.s.n + p.s.start[t.entry.expert] : 0;
+        if (t.strip + own < p.w.strips)
+            wide_store(p, t, t.strip + own, first, staging + own * WARP_STAGING, sum);
+    }
+}
+
+template <int GROUPS>
+static __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
+wide(const __grid_constant__ Wide p) {
+    extern __shared__ __align__(1024) uint8_t smem[];
+    __shared__ uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];
+    WideStage<GROUPS> *ring = (WideStage<GROUPS> *)smem;
+    uint8_t *staging = smem + WIDE_STAGES * sizeof *ring;
+    Entry *table = (Entry *)(staging + GROUPS * 4 * WARP_STAGING);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < WIDE_STAGES; i++)
+            bar_init(&full[i], 1 + 4), bar_init(&empty[i], GROUPS * 4);
+        bar_init_done();
+    }
+    launch_dependents();
+    grid_wait();
+    int entries = known_entries(&p.s, WIDE_SLOTS);
+    if (p.s.n_experts) entries += list_entries(p.s, table, WIDE_SLOTS, 8, NULL, 0);
+    __syncthreads();
+    int tiles = entries * ((p.w.strips + GROUPS * 4 - 1) / (GROUPS * 4)) * p.parts;
+    if (threadIdx.x < 128) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        wide_produce<GROUPS>(p, table, tiles, ring, full, empty);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
+        wide_consume<GROUPS>(p, table, tiles, ring, full, empty, staging);
+    }
+}
+
+template <int GROUPS> static void launch_wide(Wide *p) {
+    size_t smem = WIDE_STAGES * sizeof(WideStage<GROUPS>) + GROUPS * 4 * WARP_STAGING +
+                  max_entries(&p->s, WIDE_SLOTS) * sizeof(Entry);
+    launch(wide<GROUPS>, n_sms, 128 * (GROUPS + 1), smem, *p);
+}
+
+// The larger tile where that leaves no block idle.
+static void run_wide(Wide *p) {
+    p->part_blocks = units(p->w.blocks, p->parts);
+    p->parts = units(p->w.blocks, p->part_blocks);  // none is empty
+    int large = units(p->w.strips, 12) * known_entries(&p->s, WIDE_SLOTS) * p->parts;
+    if (p->s.n_experts || large >= n_sms) launch_wide<3>(p);
+    else launch_wide<2>(p);
+}
+
+// ---- Between products ---------------------------------------------------------------------------
+
+// y [rows][out] = the sum over parts of f32 [parts][rows][out], rounded.
+static __global__ void add_parts(bf16 *y, const float *from, int parts, int size) {
+    launch_dependents();
+    grid_wait();
+    int i = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
+    if (i >= size) return;
+    float4 sum = {};
+    for (int part = 0; part < parts; part++) {
+        float4 v = *(const float4 *)(from + (size_t)part * size + i);
+        sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+    }
+    *(uint2 *)(y + i) = make_uint2(bf16_pair(sum.x, sum.y), bf16_pair(sum.z, sum.w));
+}
+
+static __device__ float gated(float gate, float up) {
+    float g = round_bf16(gate);
+    return round_bf16(g / (1 + expf(-g)) * round_bf16(up));
+}
+
+// h = quant(silu(gate) up) from f32 [parts][slots][2 cols], in which 8 columns of gate and 8 of up
+// take turns. A warp makes one scale group of one slot: a lane 4 columns of it. For `wide`, it also
+// notes where each pair's slot is.
+static __global__ void gate_quant(uint8_t *q, float *scale, int stride, const float *from,
+                                  int parts, int cols, int slots, int *slot_of, const int *pair,
+                                  int n) {
+    launch_dependents();
+    grid_wait();
+    int unit = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+    int slot = unit / (cols / BLOCK), group = unit % (cols / BLOCK);
+    if (slot >= slots) return;
+    from += (size_t)slot * 2 * cols + group * 2 * BLOCK + lane / 2 * 16 + lane % 2 * 4;
+    float gate[4] = {}, up[4] = {}, h[4], amax = 1e-4f;
+    for (int part = 0; part < parts; part++, from += (size_t)slots * 2 * cols) {
+        float4 g = *(const float4 *)from, u = *(const float4 *)(from + 8);
+        gate[0] += g.x, gate[1] += g.y, gate[2] += g.z, gate[3] += g.w;
+        up[0] += u.x, up[1] += u.y, up[2] += u.z, up[3] += u.w;
+    }
+    for (int i = 0; i < 4; i++) h[i] = gated(gate[i], up[i]), amax = fmaxf(amax, fabsf(h[i]));
+    for (int d = 16; d > 0; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
+    float s = amax / 448;  // e4m3's largest
+    size_t row = (size_t)group * stride + slot;
+    *(uint32_t *)(q + row * ROW_BYTES + ((lane / 4 ^ slot & 7) << 4) + lane % 4 * 4) =
+        e4m3_pair(h[0] / s, h[1] / s) | e4m3_pair(h[2] / s, h[3] / s) << 16;
+    if (lane == 0) scale[row] = s;
+    if (slot_of && group == 0 && lane == 0 && slot >= n) slot_of[pair[slot - n]] = slot;
+}
+
+// y [n][hidden] = the weighted sum of a row's slots, and its shared slot: many rows only, where the
+// slots' products went through memory in bf16.
+static __global__ void combine(bf16 *y, const bf16 *from, const int *slot_of, const float *weight,
+                               int top_k, int hidden, int n) {
+    launch_dependents();
+    grid_wait();
+    size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
+    int row = i / hidden, column = i % hidden;
+    if (row >= n) return;
+    float sum[8] = {};
+    for (int k = 0; k <= top_k; k++) {
+        int slot = k < top_k ? slot_of[row * top_k + k] : row;
+        float by = k < top_k ? weight[row * top_k + k] : 1;
+        uint4 v = *(const uint4 *)(from + (size_t)slot * hidden + column);
+        const uint32_t *pair = (const uint32_t *)&v;
+        for (int j = 0; j < 4; j++)
+            sum[2 * j] += by * bf16_low(pair[j]), sum[2 * j + 1] += by * bf16_high(pair[j]);
+    }
+    *(uint4 *)(y + i) = make_uint4(bf16_pair(sum[0], sum[1]), bf16_pair(sum[2], sum[3]),
+                                   bf16_pair(sum[4], sum[5]), bf16_pair(sum[6], sum[7]));
+}
+
+// ---- The stages: the small ones -----------------------------------------------------------------
+
+typedef struct { float v[ROPE_DIM / 2]; } Frequencies;
+
+// A thread makes one cosine and sine, in double, since the angles go up to 163,840 and f32's own
+// reduction costs more than it saves. Once a step: its time does not matter.
+static __global__ void rope_kernel(float2 *rope, Frequencies f, const int *position, int n) {
+    launch_dependents();
+    grid_wait();
+    int i = blockIdx.x * blockDim.x + threadIdx.x, row = i / (ROPE_DIM / 2);
+    if (row >= n) return;
+    double sine, cosine;
+    sincos((double)((float)position[row] * f.v[i % (ROPE_DIM / 2)]), &sine, &cosine);
+    rope[i] = make_float2(cosine, sine);
+}
+
+void rope_angles(float *rope, const float *inv_freq, const int *position, int n) {
+    enum { THREADS = 128 };
+    Frequencies f;
+    memcpy(&f, inv_freq, sizeof f);
+    launch(rope_kernel, units(n * (ROPE_DIM / 2), THREADS), THREADS, 0, (float2 *)rope, f, position,
+           n);
+}
+
+// A block copies a row in 16-byte pieces: 14 KB, read and written once.
+static __global__ void embed_kernel(uint4 *x, const uint4 *table, const int *id, int chunks) {
+    launch_dependents();
+    grid_wait();
+    const uint4 *row = table + (size_t)id[blockIdx.x] * chunks;
+    x += (size_t)blockIdx.x * chunks;
+    for (int c = threadIdx.x; c < chunks; c += blockDim.x) x[c] = row[c];
+}
+
+// A thread for each eight columns of a row, in whole warps: so a row is in registers at once.
+static int row_threads(int cols) {
+    if (cols > MAX_COLS) die("got rows of %d columns, a GPU wants at most %d", cols, MAX_COLS);
+    return units(cols / CHUNK, WARP) * WARP;
+}
+
+void embed(bf16 *x, const Linear *table, const int *id, int n) {
+    launch(embed_kernel, n, row_threads(table->in), 0, (uint4 *)x, (const uint4 *)table->data, id,
+           table->in / CHUNK);
+}
+
+static __device__ void load8(float v[CHUNK], const float *from) {
+    const float4 low = ((const float4 *)from)[0], high = ((const float4 *)from)[1];
+    v[0] = low.x, v[1] = low.y, v[2] = low.z, v[3] = low.w;
+    v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
+}
+
+// v = bf16(v rsqrt(mean v^2 + eps) gain) over the block's row, of which only the columns that count
+// are not 0; returns the same, packed.
+static __device__ uint4 norm8(float v[CHUNK], const float gain[CHUNK], float eps, int cols) {
+    float square = 0;
+    for (int i = 0; i < CHUNK; i++) square += v[i] * v[i];
+    float inverse = 1 / sqrtf(block_sum(square) / cols + eps);
+    for (int i = 0; i < CHUNK; i++) v[i] = v[i] * inverse * gain[i];
+    uint4 packed = pack8(v);
+    unpack8(v, packed);
+    return packed;
+}
+
+static __device__ void act_norm(const Act &a, int token, float v[CHUNK], const float gain[CHUNK],
+                                float eps) {
+    int chunks = a.cols / CHUNK, c = threadIdx.x;
+    uint4 packed = norm8(v, gain, eps, a.cols);
+    if (c < chunks) ((uint4 *)a.x)[(size_t)token * chunks + c] = packed;
+    quantise8(a, token, c, v, c < chunks);
+}
+
+// A block takes a row, so that one exchange gives its sum of squares. Reads 28 KB and writes 35 KB
+// a row; at few rows only latency counts, which is one trip to L2 and one exchange.
+static __global__ void __launch_bounds__(1024, 2)
+    add_norm_kernel(uint4 *x, Act a, const uint4 *y, const float *gain, float eps) {
+    int c = threadIdx.x, chunks = a.cols / CHUNK;
+    size_t at = (size_t)blockIdx.x * chunks + c;
+    float v[CHUNK] = {0}, add[CHUNK], g[CHUNK] = {0};
+    bool there = c < chunks;
+    launch_dependents();
+    if (there) load8(g, gain + c * CHUNK);  // a weight: it can be read before the wait
+    grid_wait();
+    if (there) {
+        uint4 own = x[at], other = y ? y[at] : own;
+        unpack8(v, own);
+        if (y) {
+            unpack8(add, other);
+            for (int i = 0; i < CHUNK; i++) v[i] += add[i];
+            x[at] = own = pack8(v);
+            unpack8(v, own);
+        }
+    }
+    act_norm(a, blockIdx.x, v, g, eps);
+}
+
+void add_norm(bf16 *x, Act *a, const bf16 *y, const Vector *gain, float eps, int n) {
+    launch(add_norm_kernel, n, row_threads(a->cols), 0, (uint4 *)x, *a, (const uint4 *)y,
+           (const float *)gain->data, eps);
+}
+
+// ---- The stages: what is cached -----------------------------------------------------------------
+
+// Neighbours are a pair, and each of the four pairs of a chunk turns by its angle; `rope` holds
+// cosines and sines. Products and sums are rounded one by one, as in kernels.c.
+static __device__ uint4 rotate_chunk(uint4 x, const float *rope) {
+    uint32_t in[4] = {x.x, x.y, x.z, x.w}, out[4];
+    for (int i = 0; i < 4; i++) {
+        float re = bf16_low(in[i]), im = bf16_high(in[i]);
+        float cosine = rope[2 * i], sine = rope[2 * i + 1];
+        out[i] = bf16_pair(__fsub_rn(__fmul_rn(re, cosine), __fmul_rn(im, sine)),
+                           __fadd_rn(__fmul_rn(re, sine), __fmul_rn(im, cosine)));
+    }
+    return make_uint4(out[0], out[1], out[2], out[3]);
+}
+
+// Chunk c of a row's latent and key part goes into its page: [9 blocks of 64 dims][64 tokens][128
+// bytes], swizzled by the token, so that a page is one bulk copy and both of attention's operands.
+static __device__ void cache_store(bf16 *cache, const Batch &b, int token, int c, uint4 chunk) {
+    int position = b.position[token], t = position % PAGE;
+    int page = b.pages[(size_t)b.seq[token] * b.max_pages + position / PAGE];
+    uint8_t *line = (uint8_t *)cache + (size_t)page * PAGE_BYTES + (c / 8 * PAGE + t) * ROW_BYTES;
+    ((uint4 *)line)[c % 8 ^ t % 8] = chunk;
+}
+
+// Two blocks a row, which need nothing of each other: one norms and quantises q, the other makes
+// the cache's entry. Some KB a row; latency is all.
+static __global__ void __launch_bounds__(1024, 2)
+    mla_latent_kernel(Act qa, bf16 *cache, const uint4 *q, const uint4 *kv, const float *q_gain,
+                      const float *kv_gain, float eps, const float *rope, Batch b) {
+    enum { LATENT_CHUNKS = LATENT_DIM / CHUNK, ALL_CHUNKS = CACHE_DIM / CHUNK };
+    bool is_q = blockIdx.y == 0;
+    int token = blockIdx.x, c = threadIdx.x, normed = is_q ? qa.cols / CHUNK : LATENT_CHUNKS;
+    float v[CHUNK] = {0}, g[CHUNK] = {0};
+    launch_dependents();
+    if (c < normed) load8(g, (is_q ? q_gain : kv_gain) + c * CHUNK);
+    grid_wait();
+    if (c < normed) unpack8(v, is_q ? q[(size_t)token * normed + c] : kv[token * ALL_CHUNKS + c]);
+    if (is_q) {
+        act_norm(qa, token, v, g, eps);
+        return;
+    }
+    uint4 latent = norm8(v, g, eps, LATENT_DIM);
+    if (c >= LATENT_CHUNKS && c < ALL_CHUNKS) {  // k_pe is turned and not normed
+        const float *angle = rope + token * ROPE_DIM + (c - LATENT_CHUNKS) * CHUNK;
+        latent = rotate_chunk(kv[token * ALL_CHUNKS + c], angle);
+    }
+    if (c < ALL_CHUNKS) cache_store(cache, b, token, c, latent);
+}
+
+void mla_latent(Act *qa, bf16 *cache, const bf16 *q, const bf16 *kv, const Vector *q_gain,
+                const Vector *kv_gain, float eps, const float *rope, const Batch *b) {
+    int threads = row_threads(qa->cols), least = row_threads(CACHE_DIM);
+    launch(mla_latent_kernel, dim3(b->n, 2), max_int(threads, least), 0, *qa, cache,
+           (const uint4 *)q, (const uint4 *)kv, (const float *)q_gain->data,
+           (const float *)kv_gain->data, eps, rope, *b);
+}
+
+// ---- Queries and values: W_UK and W_UV ----------------------------------------------------------
+
+static __device__ void brick_load(Brick &a, const uint4 *bricks, int head, int brick) {
+    const uint4 *p = bricks + ((size_t)head * BRICKS + brick) * FRAGMENTS * 32 + threadIdx.x % 32;
+    for (int i = 0; i < FRAGMENTS; i++) a[i / BRICK_STEPS][i % BRICK_STEPS] = __ldg(p + i * 32);
+}
+
+// Tiles of eight tokens' 128 x, `stride` apart: a lane's four chunks of token g. Zeros past the
+// last.
+template <int TILES>
+static __device__ void rows_load(uint4 (&x)[TILES][4], const bf16 *p, size_t stride, int first,
+                                 int n) {
+    for (int j = 0; j < TILES; j++) {
+        size_t token = first + j * TOKENS + threadIdx.x % 32 / 4;
+        const uint4 *row = (const uint4 *)(p + token * stride);
+        for (int i = 0; i < 4; i++)
+            x[j][i] = token < n ? row[4 * i + threadIdx.x % 4] : make_uint4(0, 0, 0, 0);
+    }
+}
+
+// sum [s][0, 2] and [s][1, 3]: m = 8 g + 2 s and the next of tokens 2 t and 2 t + 1.
+static __device__ void brick_product(float (&sum)[BRICK_STRIPS][4], const Brick &a,
+                                     const uint4 (&x)[4]) {
+    for (int s = 0; s < BRICK_STRIPS; s++) sum[s][0] = sum[s][1] = sum[s][2] = sum[s][3] = 0;
+    for (int i = 0; i < BRICK_STEPS; i++)  // the strips' four sums hide each other's latency
+        for (int s = 0; s < BRICK_STRIPS; s++)
+            mma_bf16(sum[s], a[s][i], i % 2 ? x[i / 2].z : x[i / 2].x,
+                     i % 2 ? x[i / 2].w : x[i / 2].y);
+}
+
+// ---- mla_query ----------------------------------------------------------------------------------
+
+enum { QUERY_WARPS = 4, QUERY_TILES = 4, QUERY_TOKENS = QUERY_TILES * TOKENS,
+       CACHE_BLOCKS = CACHE_DIM / 64 };
+
+// A brick times eight tokens' q_nope: a lane has a chunk of two of them.
+static __device__ void query_product(uint4 *out, const Brick &a, const uint4 (&x)[4], int first,
+                                     float factor, int block, int head, int heads, int n) {
+    float sum[BRICK_STRIPS][4];
+    int lane = threadIdx.x % 32;
+    if (first >= n) return;
+    brick_product(sum, a, x);
+    for (int i = 0; i < 2; i++) {
+        size_t token = first + lane % 4 * 2 + i;
+        uint32_t v[BRICK_STRIPS];
+        for (int s = 0; s < BRICK_STRIPS; s++)
+            v[s] = bf16_pair(sum[s][i] * factor, sum[s][i + 2] * factor);
+        if (token < n)
+            out[((token * CACHE_BLOCKS + block) * heads + head) * 8 +
+                swizzle_chunk(head, lane / 4)] = make_uint4(v[0], v[1], v[2], v[3]);
+    }
+}
+
+// query [n][9 blocks of 64][heads][128 B], swizzled by head: block y of head x is a brick times
+// q_nope, block 8 the rotated q_pe. A warp holds its brick in 128 registers and walks over tokens,
+// 32 at a time, all loads coalesced and no shared memory. One token of 16 heads is 2.1 MB of
+// weights for 144 blocks, latency only; many are bound by the 1,152 bytes written per head.
+static __global__ void __launch_bounds__(QUERY_WARPS * 32)
+    query_kernel(bf16 *query, const bf16 *q, const uint4 *bricks, const float *scale,
+                 const float *rope, int heads, int n) {
+    int head = blockIdx.x, block = blockIdx.y, lane = threadIdx.x % 32;
+    int first = blockIdx.z * QUERY_WARPS + threadIdx.x / 32, step = gridDim.z * QUERY_WARPS;
+    uint4 *out = (uint4 *)query;
+    if (block == CACHE_BLOCKS - 1) {
+        grid_wait();
+        launch_dependents();
+        for (int i = first * 32 + lane; i < n * 8; i += step * 32) {  // a thread turns one chunk
+            size_t token = i / 8;
+            int chunk = i % 8;
+            uint4 x = ((const uint4 *)(q + (token * heads + head) * QK_DIM + NOPE_DIM))[chunk];
+            out[((token * CACHE_BLOCKS + block) * heads + head) * 8 + swizzle_chunk(head, chunk)] =
+                rotate_chunk(x, rope + token * ROPE_DIM + chunk * 8);
+        }
+        return;
+    }
+    Brick a;
+    uint4 x[QUERY_TILES][4];
+    if (first * QUERY_TOKENS < n) brick_load(a, bricks, head, block);
+    float factor = scale ? scale[2 * head * LATENT_SCALES + block / 2] : 1;
+    grid_wait();
+    launch_dependents();
+    for (int token = first * QUERY_TOKENS; token < n; token += step * QUERY_TOKENS) {
+        rows_load(x, q + head * QK_DIM, (size_t)heads * QK_DIM, token, n);
+        for (int j = 0; j < QUERY_TILES; j++)
+            query_product(out, a, x[j], token + j * TOKENS, factor, block, head, heads, n);
+    }
+}
+
+void mla_query(bf16 *query, const bf16 *q, const Linear *kv_b_proj, const float *rope, int heads,
+               int n) {
+    dim3 grid(heads, CACHE_BLOCKS, min_int(units(n, QUERY_WARPS * QUERY_TOKENS), 16));
+    launch(query_kernel, grid, QUERY_WARPS * 32, 0, query, q,
+           (const uint4 *)kv_b_proj->data, (const float *)kv_b_proj->scale, rope, heads, n);
+}
+
+// ---- mla_value ----------------------------------------------------------------------------------
+
+enum { VALUE_WARPS = 8, VALUE_TILES = 2, VALUE_TOKENS = VALUE_TILES * TOKENS,
+       VALUE_BLOCKS = LATENT_DIM / BLOCK };
+
+typedef float4 ValueRow[V_DIM / 4 + 1];  // + 1: neighbours in other banks
+
+// Adds the four quarters of one token's 128 values, 4 a lane, and quantises them.
+static __device__ void value_store(const Act &o, const ValueRow (&part)[VALUE_BLOCKS][VALUE_TOKENS],
+                                   int i, size_t token, int head) {
+    int lane = threadIdx.x % 32;
+    float4 v = part[0][i][lane];
+    for (int k = 1; k < VALUE_BLOCKS; k++) {
+        float4 p = part[k][i][lane];
+        v.x += p.x, v.y += p.y, v.z += p.z, v.w += p.w;
+    }
+    uint2 x = make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
+    v = make_float4(bf16_low(x.x), bf16_high(x.x), bf16_low(x.y), bf16_high(x.y));
+    float amax = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+    float size = fmaxf(warp_max(amax), MIN_AMAX) / E4M3_MAX;
+    size_t at = (size_t)head * o.stride + token;
+    ((uint2 *)(o.x + token * o.cols + head * V_DIM))[lane] = x;
+    ((uint32_t *)o.q)[at * 32 + swizzle_chunk(token, lane / 4) * 4 + lane % 4] =
+        e4m3_pair(v.x / size, v.y / size) | e4m3_pair(v.z / size, v.w / size) << 16;
+    if (lane == 0) o.scale[at] = size;
+}
+
+// o [n][heads * 128] = W_UV u per head, rounded, and quantised: a head is one scale group. A block
+// holds all of one head's W_UV, a brick per warp (two halves of the values, four quarters of the
+// latent), and walks over tokens, 16 at a time; the quarters' scaled sums meet in shared memory,
+// and a warp finishes two tokens while the next 16 are on their way. u is read and o written once;
+// few tokens are bound by the 128 KB that a block reads.
+static __global__ void __launch_bounds__(VALUE_WARPS * 32)
+    value_kernel(Act o, const bf16 *u, const uint4 *bricks, const float *scale, int heads, int n) {
+    __shared__ ValueRow part[VALUE_BLOCKS][VALUE_TOKENS];
+    int head = blockIdx.x, step = gridDim.y * VALUE_TOKENS, warp = threadIdx.x / 32;
+    int lane = threadIdx.x % 32, half = warp % 2, quarter = warp / 2;
+    Brick a;
+    uint4 x[VALUE_TILES][4];
+    float sum[BRICK_STRIPS][4];
+    const bf16 *mine = u + head * LATENT_DIM + quarter * BLOCK;
+    size_t stride = (size_t)heads * LATENT_DIM;
+    int first = blockIdx.y * VALUE_TOKENS;
+    if (first < n) brick_load(a, bricks, head, UK_BRICKS + warp);
+    float factor = scale ? scale[(2 * head + 1) * LATENT_SCALES + quarter] : 1;
+    grid_wait();
+    launch_dependents();
+    rows_load(x, mine, stride, first, n);
+    for (; first < n; first += step) {
+        for (int j = 0; j < VALUE_TILES && first + j * TOKENS < n; j++) {
+            brick_product(sum, a, x[j]);
+            for (int i = 0; i < 4; i++) {  // two tokens' 8 values each
+                const float *v = &sum[i % 2 * 2][i / 2], *w = &sum[i % 2 * 2 + 1][i / 2];
+                part[quarter][j * TOKENS + lane % 4 * 2 + i / 2][half * 16 + lane / 4 * 2 + i % 2] =
+                    make_float4(v[0] * factor, v[2] * factor, w[0] * factor, w[2] * factor);
+            }
+        }
+        rows_load(x, mine, stride, first + step, n);
+        __syncthreads();
+        for (int i = warp; i < VALUE_TOKENS && first + i < n; i += VALUE_WARPS)
+            value_store(o, part, i, first + i, head);
+        __syncthreads();
+    }
+}
+
+void mla_value(Act *o, const bf16 *u, const Linear *kv_b_proj, int heads, int n) {
+    dim3 grid(heads, min_int(units(n, VALUE_TOKENS), n_sms > heads ? n_sms / heads : 1));
+    launch(value_kernel, grid, VALUE_WARPS * 32, 0, *o, u, (const uint4 *)kv_b_proj->data,
+           (const float *)kv_b_proj->scale, heads, n);
+}
+
+// ---- mla_attend: the plan -----------------------------------------------------------------------
+// A tile is what one page load can serve: neighbouring rows of one sequence, as many as there are
+// columns for. The tiles' pages, put end to end, are cut into equal chunks, one per SM; so a block
+// has the end of a tile, some whole ones and the head of another, whatever the lengths. Who has
+// what depends on device memory only, is worked out once per step, and serves all layers.
+
+enum { MAX_COLUMNS = 64, BLOCK_BYTES = PAGE * 128,
+       LATENT_BLOCKS = LATENT_DIM / 64, PLAN_THREADS = 1024 };
+
+typedef struct {  // heads are padded to 8 columns; more than 64 are several slices of one row
+    int columns, slices;  // of a slice; of a row
+    int rows;             // slices that a tile may have
+    int fixed;            // what a tile costs beside its pages, in pages: queries, store, combine
+} Shape;
+
+typedef struct {
+    int start, end;  // its range of the chunks' scale: its pages, then its fixed cost
+    int pages, slices;
+    int table;       // where its sequence's entries of `pages` begin
+} Tile;
+
+typedef struct { int tile, begin, end, chunk; } Work;  // a block's range, and the tile it begins in
+
+static struct {
+    Tile *tile;   // [rows * slices] only those that begin a tile are filled
+    Work *work;   // [n_sms]
+    float *part;  // [2 n_sms][columns][512] unnormalised sums of tiles that are split, and their
+    float2 *ml;   // [2 n_sms][columns] largest scores and sums of weights
+} plan;
+
+static void mla_reserve(int rows, int heads) {
+    size_t columns = 2 * (size_t)n_sms * MAX_COLUMNS, slices = units(heads, MAX_COLUMNS);
+    plan.tile = (Tile *)place_alloc(rows * slices * sizeof(Tile));
+    plan.work = (Work *)place_alloc(n_sms * sizeof(Work));
+    plan.part = (float *)place_alloc(columns * LATENT_DIM * sizeof(float));
+    plan.ml = (float2 *)place_alloc(columns * sizeof(float2));
+}
+
+static bool many_columns(int heads, bool prompts) { return prompts || heads > 16; }
+
+static Shape shape_of(int heads, bool prompts) {
+    int columns = min_int(units(heads, 8) * 8, MAX_COLUMNS);
+    int most = many_columns(heads, prompts) ? 64 : 16;
+    return (Shape){columns, units(heads, MAX_COLUMNS), heads > 64 ? 1 : most / columns,
+                   many_columns(heads, prompts) ? 3 : 1};
+}
+
+// Slices i, i + 1, .. of one sequence as far as the next multiple of s.rows; 0 inside a tile.
+static __device__ int tile_slices(int i, int total, Shape s, const int *seq) {
+    int n = 1, id = seq[i / s.slices];
+    if (i % s.rows && seq[(i - 1) / s.slices] == id) return 0;
+    while (i + n < total && (i + n) % s.rows && seq[(i + n) / s.slices] == id) n++;
+    return n;
+}
+
+// One block: a scan over the tiles' page counts, then each tile tells the blocks that begin in it.
+static __global__ void __launch_bounds__(PLAN_THREADS)
+    plan_kernel(Tile *tile, Work *work, const int *position, const int *seq, int max_pages, int n,
+                Shape s, int blocks) {
+    __shared__ int warp_sum[32];
+    int total = n * s.slices, each = units(total, PLAN_THREADS), pages = 0, lane = threadIdx.x % 32;
+    int from = min_int(threadIdx.x * each, total), to = min_int(from + each, total);
+    grid_wait();
+    launch_dependents();
+    for (int i = from; i < to; i++) {
+        int slices = tile_slices(i, total, s, seq), most = 0;
+        for (int j = 0; j < slices; j++) most = max(most, position[(i + j) / s.slices]);
+        tile[i] = (Tile){0, 0, most / PAGE + 1, slices, seq[i / s.slices] * max_pages};
+        if (slices) pages += tile[i].pages + s.fixed;
+    }
+    int before = pages;  // becomes the sum up to and with this thread
+    for (int d = 1; d < 32; d *= 2) {
+        int left = __shfl_up_sync(~0u, before, d);
+        before += lane >= d ? left : 0;
+    }
+    if (lane == 31) warp_sum[threadIdx.x / 32] = before;
+    __syncthreads();
+    int all = 0;
+    for (int i = 0; i < 32; i++) {
+        before += i < threadIdx.x / 32 ? warp_sum[i] : 0;
+        all += warp_sum[i];
+    }
+    int start = before - pages, chunk = units(all, blocks);
+    for (int i = from; i < to; i++) {
+        if (tile[i].slices == 0) continue;
+        tile[i].start = start;
+        tile[i].end = start += tile[i].pages + s.fixed;
+        for (int b = units(tile[i].start, chunk); b * chunk < start; b++)
+            work[b] = (Work){i, b * chunk, min_int((b + 1) * chunk, all), chunk};
+    }
+    for (int b = units(all, chunk) + threadIdx.x; b < blocks; b += PLAN_THREADS)
+        work[b] = (Work){0, 0, 0, chunk};
+}
+
+// Once per step, and at least one more kernel before the first mla_attend, which reads the plan and
+// the page table without waiting for its predecessor.
+static void mla_plan(const Batch *b, int heads) {
+    launch(plan_kernel, 1, PLAN_THREADS, 0, plan.tile, plan.work, b->position, b->seq, b->max_pages,
+           b->n, shape_of(heads, step.prompts), n_sms);
+}
+
+// ---- mla_attend ---------------------------------------------------------------------------------
+
+typedef struct {  // what its two kernels get
+    bf16 *u;
+    const bf16 *query, *cache;
+    const int *pages, *position;
+    const Tile *tile;
+    const Work *work;
+    float *part;
+    float2 *ml;
+    float scale;      // for scores in base 2
+    Shape shape;
+    int heads;
+} Attend;
+
+enum { STAGES = 2 };
+
+template <int N, int W> struct AttendShared {  // N columns of each of W warpgroups
+    uint8_t page[STAGES][PAGE_BYTES];          // [9 blocks of 64 dims][64 tokens][128 B]
+    uint8_t q[CACHE_BLOCKS][W][N][128];        // the columns' queries
+    uint8_t p[W][N][128];                      // the columns' weights of a page's 64 tokens
+    float largest[W][4][N], total[W][4][N];    // what a group's four warps tell each other
+    uint64_t full[STAGES], empty[STAGES], q_full, q_empty;
+};
+
+// A block's walk: pages first .. last - 1 of tile `index`, one tile after the other.
+typedef struct { int at, index, first, last; Tile tile; } Walk;
+
+static __device__ bool walk_next(Walk *w, const Attend &a, const Work &work) {
+    do {
+        if (w->at >= work.end) return false;
+        w->index += w->tile.slices;
+        w->tile = a.tile[w->index];
+        w->at = w->tile.end;
+        w->first = max(work.begin - w->tile.start, 0);
+        w->last = min_int(w->tile.pages, work.end - w->tile.start);
+    } while (w->first >= w->last);  // nothing but the tile's fixed cost falls into the range
+    return true;
+}
+
+// Which of a block's two parts of split tiles: the tile that it begins with, the one that it ends
+// with. All others are whole.
+static __device__ size_t part_slot(const Tile &tile, int block, int begin, int columns) {
+    return (size_t)(2 * block + (tile.start > begin)) * columns;
+}
+
+// The producer warp: pages, and at a tile's first page its queries, as soon as there is room. Of
+// what it reads only the queries come from the kernel before: the first pages don't wait for that.
+template <int N, int W>
+static __device__ void attend_load(AttendShared<N, W> *s, const Attend &a, const Work &work) {
+    int lane = threadIdx.x % 32, k = 0, n_tiles = 0, held = min_int(a.heads, MAX_COLUMNS);
+    for (Walk w = {work.begin, work.tile}; walk_next(&w, a, work); n_tiles++)
+        for (int i = w.first; i < w.last; i++, k++) {
+            size_t page = a.pages[w.tile.table + i];
+            uint64_t *full = &s->full[k % STAGES];
+            bar_wait(&s->empty[k % STAGES], k / STAGES % 2 ^ 1);
+            if (lane == 0) {
+                bar_expect(full, PAGE_BYTES);
+                bulk_load(s->page[k % STAGES], a.cache + page * PAGE * CACHE_DIM, PAGE_BYTES, full);
+            }
+            if (i > w.first) continue;
+            if (n_tiles == 0) grid_wait(), launch_dependents();
+            bar_wait(&s->q_empty, n_tiles % 2 ^ 1);
+            if (lane == 0) bar_expect(&s->q_full, CACHE_BLOCKS * w.tile.slices * held * 128);
+            __syncwarp();
+            for (int j = lane; j < CACHE_BLOCKS * w.tile.slices; j += 32) {
+                int block = j % CACHE_BLOCKS, slice = j / CACHE_BLOCKS, x = w.index + slice;
+                size_t row = (size_t)(x / a.shape.slices) * CACHE_BLOCKS + block;
+                bulk_load(s->q[block][0][slice * a.shape.columns],
+                          a.query + (row * a.heads + x % a.shape.slices * MAX_COLUMNS) * 64,
+                          held * 128, &s->q_full);
+            }
+        }
+}
+
+// What a thread of a warpgroup holds of its N columns: of each eight columns j two, 8 j + 2 t and
+// the next (t = lane % 4), and in them two of its warp's 16 rows of every 64, g and g + 8.
+template <int N> struct Columns {
+    float o[LATENT_BLOCKS][N / 2];    // sums; element 4 j + 2 (row g + 8) + (next column)
+    float best[N / 4], total[N / 4];  // [2 j + (next column)] base 2; total: of own tokens only
+    int limit[N / 8];                 // [j] tokens that the columns' row sees
+};
+
+// Scores become weights: masks them, finds the columns' new largest over all four warps, leaves the
+// weights as wgmma's operand in s->p, and shrinks what was summed relative to an older largest.
+template <int N, int W>
+static __device__ void softmax(Columns<N> &c, float (&score)[N / 2], AttendShared<N, W> *s,
+                               int first, float scale) {
+    int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    float base[N / 4], shrink[N / 4];
+    uint32_t weight[N / 4];  // pairs of columns: [2 j + (row g + 8)]
+    for (int i = 0; i < N / 2; i++) {
+        bool seen = first + warp * 16 + lane / 4 + i / 2 % 2 * 8 < c.limit[i / 4];
+        score[i] = seen ? score[i] * scale : -INFINITY;
+    }
+    for (int i = 0; i < N / 4; i++) {  // a column's largest of this warp's 16 tokens
+        float most = fmaxf(score[i / 2 * 4 + i % 2], score[i / 2 * 4 + i % 2 + 2]);
+        for (int d = 4; d < 32; d *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+        if (lane < 4) s->largest[group][warp][i / 2 * 8 + lane * 2 + i % 2] = most;
+    }
+    sync_threads(group + 1, 128);
+    for (int i = 0; i < N / 4; i++) {
+        float most = c.best[i];
+        for (int w = 0; w < 4; w++)
+            most = fmaxf(most, s->largest[group][w][i / 2 * 8 + lane % 4 * 2 + i % 2]);
+        base[i] = most == -INFINITY ? 0 : most;  // nothing seen yet: all weights are 0
+        shrink[i] = exp2_fast(c.best[i] - base[i]);
+        c.best[i] = most, c.total[i] *= shrink[i];
+    }
+    for (int i = 0; i < N / 2; i += 2) {
+        int j = i / 4 * 2;
+        float v[2] = {exp2_fast(score[i] - base[j]), exp2_fast(score[i + 1] - base[j + 1])};
+        weight[i / 2] = bf16_pair(v[0], v[1]);
+        c.total[j] += v[0], c.total[j + 1] += v[1];
+    }
+    // Four 8x8 tiles at once: lane / 8 is (column group, token group), lane % 8 the column.
+    for (int i = 0; i < N / 4; i += 4)
+        store_transposed(&s->p[group][i * 4 + lane / 16 * 8 + lane % 8]
+                             [swizzle_chunk(lane, warp * 2 + lane / 8 % 2) * 16],
+                         weight[i], weight[i + 1], weight[i + 2], weight[i + 3]);
+    fence_async();
+    sync_threads(group + 1, 128);
+    for (int b = 0; b < LATENT_BLOCKS; b++)
+        for (int i = 0; i < N / 2; i++) c.o[b][i] *= shrink[i / 4 * 2 + i % 2];
+}
+
+// One page into the sums: S^T = page . Q^T, softmax down the columns, O^T += page^T . P.
+template <int N, int W>
+static __device__ void attend_page(Columns<N> &c, AttendShared<N, W> *s, uint8_t *page, int first,
+                                   int valid, float scale, bool q_last) {
+    int group = threadIdx.x / 128;
+    float score[N / 2];
+    uint64_t keys = warp_desc(page), q = warp_desc(s->q[0][group]), p = warp_desc(s->p[group]);
+    wgmma_fence();
+    for (int i = 0; i < CACHE_DIM / 16; i++)  // 16 dims are 32 bytes of a row
+        wgmma<0>(score, keys + (i / 4 * BLOCK_BYTES + i % 4 * 32) / 16,
+                 q + (i / 4 * (W * N * 128) + i % 4 * 32) / 16, i > 0);
+    wgmma_commit();
+    wgmma_wait<0>();
+    if (q_last && threadIdx.x % 32 == 0) bar_arrive(&s->q_empty);
+    // Rows past the sequence's end may hold anything, and 0 x NaN is NaN: the values must be zero.
+    // (The keys need not: their scores are replaced. Both groups write the same.)
+    for (int i = valid * 8 + threadIdx.x % 128; i < PAGE * 8; i += 128)
+        for (int b = 0; b < LATENT_BLOCKS; b++)
+            ((uint4 *)(page + b * BLOCK_BYTES))[i] = make_uint4(0, 0, 0, 0);
+    softmax(c, score, s, first, scale);
+    wgmma_fence();
+    for (int i = 0; i < 4; i++)  // 16 tokens are 2,048 bytes of a block
+        for (int b = 0; b < LATENT_BLOCKS; b++)
+            wgmma<1>(c.o[b], keys + (b * BLOCK_BYTES + i * 2048) / 16, p + i * 2, 1);
+    wgmma_commit();
+    wgmma_wait<0>();
+}
+
+// Columns of a range that is only a part of its tile: unnormalised, for the combine.
+template <int N>
+static __device__ void store_part(const Columns<N> &c, int j, float *part, float2 *ml) {
+    int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    for (int e = 0; e < 2; e++) {
+        int column = 8 * j + lane % 4 * 2 + e;
+        float *to = part + (size_t)column * LATENT_DIM + warp * 16 + lane / 4;
+        for (int b = 0; b < LATENT_BLOCKS; b++) {
+            to[b * 64] = c.o[b][4 * j + e];
+            to[b * 64 + 8] = c.o[b][4 * j + e + 2];
+        }
+        if (warp == 0 && lane < 4) ml[column] = make_float2(c.best[2 * j + e], c.total[2 * j + e]);
+    }
+}
+
+// Columns of a whole tile. Transposed, a lane has two neighbouring dims of one column.
+template <int N>
+static __device__ void store_whole(const Columns<N> &c, int j, bf16 *u, bool there) {
+    int warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    float inverse[2] = {1 / c.total[2 * j], 1 / c.total[2 * j + 1]};
+    for (int i = 0; i < 2 * LATENT_BLOCKS; i++) {
+        const float *o = &c.o[i / 2][4 * j + i % 2 * 2];
+        uint32_t pair = transpose_8x8(bf16_pair(o[0] * inverse[0], o[1] * inverse[1]));
+        if (there) ((uint32_t *)u)[i / 2 * 32 + warp * 8 + i % 2 * 4 + lane % 4] = pair;
+    }
+}
+
+template <int N, int W>
+static __device__ void attend_store(Columns<N> &c, AttendShared<N, W> *s, const Attend &a,
+                                    const Walk &w, const Work &work) {
+    int group = threadIdx.x / 128, warp = threadIdx.x / 32 % 4, lane = threadIdx.x % 32;
+    for (int i = 0; i < N / 4; i++) {
+        for (int d = 4; d < 32; d *= 2) c.total[i] += __shfl_xor_sync(~0u, c.total[i], d);
+        if (lane < 4) s->total[group][warp][i / 2 * 8 + lane * 2 + i % 2] = c.total[i];
+    }
+    sync_threads(group + 1, 128);
+    for (int i = 0; i < N / 4; i++) {
+        const float *total = &s->total[group][0][i / 2 * 8 + lane % 4 * 2 + i % 2];
+        c.total[i] = total[0] + total[N] + total[2 * N] + total[3 * N];
+    }
+    size_t slot = part_slot(w.tile, blockIdx.x, work.begin, W * N) + group * N;
+    for (int j = 0; j < N / 8; j++) {
+        int column = group * N + 8 * j, x = w.index + column / a.shape.columns;
+        int head = x % a.shape.slices * MAX_COLUMNS + column % a.shape.columns + lane / 4;
+        size_t at = (size_t)(x / a.shape.slices) * a.heads + head;
+        if (column >= w.tile.slices * a.shape.columns) return;
+        if (w.last - w.first == w.tile.pages)
+            store_whole(c, j, a.u + at * LATENT_DIM, head < a.heads);
+        else store_part(c, j, a.part + slot * LATENT_DIM, a.ml + slot);
+    }
+}
+
+// A warpgroup's share of the work: its columns of each tile, over the block's range of pages.
+template <int N, int W>
+static __device__ void attend_compute(AttendShared<N, W> *s, const Attend &a, const Work &work) {
+    int group = threadIdx.x / 128, k = 0, n_tiles = 0;
+    for (Walk w = {work.begin, work.tile}; walk_next(&w, a, work); n_tiles++) {
+        bool busy = group * N < w.tile.slices * a.shape.columns, leader = threadIdx.x % 32 == 0;
+        int longest = 0;
+        Columns<N> c = {};
+        for (int i = 0; i < w.tile.slices; i++)
+            longest = max(longest, a.position[(w.index + i) / a.shape.slices] + 1);
+        for (int j = 0; j < N / 8; j++) {
+            int slice = (group * N + 8 * j) / a.shape.columns;
+            c.limit[j] = slice < w.tile.slices
+                             ? a.position[(w.index + slice) / a.shape.slices] + 1 : 0;
+            c.best[2 * j] = c.best[2 * j + 1] = -INFINITY;
+        }
+        bar_wait(&s->q_full, n_tiles % 2);
+        for (int i = w.first; i < w.last; i++, k++) {
+            bar_wait(&s->full[k % STAGES], k / STAGES % 2);
+            if (busy)
+                attend_page<N, W>(c, s, s->page[k % STAGES], i * PAGE,
+                                  min_int(longest - i * PAGE, PAGE), a.scale, i == w.last - 1);
+            else if (leader && i == w.last - 1) bar_arrive(&s->q_empty);
+            if (leader) bar_arrive(&s->empty[k % STAGES]);
+        }
+        if (busy) attend_store(c, s, a, w, work);
+    }
+}
+
+// u [n][heads][512] of query [n][9][heads][128 B] and cache [pages][9][64][128 B]. One block an SM:
+// a producer warp keeps up to two pages of 72 KB in flight, each warpgroup takes them in turn for
+// its N columns, with all 512 x N sums in registers. N = 16, W = 1 for decoding with up to 16
+// heads: 68 wgmmas of 20 clocks a page, which takes 3,500 (H200) to 6,000 (H100) clocks to arrive.
+// N = 32, W = 2 for prompts and many heads: a page serves 64 columns (4 rows of 16 heads), 136
+// wgmmas of 24 clocks, bound by shared memory at 2/3 of the tensor cores' rate; the groups' softmax
+// and products overlap as they drift apart. The products are the absorbed 1,088 per pair and head.
+template <int N, int W>
+static __global__ void __launch_bounds__((W + 1) * 128, 1) attend_kernel(Attend a) {
+    extern __shared__ __align__(1024) uint8_t shared[];  // swizzled tiles need multiples of 1,024
+    AttendShared<N, W> *s = (AttendShared<N, W> *)shared;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < STAGES; i++) bar_init(&s->full[i], 1), bar_init(&s->empty[i], W * 4);
+        bar_init(&s->q_full, 1), bar_init(&s->q_empty, W * 4);
+        asm volatile("fence.mbarrier_init.release.cluster;");
+    }
+    __syncthreads();
+    Work work = a.work[blockIdx.x];
+    if (threadIdx.x >= W * 128) {
+        if (W > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (threadIdx.x < W * 128 + 32) attend_load(s, a, work);
+    } else {
+        if (W > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        attend_compute(s, a, work);
+    }
+}
+
+// ---- mla_attend: the combine --------------------------------------------------------------------
+
+enum { COMBINE_WARPS = 16, COMBINE_BATCH = 8 };  // warps of a block; parts in flight of a warp
+
+// Adds a part to a sum; both are relative to 2^(their largest score), -infinity where empty.
+static __device__ void merge(float4 &sum, float &total, float &best, float4 o, float l, float m) {
+    float most = fmaxf(best, m), base = most == -INFINITY ? 0 : most;
+    float a = exp2_fast(best - base), b = exp2_fast(m - base);
+    sum.x = sum.x * a + o.x * b, sum.y = sum.y * a + o.y * b;
+    sum.z = sum.z * a + o.z * b, sum.w = sum.w * a + o.w * b;
+    total = total * a + l * b, best = most;
+}
+
+// Sums the parts of split tiles. 128 dims of a column are an item; `share` warps divide its parts
+// among them and meet in shared memory, so that a single row's many parts are read by 64 blocks,
+// and many rows' few by one warp each. With few tiles block x looks at tile x; with many at the
+// tile that reaches from SM x - 1 into SM x, which is where splits are. Bound by latency.
+static __global__ void __launch_bounds__(COMBINE_WARPS * 32)
+    combine_kernel(Attend a, int columns, bool by_tile, int share) {
+    __shared__ float4 sums[COMBINE_WARPS][32];
+    __shared__ float totals[COMBINE_WARPS], bests[COMBINE_WARPS];
+    int b = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, me = warp % share;
+    int item = blockIdx.y * (COMBINE_WARPS / share) + warp / share, column = item / 4;
+    int v = by_tile ? b : a.work[b].tile, chunk = a.work[0].chunk;
+    Tile tile = a.tile[v];
+    int from = tile.start / chunk, to = (tile.start + tile.pages - 1) / chunk;
+    grid_wait();
+    launch_dependents();
+    if (tile.slices == 0 || from == to || (!by_tile && from != b - 1)) return;
+    float best = -INFINITY, total = 0;
+    float4 sum = {};
+    for (int i = from + me; i <= to; i += share * COMBINE_BATCH) {
+        float4 o[COMBINE_BATCH];
+        float2 ml[COMBINE_BATCH];
+        for (int j = 0; j < COMBINE_BATCH; j++) {  // past the last the last again, weighing nothing
+            int p = min_int(i + j * share, to);
+            size_t at = part_slot(tile, p, p * chunk, columns) + column;
+            o[j] = ((const float4 *)(a.part + at * LATENT_DIM))[item % 4 * 32 + lane];
+            ml[j] = a.ml[at];
+            if (i + j * share > to) ml[j].x = -INFINITY;
+        }
+        for (int j = 0; j < COMBINE_BATCH; j++) merge(sum, total, best, o[j], ml[j].y, ml[j].x);
+    }
+    sums[warp][lane] = sum;
+    if (lane == 0) totals[warp] = total, bests[warp] = best;
+    __syncthreads();
+    int slice = column / a.shape.columns, x = v + slice;
+    int head = x % a.shape.slices * MAX_COLUMNS + column % a.shape.columns;
+    if (me > 0 || slice >= tile.slices || head >= a.heads) return;
+    for (int i = 1; i < share; i++)
+        merge(sum, total, best, sums[warp + i][lane], totals[warp + i], bests[warp + i]);
+    bf16 *u = a.u + ((size_t)(x / a.shape.slices) * a.heads + head) * LATENT_DIM;
+    ((uint2 *)u)[item % 4 * 32 + lane] = make_uint2(bf16_pair(sum.x / total, sum.y / total),
+                                                    bf16_pair(sum.z / total, sum.w / total));
+}
+
+template <int N, int W> static void attend(Attend a, int tiles) {
+    int share = tiles <= 8 ? 16 : tiles <= 32 ? 4 : 1;  // a tile has about n_sms / tiles parts
+    launch(attend_kernel<N, W>, n_sms, (W + 1) * 128, sizeof(AttendShared<N, W>), a);
+    launch(combine_kernel, dim3(min_int(tiles, n_sms), W * N * 4 * share / COMBINE_WARPS),
+           COMBINE_WARPS * 32, 0, a, W * N, tiles <= n_sms, share);
+}
+
+void mla_attend(bf16 *u, const bf16 *query, const bf16 *cache, float scale, int heads,
+                const Batch *b) {
+    Shape shape = shape_of(heads, step.prompts);
+    Attend a = {u, query, cache, b->pages, b->position, plan.tile, plan.work, plan.part, plan.ml,
+                scale * (float)M_LOG2E, shape, heads};
+    if (many_columns(heads, step.prompts)) attend<32, 2>(a, b->n * shape.slices);
+    else attend<16, 1>(a, b->n * shape.slices);
+}
+
+// ---- The stages: products -----------------------------------------------------------------------
+
+// Room for what one stage's kernels leave to each other: sums of parts of K, the dense layers' gate
+// and up, or all experts' products where rows are many.
+static void products_reserve(int rows, const Config *c) {
+    size_t few = min_int(rows, EXPERT_ROWS), slots = c->num_experts_per_tok + 1;
+    size_t up = 2 * c->moe_intermediate_size, down = c->hidden_size / 2, pairs = rows * slots;
+    size_t sizes[] = {(size_t)n_sms * WIDE_SLOTS * WIDE_SLOTS,
+                      2 * (size_t)rows * c->intermediate_size, 4 * few * slots * up,
+                      pairs + 64 + pairs * (up > down ? up : down)}, most = 0;
+    for (size_t size : sizes) most = size > most ? size : most;
+    scratch = (float *)place_alloc(most * sizeof(float));
+}
+
+void step_reserve(int rows, const Config *c) {
+    step.heads = c->num_attention_heads;
+    mla_reserve(rows, step.heads);
+    products_reserve(rows, c);
+}
+
+static Weights weights(const Linear *w) {
+    const float *scale = (const float *)w->scale;
+    assert(w->dtype != DTYPE_F32 && w->out % STRIP == 0 && w->in % BLOCK == 0);
+    return (Weights){w->data, {scale, scale}, 0, 0, w->out / STRIP,
+                     w->in / (w->dtype == DTYPE_F8_E4M3 ? 128 : 64), BLOCK / STRIP};
+}
+
+static Weights gate_up_weights(const Mlp *m) {  // interleaved: a strip holds 8 rows of each
+    Weights w = weights(&m->gate_proj);
+    w.scale[1] = (const float *)m->up_proj.scale;
+    w.strips *= 2, w.scale_strips *= 2;
+    return w;
+}
+
+static Slots all_rows(int n) { return (Slots){n, 0, 0, NULL, NULL, 0, 1, false}; }
+
+static Skinny skinny_of(const Act *a, Weights w, Slots s, DType dtype) {
+    Skinny p = {};
+    p.w = w, p.s = s, p.parts = 1, p.slots = s.n * (s.top_k + 1);
+    p.x_scale = a->scale, p.x_stride = a->stride, p.x_swizzled = dtype == DTYPE_F8_E4M3;
+    if (dtype == DTYPE_BF16)
+        p.x = (const uint8_t *)a->x, p.x_block = ROW_BYTES, p.x_row = a->cols * sizeof(bf16);
+    else p.x = a->q, p.x_block = (size_t)a->stride * ROW_BYTES, p.x_row = ROW_BYTES;
+    return p;
+}
+
+static Wide wide_of(const Act *a, Weights w, Slots s) {
+    Wide p = {};
+    p.w = w, p.s = s, p.parts = 1, p.slots = s.n * (s.top_k + 1);
+    p.x = a->q, p.x_scale = a->scale, p.x_stride = a->stride;
+    return p;
+}
+
+// Few tiles would leave most of the chip idle: K is split, each part at least 4 blocks.
+static int k_parts(const Weights *w, int tiles) {
+    return max_int(1, min_int(n_sms / tiles, w->blocks / 4));
+}
+
+void linear(bf16 *y, const Act *a, const Linear *w, int n) {
+    assert(a->cols == w->in);
+    Skinny p = skinny_of(a, weights(w), all_rows(n), w->dtype);
+    Wide q = wide_of(a, p.w, p.s);
+    bool few = w->dtype == DTYPE_BF16 || n <= SKINNY_ROWS;
+    if (n > 8 && few) p.parts = k_parts(&p.w, units(p.w.strips, 4) * units(n, SKINNY_ROWS));
+    q.parts = k_parts(&q.w, units(q.w.strips, 8) * units(n, WIDE_SLOTS));
+    p.y_f32 = p.parts > 1, p.y = p.y_f32 ? (void *)scratch : y;
+    q.y_f32 = q.parts > 1, q.y = q.y_f32 ? (void *)scratch : y;
+    if (few) run_skinny(&p, w->dtype);
+    else run_wide(&q);
+    int parts = few ? p.parts : q.parts;
+    if (parts > 1)
+        launch(add_parts, units(n * w->out, 4 * 256), 256, 0, y, scratch, parts, n * w->out);
+}
+
+// out f32 [parts][n][w.out] = rows of a, unquantised, times a bf16 matrix, to be summed over parts.
+// rows NULL: all. (The core of logits and moe_route)
+static void product_bf16(float *out, const Act *a, const Linear *w, const int *rows, int n,
+                         int parts) {
+    assert(w->dtype == DTYPE_BF16 && a->cols == w->in);
+    Slots s = all_rows(n);
+    if (rows) s.list = rows, s.gather = true;
+    Skinny p = skinny_of(a, weights(w), s, DTYPE_BF16);
+    p.y = out, p.y_f32 = true, p.parts = parts;
+    run_skinny(&p, DTYPE_BF16);
+}
+
+// Gate and up leave [parts][slots][2 cols of h] in `products`, and h takes them up.
+static void launch_gate_quant(Act *h, const float *products, int parts, int slots, int *slot_of,
+                              const int *pair, int n) {
+    launch(gate_quant, units(slots * (h->cols / BLOCK), 8), 256, 0, h->q, h->scale, h->stride,
+           products, parts, h->cols, slots, slot_of, pair, n);
+}
+
+void mlp(bf16 *y, Act *h, const Act *a, const Mlp *m, int n) {
+    Weights w = gate_up_weights(m);
+    int parts = 1;
+    if (n <= SKINNY_ROWS) {
+        Skinny p = skinny_of(a, w, all_rows(n), DTYPE_F8_E4M3);
+        p.y = scratch, p.y_f32 = true;
+        run_skinny(&p, DTYPE_F8_E4M3);
+    } else {
+        Wide p = wide_of(a, w, all_rows(n));
+        p.parts = k_parts(&w, units(w.strips, 8) * units(n, WIDE_SLOTS));
+        p.y = scratch, p.y_f32 = true;
+        run_wide(&p);
+        parts = p.parts;
+    }
+    launch_gate_quant(h, scratch, parts, n, NULL, NULL, 0);
+    linear(y, h, &m->down_proj, n);
+}
+
+// Expert e's matrix e expert_bytes behind the first; the shared expert's is the last.
+static Weights expert_weights(Weights w, const Linear *first, const Linear *second,
+                              const Linear *shared, int n_experts) {
+    w.expert_bytes = second->data - first->data;
+    w.expert_scales = (second->scale - first->scale) / sizeof(float);
+    assert(shared->data == first->data + n_experts * w.expert_bytes);
+    assert(shared->scale == first->scale + n_experts * w.expert_scales * sizeof(float));
+    return w;
+}
+
+// Up to 256 rows the experts' weights are streamed past them.
+static int experts_few_up(const Act *a, Weights up, Slots s) {  // parts that it leaves in scratch
+    Skinny p = skinny_of(a, up, s, DTYPE_F8_E4M3);
+    p.parts = s.n <= SKINNY_ROWS ? 4 : 1;
+    p.y = scratch, p.y_f32 = true;
+    run_skinny(&p, DTYPE_F8_E4M3);
+    return p.parts;
+}
+
+static void experts_few_down(bf16 *y, const Act *h, Weights down, Slots s, const float *weight) {
+    s.gather = false;  // h lies in slots
+    Skinny p = skinny_of(h, down, s, DTYPE_F8_E4M3);
+    p.y = y, p.weight = weight;
+    launch_skinny<true, true, 2>(&p);
+}
+
+// More rows make tiles for each expert. Their products go through memory, f32 on the way to h,
+// rounded to bf16 on the way to y: half of the bytes that this is bound by.
+static void experts_many_up(const Act *a, Weights up, Slots s, float *products) {
+    Wide p = wide_of(a, up, s);
+    p.y = products, p.y_f32 = true;
+    run_wide(&p);
+}
+
+static void experts_many_down(const Act *h, Weights down, Slots s, float *products) {
+    s.gather = false;
+    Wide p = wide_of(h, down, s);
+    p.y = products;
+    run_wide(&p);
+}
+
+void moe_experts(bf16 *y, Act *h, const Act *a, const Routing *r, const Mlp *experts,
+                 const Mlp *shared, const Config *c, int n) {
+    int n_experts = c->n_routed_experts, top_k = c->num_experts_per_tok;
+    const Mlp *second = experts + 1;
+    Weights up = expert_weights(gate_up_weights(experts), &experts->gate_proj, &second->gate_proj,
+                                &shared->gate_proj, n_experts);
+    Weights down = expert_weights(weights(&experts->down_proj), &experts->down_proj,
+                                  &second->down_proj, &shared->down_proj, n_experts);
+    Slots s = {n, n_experts, top_k, r->start, r->pair, n, top_k, true};
+    if (n <= EXPERT_ROWS) {
+        int parts = experts_few_up(a, up, s);
+        launch_gate_quant(h, scratch, parts, n + n * top_k, NULL, NULL, 0);
+        experts_few_down(y, h, down, s, r->weight);
+        return;
+    }
+    int *slot_of = (int *)scratch, hidden = a->cols;
+    float *products = scratch + units(n * top_k, 64) * 64;
+    experts_many_up(a, up, s, products);
+    launch_gate_quant(h, products, 1, n + n * top_k, slot_of, r->pair, n);
+    experts_many_down(h, down, s, products);
+    launch(combine, units((size_t)n * hidden / 8, 256), 256, 0, y, (const bf16 *)products, slot_of,
+           r->weight, top_k, hidden, n);
+}
+
+// ---- The stages: routing ------------------------------------------------------------------------
+
+Routing routing_new(int rows, const Config *c) {
+    size_t pairs = (size_t)rows * c->num_experts_per_tok;
+    int widest = c->hidden_size > c->n_routed_experts ? c->hidden_size : c->n_routed_experts;
+    Routing r = {};
+    r.expert = (int *)device_alloc(pairs * sizeof(int));
+    r.weight = (float *)device_alloc(pairs * sizeof(float));
+    r.start = (int *)device_alloc((c->n_routed_experts + 1) * sizeof(int));
+    r.pair = (int *)device_alloc(pairs * sizeof(int));
+    r.sum = (float *)device_alloc((size_t)rows * widest * sizeof(float));
+    return r;
+}
+
+void routing_free(Routing *r) {
+    device_free(r->expert), device_free(r->weight), device_free(r->start), device_free(r->pair);
+    device_free(r->sum);
+}
+
+// Larger for a larger value; NaN is below all.
+static __device__ uint32_t order(float v) {
+    uint32_t bits = __float_as_uint(v + 0.0f);  // -0 becomes 0
+    return v != v ? 0 : bits & 0x80000000 ? ~bits : bits | 0x80000000;
+}
+
+static __device__ float order_value(uint32_t key) {
+    return __uint_as_float(key & 0x80000000 ? key ^ 0x80000000 : ~key);
+}
+
+typedef struct { int n_experts, group_size, topk_group, k, parts; float scale; } RouteDims;
+
+// The router's product, of which parts of the columns may stand in [parts] places.
+static __device__ float route_score(const float *product, size_t stride, int parts) {
+    float sum = product[0];
+    for (int p = 1; p < parts; p++) sum += product[p * stride];
+    return __frcp_rn(1 + expf(-sum));
+}
+
+// Finds the largest key of all lanes, for each of them the lowest lane that has it.
+static __device__ int vote(uint32_t key) {
+    return __ffs(__ballot_sync(~0u, key == __reduce_max_sync(~0u, key))) - 1;
+}
+
+// A warp takes a row, a lane EACH neighbouring experts as order-preserving keys; a group is some
+// neighbouring lanes. First each group's two best, then the best groups, then the best experts
+// inside them: a dozen dependent votes. The bias steers the choice and never enters a weight. A row
+// reads 1 KB; its latency is all.
+template <int EACH>
+static __global__ void route_kernel(Routing r, const float *product, const float *bias,
+                                    RouteDims d) {
+    __shared__ int chosen[WARP];
+    __shared__ float score[EACH * WARP];
+    const uint32_t none = order(-INFINITY);
+    int lane = threadIdx.x, lanes = d.group_size / EACH, group = lane / lanes * lanes;
+    size_t stride = (size_t)gridDim.x * d.n_experts;  // from part to part
+    uint32_t key[EACH], best = none, second = none;
+    float add[EACH], total = 0;
+    bool open = false;
+    product += (size_t)blockIdx.x * d.n_experts;
+    launch_dependents();
+#pragma unroll
+    for (int j = 0; j < EACH; j++)
+        add[j] = lane * EACH + j < d.n_experts ? bias[lane * EACH + j] : 0;
+    grid_wait();
+#pragma unroll
+    for (int j = 0; j < EACH; j++) {
+        int e = lane * EACH + j;
+        score[e] = e < d.n_experts ? route_score(product + e, stride, d.parts) : 0;
+        key[j] = e < d.n_experts ? order(score[e] + add[j]) : 0;
+        second = max(second, min(best, key[j])), best = max(best, key[j]);
+    }
+    uint32_t own_best = best, own_second = second;
+    for (int i = 1, other = lane; i < lanes; i++) {  // with the group's other lanes, in a ring
+        other = other + 1 < group + lanes ? other + 1 : group;
+        uint32_t b = __shfl_sync(~0u, own_best, other), s = __shfl_sync(~0u, own_second, other);
+        second = max(max(second, s), min(best, b)), best = max(best, b);
+    }
+    uint32_t group_key = order(order_value(best) + order_value(second));
+    if (lane * EACH >= d.n_experts) group_key = 0;
+    for (int i = 0; i < d.topk_group; i++)
+        if ((unsigned)(vote(group_key) - group) < (unsigned)lanes) open = true, group_key = 0;
+#pragma unroll
+    for (int j = 0; j < EACH; j++)
+        if (!open) key[j] = min(key[j], none);
+    for (int i = 0; i < d.k; i++) {
+        uint32_t top = key[0];
+        int at = 0;
+#pragma unroll
+        for (int j = 1; j < EACH; j++) top = max(top, key[j]);
+#pragma unroll
+        for (int j = EACH - 1; j >= 0; j--) at = key[j] == top ? j : at;
+        bool own = lane == vote(top);
+#pragma unroll
+        for (int j = 0; j < EACH; j++) key[j] = own && j == at ? 0 : key[j];
+        if (own) chosen[i] = lane * EACH + at;
+    }
+    __syncwarp();
+    float weight = lane < d.k ? score[chosen[lane]] : 0;
+    for (int i = 0; i < d.k; i++) total += __shfl_sync(~0u, weight, i);
+    if (lane >= d.k) return;
+    r.expert[blockIdx.x * d.k + lane] = chosen[lane];
+    r.weight[blockIdx.x * d.k + lane] = weight / (total + 1e-20f) * d.scale;
+}
+
+// A block makes one expert's list: it counts the choices of smaller experts, which is where the
+// list starts, and copies its own in order. All blocks read all choices, 32 bytes a row, from L2;
+// that is less than two kernels and a scan would cost up to some thousand rows.
+static __global__ void route_lists_kernel(Routing r, int pairs) {
+    __shared__ int own[WARP], smaller[WARP];
+    int e = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, before = 0, at = 0;
+    launch_dependents();
+    grid_wait();
+#pragma unroll 4
+    for (int p = threadIdx.x; p < pairs; p += blockDim.x) before += r.expert[p] < e;
+    before = __reduce_add_sync(~0u, before);
+    if (lane == 0) smaller[warp] = before;
+    __syncthreads();
+    for (int w = 0; w < (int)blockDim.x / WARP; w++) at += smaller[w];
+    if (threadIdx.x == 0) r.start[e] = at;
+    if (threadIdx.x == 0 && e == (int)gridDim.x - 1) r.start[e + 1] = pairs;
+    for (int first = 0; first < pairs; first += blockDim.x) {
+        int p = first + threadIdx.x;
+        bool take = p < pairs && r.expert[p] == e;
+        uint32_t lanes = __ballot_sync(~0u, take);
+        if (lane == 0) own[warp] = __popc(lanes);
+        __syncthreads();
+        int to = at + __popc(lanes & ((1u << lane) - 1));
+        for (int w = 0; w < (int)blockDim.x / WARP; w++) {
+            if (w < warp) to += own[w];
+            at += own[w];
+        }
+        if (take) r.pair[to] = p;
+        __syncthreads();
+    }
+}
+
+// From the router's product [parts][n][n_experts], which r->sum holds.
+static void route(Routing *r, const Vector *bias, const Config *c, int n, int parts) {
+    RouteDims d = {c->n_routed_experts, c->n_routed_experts / c->n_group, c->topk_group,
+                   c->num_experts_per_tok, parts, (float)c->routed_scaling_factor};
+    int pairs = n * d.k, threads = min_int(units(pairs, WARP) * WARP, 1024);
+    int each = d.n_experts <= WARP ? 1 : d.n_experts <= 8 * WARP ? 8 : 32;
+    if (d.group_size % each)
+        die("got groups of %d experts, a GPU wants a multiple of %d", d.group_size, each);
+    launch(each == 1 ? route_kernel<1> : each == 8 ? route_kernel<8> : route_kernel<32>, n, WARP, 0,
+           *r, r->sum, (const float *)bias->data, d);
+    launch(route_lists_kernel, d.n_experts, threads, 0, *r, pairs);
+}
+
+void logits(float *out, const Act *a, const Linear *lm_head, const int *rows, int n_rows) {
+    if (n_rows) product_bf16(out, a, lm_head, rows, n_rows, 1);
+}
+
+// 256 rows of weights would keep 16 multiprocessors busy, so few rows' product is cut along K.
+static int router_parts(const Config *c, int n) {
+    int most = max_int(c->hidden_size, c->n_routed_experts) / c->n_routed_experts;
+    return n > 64 ? 1 : min_int(min_int(8, most), c->hidden_size / (BLOCK / 2));
+}
+
+void moe_route(Routing *r, const Act *a, const Linear *gate, const Vector *bias, const Config *c,
+               int n) {
+    int parts = router_parts(c, n);
+    product_bf16(r->sum, a, gate, NULL, n, parts);
+    route(r, bias, c, n, parts);
+}
+
+// ---- Choosing a token ---------------------------------------------------------------------------
+// A row of logits is 129,280 numbers, half a megabyte. A team of eight blocks, a cluster, takes it
+// and holds it in shared memory, 64 KB a block. So every question about the row (its largest value,
+// its sum, what stands above a threshold) is a short pass and one exchange inside the cluster, one
+// or two microseconds. Nothing is sorted, and where top_k, top_p and min_p cut is never found out:
+// an id is drawn from all, and only for this one it is asked whether they would have left it.
+
+enum { TEAM = 8, TEAM_THREADS = 1024, QUAD = 4, MOST_IDS = 50000 };  // of a block
+
+static __host__ __device__ void philox_rounds(uint32_t out[4], uint64_t key, uint32_t c0,
+                                              uint32_t c1, uint32_t c2, uint32_t c3) {
+    uint32_t k0 = key, k1 = key >> 32;
+    for (int round = 0; round < 10; round++) {
+        uint64_t p0 = 0xD2511F53ull * c0, p1 = 0xCD9E8D57ull * c2;
+        uint32_t n0 = (uint32_t)(p1 >> 32) ^ c1 ^ k0, n2 = (uint32_t)(p0 >> 32) ^ c3 ^ k1;
+        c1 = (uint32_t)p1, c3 = (uint32_t)p0, c0 = n0, c2 = n2;
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    out[0] = c0, out[1] = c1, out[2] = c2, out[3] = c3;
+}
+
+void philox(uint32_t out[4], uint64_t key, const uint32_t counter[4]) {
+    philox_rounds(out, key, counter[0], counter[1], counter[2], counter[3]);
+}
+
+static __device__ float gumbel(uint32_t word) {
+    float u = fminf(((float)word + 0.5f) * 0x1p-32f, 0x1.fffffep-1f);
+    return -logf(-log1pf(-u));
+}
+
+namespace cg = cooperative_groups;
+
+typedef struct {
+    float *v;         // [n] the block's part of the row, of which a thread has every 1,024th entry
+    int first, n;     // ids in it
+    int part;         // ids of a part, a multiple of QUAD
+    bool leader;      // of all threads
+    int turn;         // exchanges so far
+} Team;
+
+static __device__ void team_sync(void) { cg::this_cluster().sync(); }
+
+static __device__ uint64_t larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
+static __device__ double plus(double a, double b) { return a + b; }
+
+// Combines one value of every thread of the team, always in the same order, for all of them. Two
+// slots take turns: who writes one again has seen all others leave it.
+template <typename T, T (*combine)(T, T)> static __device__ T team_all(Team *t, T v) {
+    __shared__ T warp[WARP], block[2];
+    T *slot = &block[t->turn++ % 2];
+    for (int d = WARP / 2; d; d /= 2) v = combine(v, __shfl_xor_sync(~0u, v, d));
+    if (threadIdx.x % WARP == 0) warp[threadIdx.x / WARP] = v;
+    __syncthreads();
+    if (threadIdx.x < WARP) {
+        v = warp[threadIdx.x];
+        for (int d = WARP / 2; d; d /= 2) v = combine(v, __shfl_xor_sync(~0u, v, d));
+        if (threadIdx.x == 0) *slot = v;
+    }
+    team_sync();
+    v = *cg::this_cluster().map_shared_rank(slot, 0);
+    for (int i = 1; i < TEAM; i++) v = combine(v, *cg::this_cluster().map_shared_rank(slot, i));
+    return v;
+}
+
+// An id and its value as one number: the largest is the likeliest, of equals the lowest id.
+static __device__ uint64_t id_key(float v, int id) {
+    return (uint64_t)order(v) << 32 | (uint32_t)~id;
+}
+static __device__ int key_id(uint64_t key) { return ~(uint32_t)key; }
+static __device__ float key_value(uint64_t key) { return order_value(key >> 32); }
+
+// The key of the likeliest id below `limit`.
+static __device__ uint64_t team_best(Team *t, uint64_t limit) {
+    uint64_t best = 0;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) {
+        uint64_t key = id_key(t->v[i], t->first + i);
+        if (key < limit) best = larger(best, key);
+    }
+    return team_all<uint64_t, larger>(t, best);
+}
+
+// The key of the id with the highest logit plus noise, of those likelier than `limit`. A thread
+// takes four neighbouring ids, since one call of philox makes four numbers.
+static __device__ uint64_t team_draw(Team *t, const Sampling *s, uint64_t limit) {
+    uint64_t best = 0;
+    for (int i = QUAD * threadIdx.x; i < t->n; i += QUAD * TEAM_THREADS) {
+        uint32_t word[QUAD];
+        philox_rounds(word, s->seed, (t->first + i) / QUAD, s->n_tokens, 0, 0);
+#pragma unroll
+        for (int k = 0; k < QUAD; k++) {
+            float v = i + k < t->n ? t->v[i + k] : -INFINITY;
+            if (v == -INFINITY || id_key(v, t->first + i + k) <= limit) continue;
+            best = larger(best, id_key(v + gumbel(word[k]), t->first + i + k));
+        }
+    }
+    return team_all<uint64_t, larger>(t, best);
+}
+
+// Whether top_k, top_p and min_p leave the id with this key, by the ids that are likelier.
+static __device__ bool team_keeps(Team *t, const Sampling *s, uint64_t key, float top,
+                                  double total) {
+    double ids = 0, mass = 0;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) {
+        if (id_key(t->v[i], t->first + i) <= key) continue;
+        ids++, mass += (float)(expf(t->v[i] - top) / total);
+    }
+    if (s->min_p > 0 && (float)(expf(key_value(key) - top) / total) < s->min_p * (float)(1 / total))
+        return false;
+    if (s->top_k > 0 && !(team_all<double, plus>(t, ids) < s->top_k)) return false;
+    return s->top_p >= 1 || team_all<double, plus>(t, mass) <= s->top_p;
+}
+
+// Draws until the filters leave what was drawn. What is less likely than a refused id is refused
+// with it, and the likeliest id is always left: so the result is the highest among those that are
+// left, and mostly it is found at once.
+static __device__ int draw(Team *t, const Sampling *s, uint64_t best, int vocab) {
+    bool filtered = (s->top_k > 0 && s->top_k < vocab) || s->top_p < 1 || s->min_p > 0;
+    float top = key_value(best) / s->temperature;
+    double total = 0;
+    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) {
+        t->v[i] /= s->temperature;
+        total += filtered ? expf(t->v[i] - top) : 0;
+    }
+    if (filtered) total = team_all<double, plus>(t, total);
+    team_sync();  // a thread's ids are others from here on
+    for (uint64_t limit = 0;;) {
+        int id = key_id(team_draw(t, s, limit)), owner = id / t->part;
+        float v = *cg::this_cluster().map_shared_rank(&t->v[id - owner * t->part], owner);
+        limit = id_key(v, id);
+        if (!filtered || team_keeps(t, s, limit, top, total)) return id;
+    }
+}
+
+// How often each id stands in the output (times two) and whether it stands anywhere (one) is
+// counted in its own place in l. The logits are in t->v meanwhile, and return to l.
+static __device__ void penalise(Team *t, float *l, const Sampling *s) {
+    uint32_t *count = (uint32_t *)l, *own = count + t->first;
+    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) own[i] = 0;
+    team_sync();
+    int me = blockIdx.x * TEAM_THREADS + threadIdx.x;
+    for (int i = me; i < s->n_tokens; i += TEAM * TEAM_THREADS) {
+        atomicOr(&count[s->tokens[i]], 1);
+        if (i >= s->n_prompt) atomicAdd(&count[s->tokens[i]], 2);
+    }
+    team_sync();
+    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) {
+        uint32_t seen = __ldcg(&own[i]);
+        float v = t->v[i];
+        l[t->first + i] = v;
+        if (seen && s->repetition_penalty != 1)
+            v = v > 0 ? v / s->repetition_penalty : v * s->repetition_penalty;
+        if (seen > 1)
+            v = __fsub_rn(__fsub_rn(v, __fmul_rn(s->frequency_penalty, seen / 2)),
+                          s->presence_penalty);
+        t->v[i] = v;
+    }
+}
+
+// Adds to one id's logit, whoever has it.
+static __device__ void team_add(Team *t, int id, float add) {
+    int i = id - t->first;
+    if (i >= 0 && i < t->n && i % TEAM_THREADS == (int)threadIdx.x) t->v[i] += add;
+}
+
+static __host__ __device__ bool penalised(const Sampling *s) {
+    return !s->given && (s->repetition_penalty != 1 || s->frequency_penalty != 0 ||
+                         s->presence_penalty != 0);
+}
+
+static __device__ int choose(Team *t, float *l, const Sampling *s, uint64_t best, int vocab) {
+    if (penalised(s)) penalise(t, l, s);
+    for (int i = 0; i < s->n_bias; i++) team_add(t, s->bias_id[i], s->bias[i]);
+    for (int i = 0; i < s->n_banned; i++) team_add(t, s->banned[i], -INFINITY);
+    if (penalised(s) || s->n_bias || s->n_banned) best = team_best(t, UINT64_MAX);
+    if (key_value(best) == -INFINITY) return -1;  // all that were finite are banned
+    if (s->temperature < 1e-6f || s->top_k == 1) return key_id(best);
+    return draw(t, s, best, vocab);
+}
+
+static __device__ float logprob(float v, float best, double log_total) {
+    return fmaxf((float)(v - best - log_total), -9999.0f);
+}
+
+static __device__ void row_load(Team *t, const float *l) {
+#pragma unroll 8
+    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) t->v[i] = l[t->first + i];
+}
+
+// The chosen id's logprob by the model's own logits, and the likeliest ids: each is the largest key
+// below the last one.
+static __device__ void list_logprobs(Team *t, Choice *out, const float *l, int id, int n_top,
+                                     uint64_t best) {
+    double total = 0;
+    float top = key_value(best);
+    team_sync();  // what penalise gave back is there
+    row_load(t, l);
+#pragma unroll 2
+    for (int i = threadIdx.x; i < t->n; i += TEAM_THREADS) total += exp((double)t->v[i] - top);
+    total = log(team_all<double, plus>(t, total));
+    if (t->leader) out->logprob = logprob(l[id], top, total);
+    for (int i = 0; i < n_top; i++, best = team_best(t, best)) {
+        if (!t->leader) continue;
+        out->top_id[i] = key_id(best);
+        out->top_logprob[i] = logprob(key_value(best), top, total);
+    }
+}
+
+// A team takes a row, reads it once or, for logprobs, twice, and writes what was chosen.
+static __global__ void __cluster_dims__(TEAM) __launch_bounds__(TEAM_THREADS)
+    sample_kernel(Choice *out, float *l, const Sampling *sampling, int vocab, int stride) {
+    extern __shared__ float part[];
+    const Sampling *s = &sampling[blockIdx.y];
+    int n = units(vocab, TEAM * QUAD) * QUAD, first = blockIdx.x * n;
+    bool leader = blockIdx.x == 0 && threadIdx.x == 0;
+    Team t = {part, first, max(min(n, vocab - first), 0), n, leader, 0};
+    uint64_t best = 0;
+    l += (size_t)blockIdx.y * stride, out += blockIdx.y;
+    row_load(&t, l);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < t.n; i += TEAM_THREADS)  // NaN counts as infinity: an error
+        best = larger(best, id_key(t.v[i] != t.v[i] ? INFINITY : t.v[i], first + i));
+    best = team_all<uint64_t, larger>(&t, best);
+    bool good = isfinite(key_value(best));
+    int id = !good ? -1 : s->given ? *s->given : choose(&t, l, s, best, vocab);
+    int n_top = id < 0 || s->top_logprobs < 0 ? 0 : min(s->top_logprobs, vocab);
+    if (t.leader) out->id = id, out->logprob = 0, out->n_top = n_top;
+    if (id >= 0 && s->top_logprobs >= 0) list_logprobs(&t, out, l, id, n_top, best);
+    team_sync();  // nobody leaves while others read its shared memory
+}
+
+// Bytes that a row's lists take on their way to the device.
+static size_t sampling_bytes(const Sampling *s) {
+    return mail_bytes(penalised(s) ? s->n_tokens * sizeof(int) : 0) +
+           mail_bytes(s->n_banned * sizeof(int)) + 2 * mail_bytes(s->n_bias * sizeof(int)) +
+           mail_bytes(s->given ? sizeof(int) : 0);
+}
+
+// Only the rows' parameters go there, with lists where something is on that needs them, and only
+// Choices come back: the kernel writes them into the host's memory. The host waits here, and
+// nowhere else in a step.
+void sample(Choice *out, float *l, const Sampling *s, int vocab, int stride, int n) {
+    static Mailbox asked, answered;
+    size_t bytes = mail_bytes(n * sizeof *s);
+    size_t shared = units(vocab, TEAM * QUAD) * QUAD * sizeof(float);
+    if (vocab > TEAM * MOST_IDS)
+        die("got %d tokens, a GPU wants at most %d", vocab, TEAM * MOST_IDS);
+    check(cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                               MOST_IDS * sizeof(float)), "shared memory");
+    for (int i = 0; i < n; i++) bytes += sampling_bytes(&s[i]);
+    mail_open(&asked, bytes), mail_open(&answered, mail_bytes(n * sizeof *out));
+    Sampling *to = (Sampling *)asked.host;
+    const Sampling *there = (const Sampling *)mail_add(&asked, s, n * sizeof *s);
+    for (int i = 0; i < n; i++) {
+        size_t biases = s[i].n_bias * sizeof(int);
+        if (penalised(&s[i]))
+            to[i].tokens = (int *)mail_add(&asked, s[i].tokens, s[i].n_tokens * sizeof(int));
+        to[i].banned = (int *)mail_add(&asked, s[i].banned, s[i].n_banned * sizeof(int));
+        to[i].bias_id = (int *)mail_add(&asked, s[i].bias_id, biases);
+        to[i].bias = (float *)mail_add(&asked, s[i].bias, biases);
+        if (s[i].given) to[i].given = (int *)mail_add(&asked, s[i].given, sizeof(int));
+    }
+    mail_send(&asked);
+    sample_kernel<<<dim3(TEAM, n), TEAM_THREADS, shared, stream>>>((Choice *)answered.host, l,
+                                                                   there, vocab, stride);
+    check(cudaGetLastError(), "sample");
+    check(cudaStreamSynchronize(stream), "sample");
+    memcpy(out, answered.host, n * sizeof *out);
+}

@@ -1,0 +1,52 @@
+#!/bin/sh
+# Everything that only a GPU can tell, in one call: builds both twins, runs each part of test_cuda
+# in a process of its own under a timeout, compares answers of tiny-r1 with the C twin's, runs the
+# same on few rows under compute-sanitizer, and the benches. The table stands last; logs are in
+# build/cuda/logs. tests/gpu.sh PART.. does only those.
+cd "$(dirname "$0")/.." || exit 1
+logs=build/cuda/logs
+table= failed=0
+mkdir -p $logs
+
+# part NAME SECONDS COMMAND..: runs it, keeps its output, and adds its last line to the table.
+part() {
+    name=$1 seconds=$2 start=$(date +%s)
+    shift 2
+    [ -z "$only" ] || case " $only " in *" $name "*) ;; *) return ;; esac
+    timeout -k 5 "$seconds" "$@" >$logs/$name 2>&1
+    status=$?
+    [ $status -eq 0 ] || { failed=1; grep -v '^note' $logs/$name | tail -n 15; }
+    table="$table
+$name: status $status, $(($(date +%s) - start)) s: $(tail -n 1 $logs/$name | cut -c 1-120)"
+}
+
+answers='
+ask="run --model-path tiny-r1 --temperature 0"
+for question in "How many r are there in strawberry ?" "How many e are there in cheese ?" \
+    "Which is larger, 9.11 or 9.8 ?" "What is 127 + 395 ?" "Spell banana backwards" "Hello !" \
+    "Who was the first emperor of Rome ?"; do
+    build/cuda/r1 $ask "$question" >build/cuda/logs/gpu_answer &&
+    build/r1 $ask "$question" >build/cuda/logs/cpu_answer &&
+    cmp build/cuda/logs/gpu_answer build/cuda/logs/cpu_answer || exit 1
+done
+echo "7 answers are the same"'
+
+only="$*"
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
+part build 400 make CUDA=1 -j"$(nproc)" build/cuda/r1 build/cuda/test_cuda
+part build_cpu 100 make CUDA=0 -j"$(nproc)" build/r1
+for name in place steps rows routes sample model; do part $name 60 build/cuda/test_cuda $name; done
+part answers 60 sh -c "$answers"
+part memcheck_run 60 compute-sanitizer --error-exitcode 9 build/cuda/r1 run --model-path tiny-r1 \
+    --max-total-tokens 1024 --max-tokens 3 "How many r are there in strawberry ?"
+for name in place steps rows routes sample; do
+    part memcheck_$name 60 compute-sanitizer --error-exitcode 9 build/cuda/test_cuda $name 2
+done
+for name in rows routes; do
+    part racecheck_$name 60 compute-sanitizer --tool racecheck --error-exitcode 9 \
+        build/cuda/test_cuda $name 1
+done
+part bench 60 build/cuda/test_cuda bench
+grep -h '^note' $logs/model $logs/bench
+echo "$table"
+exit $failed

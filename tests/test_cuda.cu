@@ -1,0 +1,884 @@
+// tests/test_cuda.cu: kernels.cu against the C twin, the small stages one by one and then whole
+// steps. kernels.cu is included, so that its layouts can be looked at; the C twin is linked with
+// "ref_" before its names.
+//
+// Everything that a kernel may write lies between guards and is poisoned first: with NaN, so that
+// what is read and never written shows, too. What is exact by nature is compared bit by bit. Where
+// the order of a sum differs, a bf16 result may be the next one; then what was made of it is
+// compared for the values that are equal, and those must be nearly all.
+#include "../kernels.cu"
+#include "test.h"
+
+enum { GUARD = 256, POISON = 0xff, MARK = 0xa5 };
+
+extern "C" {
+decltype(device_init) ref_device_init;
+decltype(act_new) ref_act_new;
+decltype(act_free) ref_act_free;
+decltype(routing_new) ref_routing_new;
+decltype(routing_free) ref_routing_free;
+decltype(rope_angles) ref_rope_angles;
+decltype(embed) ref_embed;
+decltype(add_norm) ref_add_norm;
+decltype(mla_latent) ref_mla_latent;
+decltype(moe_route) ref_moe_route;
+decltype(sample) ref_sample;
+decltype(philox) ref_philox;
+decltype(model_load) ref_model_load;
+decltype(model_free) ref_model_free;
+decltype(model_step) ref_model_step;
+}
+
+typedef struct {
+    int rows, cols;
+    float *x, *q, *scale;
+} RefAct;  // kernels.c's
+
+static const int ROWS[] = {1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 65, 128, 200};
+static int n_counts = 13;  // of these; fewer where a checker makes everything slow
+enum { MAX_ROWS = 200 };
+
+// ---- Data ---------------------------------------------------------------------------------------
+
+static double noise(void) {  // even in -1..1, always the same numbers
+    static uint64_t state = 0x9e3779b97f4a7c15;
+    state ^= state >> 12, state ^= state << 25, state ^= state >> 27;
+    return (double)(int64_t)(state * 0x2545f4914f6cdd1d) * 0x1p-63;
+}
+
+static float bf16_value(bf16 v) {
+    uint32_t bits = (uint32_t)v << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static bf16 *bf16_noise(size_t n, double size) {
+    bf16 *x = (bf16 *)xmalloc(n * sizeof *x);
+    for (size_t i = 0; i < n; i++) x[i] = round_half(size * noise());
+    return x;
+}
+
+static Vector vector_noise(int dim, DType dtype, double middle, double spread) {
+    uint8_t *data = (uint8_t *)xmalloc((size_t)dim * 4 + 1) + 1;  // at an odd address
+    for (int i = 0; i < dim; i++) {
+        float f = middle + spread * noise();
+        bf16 rounded = round_half(f);
+        if (dtype == DTYPE_BF16)
+            memcpy(data + 2 * i, &rounded, 2);
+        else
+            memcpy(data + 4 * i, &f, 4);
+    }
+    return (Vector){dim, dtype, data};
+}
+
+// Device memory between two guards, poisoned or filled.
+typedef struct {
+    uint8_t *all, *data;
+    size_t bytes;
+} Room;
+
+static Room rooms[64];
+static int n_rooms;
+
+static void *room(const void *from, size_t bytes) {
+    uint8_t *all = (uint8_t *)device_alloc(bytes + 2 * GUARD), *data = all + GUARD;
+    check(cudaMemsetAsync(all, MARK, bytes + 2 * GUARD, stream), "memset");
+    if (from)
+        check(cudaMemcpyAsync(data, from, bytes, cudaMemcpyHostToDevice, stream), "copy");
+    else
+        check(cudaMemsetAsync(data, POISON, bytes, stream), "memset");
+    assert(n_rooms < 64);
+    rooms[n_rooms++] = (Room){all, data, bytes};
+    return data;
+}
+
+static void *fetch(const void *device, size_t bytes) {
+    void *p = xmalloc(bytes);
+    check(cudaMemcpyAsync(p, device, bytes, cudaMemcpyDeviceToHost, stream), "copy");
+    check(cudaStreamSynchronize(stream), "kernel");
+    return p;
+}
+
+// Frees all rooms; false where something wrote beside one.
+static bool rooms_close(void) {
+    bool good = true;
+    while (n_rooms) {
+        Room r = rooms[--n_rooms];
+        uint8_t *all = (uint8_t *)fetch(r.all, r.bytes + 2 * GUARD);
+        for (int i = 0; i < GUARD; i++) good &= all[i] == MARK && all[GUARD + r.bytes + i] == MARK;
+        free(all);
+        device_free(r.all);
+    }
+    return good;
+}
+
+static Act *act_poisoned(int rows, int cols) {
+    Act *a = act_new(rows, cols);
+    size_t n = (size_t)a->stride * cols;
+    check(cudaMemsetAsync(a->x, POISON, n * 2, stream), "memset");
+    check(cudaMemsetAsync(a->q, POISON, n, stream), "memset");
+    check(cudaMemsetAsync(a->scale, POISON, n / BLOCK * 4, stream), "memset");
+    return a;
+}
+
+static float e4m3_value(uint8_t code) {
+    int e = code >> 3 & 15, m = code & 7;
+    float v = (code & 0x7f) == 0x7f ? NAN : e ? ldexpf(8 + m, e - 10) : ldexpf(m, -9);
+    return code & 0x80 ? -v : v;
+}
+
+// How far apart two bf16 are, in steps; huge where one is NaN and the other not.
+static int bf16_steps(bf16 a, bf16 b) {
+    if (isnan(bf16_value(a)) || isnan(bf16_value(b)))
+        return isnan(bf16_value(a)) && isnan(bf16_value(b)) ? 0 : 1 << 20;
+    int x = a & 0x8000 ? -(a & 0x7fff) : a, y = b & 0x8000 ? -(b & 0x7fff) : b;
+    return abs(x - y);
+}
+
+static bool poisoned(const void *data, size_t bytes) {
+    for (size_t i = 0; i < bytes; i++)
+        if (((const uint8_t *)data)[i] != POISON) return false;
+    return true;
+}
+
+// An Act of n rows against the C twin's: values at most a bf16 step apart and in 99.8 % of cases
+// equal; in groups of equal values scale and e4m3 are equal. Tokens behind n stay poisoned.
+static void check_act(const char *name, const Act *a, const Act *want, int n) {
+    const RefAct *r = (const RefAct *)want;
+    size_t size = (size_t)a->stride * a->cols, values = (size_t)n * a->cols, equal_groups = 0;
+    bf16 *x = (bf16 *)fetch(a->x, size * 2);
+    uint8_t *q = (uint8_t *)fetch(a->q, size);
+    float *scale = (float *)fetch(a->scale, size / BLOCK * 4);
+    size_t far = 0, unequal = 0, wrong = 0, touched = 0;
+    for (int row = 0; row < n; row++)
+        for (int g = 0; g < a->cols / BLOCK; g++) {
+            bool same = true;
+            for (int i = 0; i < BLOCK; i++) {
+                size_t at = (size_t)row * a->cols + g * BLOCK + i;
+                int steps = bf16_steps(x[at], round_half(r->x[at]));
+                far += steps > 1, unequal += steps > 0;
+                same &= steps == 0;
+            }
+            equal_groups += same;
+            size_t line = (size_t)g * a->stride + row;
+            float ref_scale = r->scale[(size_t)row * (a->cols / BLOCK) + g];
+            wrong += same && memcmp(&scale[line], &ref_scale, 4) != 0;
+            for (int i = 0; same && i < BLOCK; i++) {
+                float got = e4m3_value(q[line * ROW_BYTES + ((i / 16 ^ row % 8) << 4) + i % 16]);
+                float ref = r->q[(size_t)row * a->cols + g * BLOCK + i];
+                wrong += !(got == ref || (isnan(got) && isnan(ref)));
+            }
+        }
+    for (int g = 0; g < a->cols / BLOCK; g++)
+        touched += !poisoned(q + ((size_t)g * a->stride + n) * ROW_BYTES,
+                             (size_t)(a->stride - n) * ROW_BYTES);
+    touched += !poisoned(x + values, (size - values) * 2);
+    CHECK(far == 0 && unequal * 500 <= values,
+          "%s, %d rows: %zu of %zu differ, %zu by more than a "
+          "step",
+          name, n, unequal, values, far);
+    CHECK(wrong == 0 && equal_groups * 10 >= values / BLOCK * 5,
+          "%s, %d rows: %zu wrong in %zu of "
+          "%zu groups",
+          name, n, wrong, equal_groups, values / BLOCK);
+    CHECK(touched == 0, "%s, %d rows: %zu groups written behind them", name, n, touched);
+    free(x), free(q), free(scale);
+}
+
+// ---- Placing ------------------------------------------------------------------------------------
+
+static uint8_t *bytes_noise(size_t n) {  // at an odd address
+    uint8_t *p = (uint8_t *)xmalloc(n + 1) + 1;
+    for (size_t i = 0; i < n; i += 8) {
+        uint64_t v = noise() * 0x1p62;
+        memcpy(p + i, &v, n - i < 8 ? n - i : 8);
+    }
+    return p;
+}
+
+// Where a byte of a row stands in a placed matrix.
+static size_t strip_at(int row, int byte, int row_bytes) {
+    return (size_t)(row / 16) * 16 * row_bytes + byte / 128 * 2048 + row % 16 * 128 +
+           ((byte % 128 / 16 ^ row % 8) << 4) + byte % 16;
+}
+
+static void test_place_matrix(int out, int in, DType dtype) {
+    int size = dtype == DTYPE_F8_E4M3 ? 1
+               : dtype == DTYPE_BF16  ? 2
+                                      : 4,
+        row_bytes = in * (size > 1 ? 2 : 1);
+    int blocks = units(out, BLOCK) * (in / BLOCK);
+    Linear w = {out, in, dtype, bytes_noise((size_t)out * in * size), bytes_noise(blocks * 4)},
+           p = w;
+    size_t told = place_linear(&p, PLACE_MATRIX), wrong = 0;
+    uint8_t *got = (uint8_t *)fetch(p.data, matrix_bytes(&p));
+    for (int row = 0; row < out; row++)
+        for (int b = 0; b < row_bytes; b++) {
+            uint8_t want = w.data[(size_t)row * row_bytes + b];
+            if (size == 4) {
+                bf16 rounded = round_half(value_at(w.data, dtype, (size_t)row * in + b / 2));
+                want = rounded >> 8 * (b % 2);
+            }
+            wrong += got[strip_at(row, b, row_bytes)] != want;
+        }
+    CHECK(wrong == 0, "placing %d x %d, dtype %d: %zu bytes", out, in, dtype, wrong);
+    CHECK(told == (size_t)out * in * size + (size == 1 ? blocks * 4 : 0), "%zu bytes", told);
+    if (size == 1) {
+        uint8_t *scale = (uint8_t *)fetch(p.scale, blocks * 4);
+        CHECK(memcmp(scale, w.scale, blocks * 4) == 0, "scales");
+        free(scale);
+    }
+    free(got);
+    place_free();
+}
+
+static void test_place_mlp(void) {
+    enum { N = 3, WIDTH = 256, HIDDEN = 384 };
+    Mlp m[N + 1], p[N + 1];
+    for (int e = 0; e <= N; e++)
+        for (int i = 0; i < 3; i++) {
+            int out = i < 2 ? WIDTH : HIDDEN, in = i < 2 ? HIDDEN : WIDTH;
+            (&m[e].gate_proj)[i] = (Linear){out, in, DTYPE_F8_E4M3, bytes_noise(out * in),
+                                            bytes_noise(out / BLOCK * (in / BLOCK) * 4)};
+        }
+    memcpy(p, m, sizeof p);
+    place_mlp(p, N, &p[N]);
+    size_t wrong = 0;
+    for (int e = 0; e <= N; e++) {
+        const uint8_t *up = p[0].up_proj.data + (size_t)e * 2 * WIDTH * HIDDEN;
+        wrong += p[e].gate_proj.data != up || p[e].up_proj.data != up;
+        wrong += p[e].down_proj.data != p[0].down_proj.data + (size_t)e * WIDTH * HIDDEN;
+        uint8_t *got = (uint8_t *)fetch(up, 2 * WIDTH * HIDDEN);
+        for (int i = 0; i < 2; i++)
+            for (int row = 0; row < WIDTH; row++)
+                for (int b = 0; b < HIDDEN; b++)
+                    wrong += got[strip_at(row / 8 * 16 + row % 8 + 8 * i, b, HIDDEN)] !=
+                             (&m[e].gate_proj)[i].data[row * HIDDEN + b];
+        free(got);
+        got = (uint8_t *)fetch(p[e].down_proj.data, WIDTH * HIDDEN);
+        for (int row = 0; row < HIDDEN; row++)
+            for (int b = 0; b < WIDTH; b++)
+                wrong += got[strip_at(row, b, WIDTH)] != m[e].down_proj.data[row * WIDTH + b];
+        free(got);
+        for (int i = 0; i < 3; i++) {
+            uint8_t *scale =
+                (uint8_t *)fetch((&p[e].gate_proj)[i].scale, WIDTH / BLOCK * (HIDDEN / BLOCK) * 4);
+            wrong += memcmp(scale, (&m[e].gate_proj)[i].scale,
+                            WIDTH / BLOCK * (HIDDEN / BLOCK) * 4) != 0;
+            free(scale);
+        }
+    }
+    CHECK(wrong == 0, "experts: %zu", wrong);
+    place_free();
+}
+
+static void test_place(void) {
+    test_place_matrix(576, 7168, DTYPE_F8_E4M3);
+    test_place_matrix(6000, 7168, DTYPE_F8_E4M3);  // more than one buffer
+    test_place_matrix(256, 7168, DTYPE_BF16);
+    test_place_matrix(130, 256, DTYPE_F32);
+    test_place_mlp();
+}
+
+// ---- A step's arrays, and its recording ---------------------------------------------------------
+
+static int get_int(const int *device) {
+    int *p = (int *)fetch(device, sizeof *p), v = *p;
+    free(p);
+    return v;
+}
+
+// Three rows in two sequences: each row's page must be found by the formula that kernels use.
+static void test_batch(void) {
+    enum { WIDE = 5 };
+    int id[] = {7, 8, 9}, position[] = {130, 0, 64}, seq[] = {2, 1, 1}, out[] = {0, 2};
+    int pages[3 * WIDE];
+    for (int i = 0; i < 3 * WIDE; i++) pages[i] = 100 + i;
+    Batch b = {3, id, position, seq, pages, WIDE, out, 2}, p;
+    CHECK(step_begin(&p, &b), "steps with few logits are not recorded");
+    for (int i = 0; i < 3; i++) {
+        int page = get_int(p.pages + (size_t)get_int(p.seq + i) * p.max_pages + position[i] / PAGE);
+        CHECK(page == pages[seq[i] * WIDE + position[i] / PAGE], "row %d: page %d", i, page);
+        CHECK(get_int(p.id + i) == id[i] && get_int(p.position + i) == position[i], "row %d", i);
+    }
+    CHECK(p.n == 3 && p.n_out == 2 && get_int(p.out + 1) == 2, "wanted rows");
+    step_end();
+}
+
+// A recorded step must see each time what lies in the batch then, and follow a moved buffer.
+static void test_recording(void) {
+    enum { N = 5, WIDE = 3000 };
+    float frequency[ROPE_DIM / 2], *rope = (float *)room(NULL, N * ROPE_DIM * 4);
+    static float want[N * ROPE_DIM];
+    static int pages[N * WIDE];
+    int id[N] = {0}, position[N], seq[N] = {0, 1, 2, 3, 4}, out[N] = {0}, recorded = 0;
+    for (int i = 0; i < ROPE_DIM / 2; i++) frequency[i] = powf(10000, -i / 32.f);
+    for (int round = 0; round < 6; round++) {
+        for (int i = 0; i < N; i++) position[i] = 100 * round + i + (round > 3 ? 150000 : 0);
+        Batch b = {N, id, position, seq, pages, WIDE, out, N}, p;
+        bool run = step_begin(&p, &b);
+        recorded += !run;
+        if (run) rope_angles(rope, frequency, p.position, N);
+        step_end();
+        ref_rope_angles(want, frequency, position, N);
+        float *got = (float *)fetch(rope, sizeof want);
+        float worst = 0;
+        for (int i = 0; i < N * ROPE_DIM; i++) worst = fmaxf(worst, fabsf(got[i] - want[i]));
+        CHECK(worst <= 1e-6f, "round %d: %g", round, worst);
+        free(got);
+    }
+    CHECK(recorded == 4, "%d of 6 rounds came from a recording", recorded);
+    CHECK(rooms_close(), "guards");
+    place_free();
+}
+
+// ---- The small stages ---------------------------------------------------------------------------
+
+static void test_rope(int n) {
+    float frequency[ROPE_DIM / 2], *want = (float *)xmalloc(n * ROPE_DIM * 4);
+    int *position = (int *)xmalloc(n * 4);
+    for (int i = 0; i < ROPE_DIM / 2; i++) frequency[i] = powf(10000, -i / 32.f);
+    for (int i = 0; i < n; i++) position[i] = i < 3 ? i : (noise() + 1) * 81919;
+    float *rope = (float *)room(NULL, n * ROPE_DIM * 4);
+    rope_angles(rope, frequency, (int *)room(position, n * 4), n);
+    ref_rope_angles(want, frequency, position, n);
+    float *got = (float *)fetch(rope, n * ROPE_DIM * 4);
+    int unequal = 0, far = 0;
+    for (int i = 0; i < n * ROPE_DIM; i++) {
+        unequal += got[i] != want[i];
+        far += !(fabsf(got[i] - want[i]) <= 1.2e-7f * fmaxf(fabsf(want[i]), 1e-3f));
+    }
+    CHECK(far == 0 && unequal * 20 <= n * ROPE_DIM,
+          "rope, %d rows: %d differ, %d by more than an "
+          "ulp",
+          n, unequal, far);
+    CHECK(rooms_close(), "guards");
+    free(position), free(want), free(got);
+}
+
+static void test_embed(int n, int hidden) {
+    enum { VOCAB = 300 };
+    Linear w = {VOCAB, hidden, DTYPE_BF16, (uint8_t *)bf16_noise((size_t)VOCAB * hidden, 1), NULL},
+           p = w;
+    bf16 *want = (bf16 *)xmalloc((size_t)n * hidden * 2);
+    int *id = (int *)xmalloc(n * 4);
+    for (int i = 0; i < n; i++) id[i] = (noise() + 1) / 2 * VOCAB;
+    place_linear(&p, PLACE_TABLE);
+    bf16 *x = (bf16 *)room(NULL, (size_t)n * hidden * 2);
+    embed(x, &p, (int *)room(id, n * 4), n);
+    ref_embed(want, &w, id, n);
+    bf16 *got = (bf16 *)fetch(x, (size_t)n * hidden * 2);
+    CHECK(memcmp(got, want, (size_t)n * hidden * 2) == 0, "embed, %d rows of %d", n, hidden);
+    CHECK(rooms_close(), "guards");
+    place_free();
+    free(id), free(want), free(got), free((void *)w.data);
+}
+
+static void test_add_norm(int n, int cols, DType dtype, bool add, double size) {
+    size_t bytes = (size_t)n * cols * 2;
+    bf16 *x = bf16_noise((size_t)n * cols, size), *y = bf16_noise((size_t)n * cols, size);
+    for (int i = 0; i < cols; i++) x[i] = 0, y[i] = i < BLOCK ? 0 : y[i];  // groups of zeros
+    Vector gain = vector_noise(cols, dtype, 1, 0.5), p = gain;
+    place_vector(&p);
+    Act *a = act_poisoned(n, cols), *ref = ref_act_new(n, cols);
+    bf16 *dx = (bf16 *)room(x, bytes), *dy = (bf16 *)room(y, bytes);
+    add_norm(dx, a, add ? dy : NULL, &p, 1e-6f, n);
+    ref_add_norm(x, ref, add ? y : NULL, &gain, 1e-6f, n);
+    bf16 *got = (bf16 *)fetch(dx, bytes);
+    CHECK(memcmp(got, x, bytes) == 0, "add_norm, %d rows of %d: the sum", n, cols);
+    check_act("add_norm", a, ref, n);
+    CHECK(rooms_close(), "guards");
+    place_free();
+    act_free(a), ref_act_free(ref);
+    free(x), free(y), free(got), free((void *)(gain.data - 1));
+}
+
+// NaN stays where it is: in its own row.
+static void test_add_norm_nan(void) {
+    enum { N = 3, COLS = 256 };
+    bf16 *x = bf16_noise(N * COLS, 1);
+    x[COLS + 5] = 0x7fc0;
+    Vector gain = vector_noise(COLS, DTYPE_F32, 1, 0.5), p = gain;
+    place_vector(&p);
+    Act *a = act_poisoned(N, COLS);
+    add_norm((bf16 *)room(x, N * COLS * 2), a, NULL, &p, 1e-6f, N);
+    bf16 *got = (bf16 *)fetch(a->x, N * COLS * 2);
+    int broken[N] = {0};
+    for (int i = 0; i < N * COLS; i++) broken[i / COLS] += isnan(bf16_value(got[i]));
+    CHECK(broken[0] == 0 && broken[1] == COLS && broken[2] == 0, "%d %d %d", broken[0], broken[1],
+          broken[2]);
+    CHECK(rooms_close(), "guards");
+    act_free(a);
+    place_free();
+    free(x), free(got);
+}
+
+static void test_latent(int n, int q_lora) {
+    enum { PAGES = 12, WIDE = 4 };
+    int position[MAX_ROWS], seq[MAX_ROWS], pages[3 * WIDE];
+    size_t cache_bytes = (size_t)PAGES * PAGE_BYTES;
+    for (int i = 0; i < 3 * WIDE; i++) pages[i] = (i * 5 + 3) % PAGES;  // each once
+    for (int i = 0; i < n; i++) seq[i] = i * 3 / n, position[i] = i - (seq[i] * n + 2) / 3 + 60;
+    bf16 *q = bf16_noise((size_t)n * q_lora, 2), *kv = bf16_noise((size_t)n * CACHE_DIM, 2);
+    float *rope = (float *)xmalloc(n * ROPE_DIM * 4), frequency[ROPE_DIM / 2];
+    for (int i = 0; i < ROPE_DIM / 2; i++) frequency[i] = powf(10000, -i / 32.f);
+    ref_rope_angles(rope, frequency, position, n);
+    Vector q_gain = vector_noise(q_lora, DTYPE_BF16, 1, 0.5), pq = q_gain;
+    Vector kv_gain = vector_noise(LATENT_DIM, DTYPE_BF16, 1, 0.5), pkv = kv_gain;
+    place_vector(&pq), place_vector(&pkv);
+    Batch b = {n, NULL, position, seq, pages, WIDE, NULL, 0}, d = b;
+    d.position = (int *)room(position, n * 4), d.seq = (int *)room(seq, n * 4);
+    d.pages = (int *)room(pages, sizeof pages);
+    Act *a = act_poisoned(n, q_lora), *ref = ref_act_new(n, q_lora);
+    bf16 *cache = (bf16 *)room(NULL, cache_bytes), *want = (bf16 *)xmalloc(cache_bytes);
+    memset(want, POISON, cache_bytes);
+    mla_latent(a, cache, (bf16 *)room(q, (size_t)n * q_lora * 2),
+               (bf16 *)room(kv, (size_t)n * CACHE_DIM * 2), &pq, &pkv, 1e-6f,
+               (float *)room(rope, n * ROPE_DIM * 4), &d);
+    ref_mla_latent(ref, want, q, kv, &q_gain, &kv_gain, 1e-6f, rope, &b);
+    uint8_t *got = (uint8_t *)fetch(cache, cache_bytes);
+    size_t far = 0, unequal = 0, keys = 0;
+    for (int page = 0; page < PAGES; page++)
+        for (int t = 0; t < PAGE; t++)
+            for (int i = 0; i < CACHE_DIM; i++) {
+                size_t at = (size_t)page * PAGE_BYTES + i / 64 * 8192 + t * 128 +
+                            ((i % 64 / 8 ^ t % 8) << 4) + i % 8 * 2;
+                bf16 v, w = want[((size_t)page * PAGE + t) * CACHE_DIM + i];
+                memcpy(&v, got + at, 2);
+                int steps = v == w ? 0 : w == 0xffff ? 1 << 20 : bf16_steps(v, w);
+                far += steps > 1, unequal += steps > 0, keys += steps > 0 && i >= LATENT_DIM;
+            }
+    CHECK(far == 0 && keys == 0 && unequal * 500 <= (size_t)n * CACHE_DIM,
+          "cache, %d rows: %zu differ, %zu by more than a step, %zu of keys", n, unequal, far,
+          keys);
+    check_act("mla_latent", a, ref, n);
+    CHECK(rooms_close(), "guards");
+    place_free();
+    act_free(a), ref_act_free(ref);
+    free(q), free(kv), free(rope), free(want), free(got);
+}
+
+// ---- Routing ------------------------------------------------------------------------------------
+
+static Config config_of(int hidden, int experts, int groups, int kept, int k) {
+    Config c = {};
+    c.hidden_size = hidden, c.n_routed_experts = experts, c.n_group = groups, c.topk_group = kept;
+    c.num_experts_per_tok = k, c.routed_scaling_factor = 2.5;
+    return c;
+}
+
+// The C twin gets its router logits through a gate of ones on the diagonal, and the kernel gets
+// them as they are. `coarse`: few different values, so that ties are common.
+static void test_route(int n, const Config *c, bool coarse) {
+    int experts = c->n_routed_experts, k = c->num_experts_per_tok, pairs = n * k, parts = 1 + n % 3;
+    float *product = (float *)xcalloc((size_t)parts * n * experts, 4);  // all but one part is 0
+    bf16 *gate = (bf16 *)xcalloc((size_t)experts * c->hidden_size, 2);
+    for (int e = 0; e < experts; e++) gate[(size_t)e * c->hidden_size + e] = 0x3f80;
+    Linear w = {experts, c->hidden_size, DTYPE_BF16, (uint8_t *)gate, NULL};
+    Vector bias = vector_noise(experts, DTYPE_F32, 0, coarse ? 0 : 0.1), p = bias;
+    place_vector(&p);
+    Act *a = ref_act_new(n, c->hidden_size);
+    for (int row = 0; row < n; row++)
+        for (int e = 0; e < experts; e++) {
+            float v = coarse ? (float)(int)(noise() * 3) : bf16_value(round_half(noise() * 4));
+            product[((size_t)(parts - 1) * n + row) * experts + e] =
+                ((RefAct *)a)->x[(size_t)row * c->hidden_size + e] = v;
+        }
+    Routing want = ref_routing_new(n, c), r = {};
+    ref_moe_route(&want, a, &w, &bias, c, n);
+    r.sum = (float *)room(product, (size_t)parts * n * experts * 4);
+    r.expert = (int *)room(NULL, pairs * 4), r.weight = (float *)room(NULL, pairs * 4);
+    r.start = (int *)room(NULL, (experts + 1) * 4), r.pair = (int *)room(NULL, pairs * 4);
+    route(&r, &p, c, n, parts);
+    int *expert = (int *)fetch(r.expert, pairs * 4), *pair = (int *)fetch(r.pair, pairs * 4);
+    int *start = (int *)fetch(r.start, (experts + 1) * 4), wrong = 0, far = 0;
+    float *weight = (float *)fetch(r.weight, pairs * 4);
+    for (int i = 0; i < pairs; i++) {
+        wrong += expert[i] != want.expert[i];
+        far += !(fabsf(weight[i] - want.weight[i]) <= 1e-6f);
+    }
+    CHECK(wrong == 0 && far == 0, "route, %d rows, %d experts, coarse %d: %d experts, %d weights",
+          n, experts, coarse, wrong, far);
+    CHECK(memcmp(start, want.start, (experts + 1) * 4) == 0 &&
+              memcmp(pair, want.pair, pairs * 4) == 0,
+          "lists, %d rows, %d experts", n, experts);
+    CHECK(rooms_close(), "guards");
+    place_free();
+    ref_act_free(a), ref_routing_free(&want);
+    free(product), free(gate), free(expert), free(weight), free(start), free(pair);
+}
+
+// ---- Choosing a token ---------------------------------------------------------------------------
+
+typedef struct {
+    int compared, near;
+} SampleTally;
+
+static Sampling neutral(void) {
+    Sampling s = {};
+    s.temperature = 1, s.top_p = 1, s.top_k = -1, s.repetition_penalty = 1, s.top_logprobs = -1;
+    return s;
+}
+
+// Rows of random parameters, each with everything on now and then. Two logarithms that differ in
+// their last bit may choose another id where two ids are that near; it must be rare.
+static void test_sample_rows(int n, int vocab, int stride, SampleTally *tally) {
+    enum { TOKENS = 400, BIASES = 5 };
+    float *l = (float *)xmalloc((size_t)n * stride * 4),
+          *copy = (float *)xmalloc((size_t)n * stride * 4);
+    Sampling *s = (Sampling *)xcalloc(n, sizeof *s);
+    Choice *got = (Choice *)xcalloc(n, sizeof *got), *want = (Choice *)xcalloc(n, sizeof *want);
+    static int tokens[TOKENS], banned[4], bias_id[BIASES], given;
+    static float bias[BIASES];
+    given = 7 % vocab;
+    for (int i = 0; i < TOKENS; i++) tokens[i] = (noise() + 1) / 2 * vocab;
+    for (int i = 0; i < BIASES; i++) bias_id[i] = i * (vocab / BIASES), bias[i] = 3 * noise();
+    for (int i = 0; i < 4; i++) banned[i] = i * 3 + vocab - 5;  // the last one is no token
+    for (int row = 0; row < n; row++) {
+        double coarse = row % 5 == 4 ? 1 : 0, spread = row % 3 ? 3 : 12;
+        for (int i = 0; i < stride; i++) {
+            float v = spread * (noise() + noise() + noise());
+            l[(size_t)row * stride + i] = i >= vocab ? NAN : coarse ? rintf(v) : v;
+        }
+        s[row] = neutral();
+        s[row].seed = row * 0x123456789abcdefull, s[row].n_tokens = row % TOKENS;
+        s[row].tokens = tokens, s[row].n_prompt = row % TOKENS / 2;
+        if (row % 2) s[row].temperature = 0.3 + row % 7 * 0.2;
+        if (row % 11 == 0) s[row].temperature = 0;
+        if (row % 3 == 1) s[row].top_p = 0.05 + row % 19 * 0.05;
+        if (row % 4 == 2) s[row].top_k = 1 + row * row % 300;
+        if (row % 6 == 5) s[row].min_p = 0.02 * (row % 9);
+        if (row % 7 == 3) s[row].repetition_penalty = 1.3, s[row].n_tokens = TOKENS;
+        if (row % 8 == 6) s[row].frequency_penalty = 0.4, s[row].presence_penalty = -0.3;
+        if (row % 5 == 2) s[row].banned = banned, s[row].n_banned = 4;
+        if (row % 5 == 3) s[row].bias_id = bias_id, s[row].bias = bias, s[row].n_bias = BIASES;
+        if (row % 4 == 1) s[row].top_logprobs = row % 21;
+        if (row % 13 == 9) s[row].given = &given, s[row].top_logprobs = 3;
+    }
+    memcpy(copy, l, (size_t)n * stride * 4);
+    float *d = (float *)room(l, (size_t)n * stride * 4);
+    sample(got, d, s, vocab, stride, n);
+    ref_sample(want, copy, s, vocab, stride, n);
+    for (int row = 0; row < n; row++) {
+        const Choice *a = &got[row], *b = &want[row];
+        tally->compared++;
+        if (a->id != b->id) {
+            bool drawn = s[row].temperature > 0 && s[row].top_k != 1 && !s[row].given;
+            tally->near++;
+            CHECK(drawn && a->id >= 0 && b->id >= 0, "row %d: got %d, want %d", row, a->id, b->id);
+            continue;
+        }
+        CHECK(fabsf(a->logprob - b->logprob) <= 2e-6f * fmaxf(1, fabsf(b->logprob)) &&
+                  a->n_top == b->n_top,
+              "row %d: logprob %g, want %g; %d of %d", row, a->logprob, b->logprob, a->n_top,
+              b->n_top);
+        for (int i = 0; i < b->n_top; i++)
+            CHECK(a->top_id[i] == b->top_id[i] && fabsf(a->top_logprob[i] - b->top_logprob[i]) <=
+                                                      2e-6f * fmaxf(1, fabsf(b->top_logprob[i])),
+                  "row %d: top %d", row, i);
+    }
+    CHECK(rooms_close(), "guards");
+    free(l), free(copy), free(s), free(got), free(want);
+}
+
+// What the filters leave, seen by drawing from 64 equal or stepped logits with many seeds.
+static void test_sample_filters(void) {
+    enum { VOCAB = 64, N = 512 };
+    static const struct {
+        float top_p, min_p;
+        int top_k;
+    } filter[] = {{1, 0, 5},    {0.5, 0, -1},   {0.3, 0, 7},
+                  {1, 0.4, -1}, {0.9, 0.9, 40}, {0.01, 0, -1}};
+    for (int shape = 0; shape < 3; shape++)
+        for (int f = 0; f < 6; f++) {
+            static float l[N][VOCAB], copy[N][VOCAB];
+            static Sampling s[N];
+            static Choice got[N], want[N];
+            int different = 0;
+            for (int row = 0; row < N; row++) {
+                for (int i = 0; i < VOCAB; i++)
+                    l[row][i] = shape == 0 ? 1 : shape == 1 ? -0.05f * (i * 37 % 64) : i % 4;
+                s[row] = neutral();
+                s[row].seed = row + 1, s[row].top_p = filter[f].top_p;
+                s[row].min_p = filter[f].min_p, s[row].top_k = filter[f].top_k;
+            }
+            memcpy(copy, l, sizeof l);
+            sample(got, (float *)room(l, sizeof l), s, VOCAB, VOCAB, N);
+            ref_sample(want, &copy[0][0], s, VOCAB, VOCAB, N);
+            for (int row = 0; row < N; row++) different += got[row].id != want[row].id;
+            CHECK(different <= 1, "shape %d, filter %d: %d of %d draws differ", shape, f, different,
+                  N);
+            CHECK(rooms_close(), "guards");
+        }
+}
+
+static void test_sample_broken(void) {
+    enum { VOCAB = 129280 };
+    static const float value[] = {NAN, INFINITY, -NAN, -INFINITY};
+    float *l = (float *)xmalloc(VOCAB * 4);
+    for (int v = 0; v < 4; v++)
+        for (int place = 0; place < 3; place++) {
+            Choice c;
+            Sampling s = neutral();
+            for (int i = 0; i < VOCAB; i++) l[i] = v == 3 ? -INFINITY : i % 10;
+            l[place == 0 ? 0 : place == 1 ? 70000 : VOCAB - 1] = value[v];
+            sample(&c, (float *)room(l, VOCAB * 4), &s, VOCAB, VOCAB, 1);
+            CHECK(c.id == -1 && c.n_top == 0, "%g at place %d: id %d", value[v], place, c.id);
+            CHECK(rooms_close(), "guards");
+        }
+    free(l);
+}
+
+static void test_sample(void) {
+    SampleTally t = {};
+    for (int i = 0; i < n_counts; i++) test_sample_rows(ROWS[i], 507, 512, &t);
+    test_sample_rows(ROWS[n_counts / 2 + 1], 128815, 129280, &t);
+    CHECK(t.near * 200 <= t.compared, "%d of %d draws differ", t.near, t.compared);
+    test_sample_filters();
+    test_sample_broken();
+    uint32_t a[4], b[4], counter[4] = {1, 2, 3, 4};
+    philox(a, 0x123456789abcdef, counter), ref_philox(b, 0x123456789abcdef, counter);
+    CHECK(memcmp(a, b, sizeof a) == 0, "philox");
+}
+
+// ---- The whole model ----------------------------------------------------------------------------
+
+typedef struct {
+    float error[1024];
+    int rows, equal;
+} ModelTally;  // of each row, relative rms
+
+static int ascending(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+static int best_of(const float *l, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (!(l[i] <= l[best])) best = i;
+    return best;
+}
+
+// The same rows through both twins. Each writes its own cache, so errors may add up over steps.
+static void model_compare(Model *m, Model *ref, const Batch *b, ModelTally *t) {
+    int vocab = m->config.vocab_size;
+    model_step(m, b), ref_model_step(ref, b);
+    float *got = (float *)fetch(m->logits, (size_t)b->n_out * vocab * sizeof *got);
+    for (int row = 0; row < b->n_out; row++) {
+        const float *x = got + (size_t)row * vocab, *y = ref->logits + (size_t)row * vocab;
+        double error = 0, size = 0;
+        for (int i = 0; i < vocab; i++)
+            error += (x[i] - y[i]) * (double)(x[i] - y[i]), size += y[i] * (double)y[i];
+        t->error[t->rows++] = sqrt(error / size);
+        t->equal += best_of(x, vocab) == best_of(y, vocab);
+    }
+    free(got);
+}
+
+static const char conversation[] =
+    "<\uff5cUser\uff5c>How many r are there in strawberry ?<\uff5cAssistant\uff5c><think>\n"
+    "Let me spell the word and count each \"r\".\n1. s: 0\n2. t: 0\n3. r: 1\n4. a: 1\n5. w: 1\n"
+    "6. b: 1\n7. e: 1\n8. r: 2\n9. r: 3\n10. y: 3\nThe count is 3.\n</think>\n\nThe letter \"r\" "
+    "appears **3** times in \"strawberry\".";
+
+// tiny-r1 over a conversation that it knows, three sequences of it, each begun one token later: in
+// chunks of uneven size, then in decoding steps of all numbers of rows up to three, several times,
+// so that most come from a recording. A bf16 result that was rounded the other way puts some e4m3
+// of the next product on the other side of a border, 6 % away, and a router's near tie may go the
+// other way. That is seldom: most rows must be very near, and the tokens the same.
+static void test_model(void) {
+    enum { SEQUENCES = 3, PAGES = 4, TAIL = 20 };
+    Model *m = model_load("tiny-r1", false, 256, 256, SEQUENCES * PAGES, NULL);
+    Model *ref = ref_model_load("tiny-r1", false, 256, 256, SEQUENCES * PAGES, NULL);
+    Tokenizer *tokenizer = tokenizer_load("tiny-r1");
+    int id[256], position[256], seq[256], out[256], pages[SEQUENCES * PAGES];
+    int done[SEQUENCES] = {0}, turn = 0;
+    Ids text = {};
+    ModelTally prompt = {}, decode = {};
+    ids_add(&text, tokenizer_bos(tokenizer));
+    tokenizer_encode(tokenizer, &text, STR(conversation));
+    for (int i = 0; i < 256; i++) out[i] = i;
+    for (int i = 0; i < SEQUENCES * PAGES; i++) pages[i] = (i * 5 + 2) % (SEQUENCES * PAGES);
+    for (int end = text.len - SEQUENCES, n = 1; n > 0; turn++) {
+        static const int chunks[] = {1, 7, 33, 64};
+        n = 0;
+        for (int s = 0; s < SEQUENCES; s++)
+            for (int i = 0; i < chunks[turn % 4] && done[s] < end - TAIL; i++, n++)
+                id[n] = text.data[s + done[s]], position[n] = done[s]++, seq[n] = s;
+        for (int s = 0, prefills = n; s <= turn % SEQUENCES && !prefills && done[s] < end; s++, n++)
+            id[n] = text.data[s + done[s]], position[n] = done[s]++, seq[n] = s;
+        Batch b = {n, id, position, seq, pages, PAGES, out, n};
+        if (n) model_compare(m, ref, &b, done[0] <= end - TAIL ? &prompt : &decode);
+    }
+    for (ModelTally *t : {&prompt, &decode}) {
+        qsort(t->error, t->rows, sizeof(float), ascending);
+        float median = t->error[t->rows / 2], most = t->error[t->rows * 9 / 10];
+        printf(
+            "note: %s: logits are %.2g off in the middle of %d rows, %.2g in a tenth; %d times the "
+            "same token\n",
+            t == &prompt ? "prompts" : "decoding", median, t->rows, most, t->equal);
+        CHECK(t->rows > 20 && median <= 0.03 && most <= 0.1, "%d rows, %g, %g", t->rows, median,
+              most);
+        CHECK(t->equal * 100 >= t->rows * 97, "%d of %d", t->equal, t->rows);
+    }
+    model_free(m), ref_model_free(ref);
+    tokenizer_free(tokenizer), free(text.data);
+}
+
+// ---- Times --------------------------------------------------------------------------------------
+
+// Microseconds of one call among REPEAT in a graph: median of ROUNDS replays. What these kernels
+// read was written just before in a step, too, so it may lie in L2.
+template <typename Call> static float microseconds(Call call) {
+    enum { REPEAT = 100, ROUNDS = 9 };
+    cudaGraph_t graph;
+    cudaGraphExec_t run;
+    cudaEvent_t from, to;
+    float time[ROUNDS];
+    check(cudaEventCreate(&from), "event"), check(cudaEventCreate(&to), "event");
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording");
+    for (int i = 0; i < REPEAT; i++) call();
+    check(cudaStreamEndCapture(stream, &graph), "recording");
+    check(cudaGraphInstantiate(&run, graph, 0), "graph");
+    for (int i = -1; i < ROUNDS; i++) {
+        check(cudaEventRecord(from, stream), "event");
+        check(cudaGraphLaunch(run, stream), "graph");
+        check(cudaEventRecord(to, stream), "event");
+        check(cudaEventSynchronize(to), "graph");
+        if (i >= 0) check(cudaEventElapsedTime(&time[i], from, to), "event");
+    }
+    check(cudaGraphExecDestroy(run), "graph"), check(cudaGraphDestroy(graph), "graph");
+    qsort(time, ROUNDS, sizeof *time, ascending);
+    return time[ROUNDS / 2] * 1000 / REPEAT;
+}
+
+static void bench_rows(int n) {
+    enum { HIDDEN = 7168, Q_LORA = 1536, VOCAB = 129280 };
+    Config c = config_of(HIDDEN, 256, 8, 4, 8);
+    bf16 *noisy = bf16_noise((size_t)n * HIDDEN, 1);
+    bf16 *x = (bf16 *)room(noisy, (size_t)n * HIDDEN * 2),
+         *y = (bf16 *)room(noisy, (size_t)n * HIDDEN * 2);
+    int *id = (int *)xcalloc(n, 4), *position = (int *)xcalloc(n, 4);
+    float *product = (float *)xmalloc((size_t)n * 256 * 4), frequency[ROPE_DIM / 2] = {1};
+    for (int i = 0; i < n; i++) position[i] = i, id[i] = i % 64;
+    for (int i = 0; i < n * 256; i++) product[i] = noise();
+    Vector gain = vector_noise(HIDDEN, DTYPE_F32, 1, 0.5);
+    place_vector(&gain);
+    Act *a = act_new(n, HIDDEN), *qa = act_new(n, Q_LORA);
+    bf16 *cache = (bf16 *)room(NULL, (size_t)(n / PAGE + 1) * PAGE_BYTES);
+    Batch b = {n, (int *)room(id, n * 4), (int *)room(position, n * 4), NULL, NULL, 0, NULL, 0};
+    memset(id, 0, n * 4);
+    b.seq = (int *)room(id, n * 4);
+    for (int i = 0; i < n / PAGE + 1; i++) position[i] = i;
+    b.pages = (int *)room(position, (n / PAGE + 1) * 4);
+    float *rope = (float *)room(NULL, n * ROPE_DIM * 4);
+    Routing r = routing_new(n, &c);
+    check(cudaMemcpy(r.sum, product, (size_t)n * 256 * 4, cudaMemcpyHostToDevice), "copy");
+    Linear table = {64, HIDDEN, DTYPE_BF16,
+                    (uint8_t *)room(noisy, (size_t)(n < 64 ? n : 64) * HIDDEN * 2), NULL};
+    float t[5] = {
+        microseconds([&] { rope_angles(rope, frequency, b.position, n); }),
+        microseconds([&] { embed(x, &table, b.id, n); }),
+        microseconds([&] { add_norm(x, a, y, &gain, 1e-6f, n); }),
+        microseconds([&] { mla_latent(qa, cache, x, y, &gain, &gain, 1e-6f, rope, &b); }),
+        microseconds([&] { route(&r, &gain, &c, n, 1); }),
+    };
+    RouteDims dims = {256, 32, 4, 8, 1, 2.5};
+    float alone = microseconds(
+        [&] { launch(route_kernel<8>, n, WARP, 0, r, r.sum, (float *)gain.data, dims); });
+    printf("note: %5d rows: rope %.2f us, embed %.2f, add_norm %.2f (%.0f GB/s), mla_latent %.2f, "
+           "route %.2f, with lists %.2f\n",
+           n, t[0], t[1], t[2], 8.5 * n * HIDDEN / t[2] / 1e3, t[3], alone, t[4]);
+    check(cudaStreamSynchronize(stream), "bench");
+    rooms_close();
+    place_free();
+    act_free(a), act_free(qa), routing_free(&r);
+    free(noisy), free(id), free(position), free(product);
+}
+
+// The whole call, since it ends with the host's waiting for it.
+static void bench_sample(int n, const char *name, float temperature, float top_p, int top) {
+    enum { VOCAB = 129280, ROUNDS = 15 };
+    float *l = (float *)xmalloc((size_t)n * VOCAB * 4), time[ROUNDS];
+    Sampling *s = (Sampling *)xcalloc(n, sizeof *s);
+    Choice *c = (Choice *)xcalloc(n, sizeof *c);
+    for (int i = 0; i < n; i++)
+        s[i] = neutral(), s[i].temperature = temperature, s[i].top_p = top_p,
+        s[i].top_logprobs = top;
+    for (size_t i = 0; i < (size_t)n * VOCAB; i++) l[i] = 4 * (noise() + noise() + noise());
+    float *d = (float *)room(l, (size_t)n * VOCAB * 4);
+    for (int i = -3; i < ROUNDS; i++) {
+        double start = now_seconds();
+        sample(c, d, s, VOCAB, VOCAB, n);
+        if (i >= 0) time[i] = (now_seconds() - start) * 1e6;
+    }
+    qsort(time, ROUNDS, sizeof *time, ascending);
+    printf("note: %5d rows: sample, %s: %.1f us\n", n, name, time[ROUNDS / 2]);
+    rooms_close();
+    free(l), free(s), free(c);
+}
+
+static void bench(void) {
+    static const int rows[] = {1, 8, 64, 256, 4096}, few[] = {1, 8, 64, 256};
+    for (int n : rows) bench_rows(n);
+    for (int n : few) {
+        bench_sample(n, "greedy", 0, 1, -1);
+        bench_sample(n, "temperature 0.6, top_p 0.95", 0.6, 0.95, -1);
+        bench_sample(n, "the same with 5 logprobs", 0.6, 0.95, 5);
+    }
+}
+
+// ---- Which tests --------------------------------------------------------------------------------
+
+static void test_rows(void) {
+    for (int i = 0; i < n_counts; i++) {
+        int n = ROWS[i];
+        test_rope(n);
+        test_embed(n, 7168), test_embed(n, 256);
+        for (int cols : {7168, 1536, 256, 128}) {
+            test_add_norm(n, cols, DTYPE_BF16, true, 1);
+            test_add_norm(n, cols, DTYPE_F32, false, 0.01);
+        }
+        test_latent(n, 1536), test_latent(n, 256);
+    }
+    test_add_norm_nan();
+}
+
+static void test_routes(void) {
+    Config r1 = config_of(7168, 256, 8, 4, 8), tiny = config_of(256, 16, 4, 2, 4);
+    Config odd = config_of(1024, 480, 3, 2, 16);
+    for (int i = 0; i < n_counts; i++)
+        for (int coarse = 0; coarse < 2; coarse++) {
+            test_route(ROWS[i], &r1, coarse);
+            test_route(ROWS[i], &tiny, coarse);
+            test_route(ROWS[i], &odd, coarse);
+        }
+    test_route(5 * ROWS[n_counts - 1], &r1, false);
+}
+
+static void test_steps(void) {
+    test_batch();
+    test_recording();
+}
+
+// test_cuda [PART [COUNTS]]: one part, and only the first COUNTS numbers of rows.
+int main(int argc, char **argv) {
+    static const struct {
+        const char *name;
+        void (*run)(void);
+    } tests[] = {{"place", test_place},   {"steps", test_steps},   {"rows", test_rows},
+                 {"routes", test_routes}, {"sample", test_sample}, {"model", test_model}};
+    int n_gpus = 0;
+    if (cudaGetDeviceCount(&n_gpus) != cudaSuccess || !n_gpus) {
+        SKIP("there is no GPU");
+        return test_end();
+    }
+    if (argc > 2) n_counts = atoi(argv[2]);
+    device_init(), ref_device_init();
+    for (auto &t : tests)
+        if (argc < 2 || !strcmp(argv[1], t.name)) t.run();
+    if (argc > 1 && !strcmp(argv[1], "bench")) bench();
+    return test_end();
+}
