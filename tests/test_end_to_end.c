@@ -358,7 +358,9 @@ static void check_log_lines(void) {
                    "^#running-req: 1, #token: 64, token usage: 0\\.00, gen throughput "
                    "\\(token/s\\): [0-9]+\\.[0-9]{2}, #queue-req: 0\n$");
     close(fd);
-    get(&c, "/v1/models", &(Buf){0});
+    Buf response;
+    get(&c, "/v1/models", &response);
+    buf_free(&response);
     check_log_line(&c, "] INFO:     127.0.0.1:", "^[0-9]+ - \"GET /v1/models HTTP/1.1\" 200 OK\n$");
     kill(c.pid, SIGTERM);
     check_log_line(&c, "] SIGTERM received. ", "^Draining requests and shutting down...\n$");
