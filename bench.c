@@ -131,6 +131,12 @@ static void request_free(Request *r) {
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) buf_free(all[i]);
 }
 
+// json_get() of what has the type, too; NULL: there is none.
+static const Json *member(const Json *object, const char *key, JsonType type) {
+    const Json *v = json_get(object, key);
+    return v && v->type == type ? v : NULL;
+}
+
 // Takes text and count from an object of an answer, which is overwritten. There are four shapes:
 // {"text","meta_info"}, and {"choices":[{"text" or "delta" or "message"}],"usage"}, whose last
 // event may have no choice. False: it is no such thing, and the request is over.
@@ -138,17 +144,16 @@ static bool object_read(Request *r, char *json, size_t len, double now) {
     static const char *const keys[] = {"text", "reasoning_content", "content"};
     char why[128] = "got an object without text";
     Json *root = json_parse(json, len, why, sizeof why);
-    const Json *choices = json_get(root, "choices"), *error = json_get(root, "error"), *v;
-    bool list = choices && choices->type == JSON_ARRAY, ok = list || json_get(root, "text");
-    const Json *from = !list ? root : choices->count ? choices + 1 : NULL;
+    const Json *list = member(root, "choices", JSON_ARRAY), *error = json_get(root, "error"), *v;
+    const Json *from = !list ? root : list->count ? list + 1 : NULL;
+    bool ok = list || json_get(root, "text");
     if ((v = json_get(from, "delta")) || (v = json_get(from, "message"))) from = v;
     for (int i = 0; ok && i < 3; i++)
-        if ((v = json_get(from, keys[i])) && v->type == JSON_STRING)
-            buf_add(&r->text, v->string.data, v->string.len);
+        if ((v = member(from, keys[i], JSON_STRING))) buf_add(&r->text, v->string.data, v->string.len);
     v = json_get(json_get(root, list ? "usage" : "meta_info"), "completion_tokens");
     json_int(v, 0, MOST, &r->reported);
-    v = json_get(error ? error : root, "message");
-    if (!ok && v && v->type == JSON_STRING) buf_add(&r->error, v->string.data, v->string.len);
+    v = member(error ? error : root, "message", JSON_STRING);
+    if (!ok && v) buf_add(&r->error, v->string.data, v->string.len);
     if (!ok) request_end(r, now, r->error.data ? NULL : why);
     free(root);
     return ok;
@@ -374,9 +379,9 @@ static char *server_says(const char *where, const char *key, const char *flag) {
     char why[128] = "got no such string";
     if (r.error.data) die("GET %s: %s; want %s", where, r.error.data, flag);
     Json *root = json_parse(r.body.data, r.body.len, why, sizeof why);
-    const Json *v = json_get(root, "data");
-    v = json_get(v && v->type == JSON_ARRAY && v->count ? v + 1 : root, key);
-    if (!v || v->type != JSON_STRING) die("GET %s: %s: %s; want %s", where, key, why, flag);
+    const Json *list = member(root, "data", JSON_ARRAY);
+    const Json *v = member(list && list->count ? list + 1 : root, key, JSON_STRING);
+    if (!v) die("GET %s: %s: %s; want %s", where, key, why, flag);
     char *text = format_string("%.*s", (int)v->string.len, v->string.data);
     free(root);
     request_free(&r);
@@ -434,50 +439,48 @@ static void tokens_write(Buf *b, const Ids *list, int n, bool drawn) {
     }
 }
 
-// Prompts from the first turns of conversations, [{"conversations":[{"value":"..."},...]},...]: for
-// random cut or repeated to the length; sharegpt's answers are as long as the second turns. Returns
-// how many there are.
+// A prompt from a conversation's first turn: for random cut or repeated to the length; sharegpt's
+// answer is as long as the second turn. False: the conversation is of no use.
+static bool conversation_take(Request *r, const Json *conversation) {
+    const Json *list = member(conversation, "conversations", JSON_ARRAY);
+    const Json *a = list && list->count > 1 ? member(list + 1, "value", JSON_STRING) : NULL;
+    const Json *b = a ? member(json_next(list + 1), "value", JSON_STRING) : NULL;
+    int most = o.sharegpt_context_len ? o.sharegpt_context_len : 2 * MOST;
+    bool sharegpt = !strcmp(o.dataset_name, "sharegpt");
+    if (!b || (!sharegpt && !tokens_of(a->string))) return false;
+    if (!sharegpt) return tokens_write(&r->prompt, &ids, r->input_len - bos, false), true;
+    if (o.apply_chat_template) {
+        ChatTemplate kind = tokenizer_template(tokenizer);
+        Message message = {ROLE_USER, a->string, NULL};
+        chat_render(&r->prompt, kind, &message, 1, true, template_forces_think(kind));
+        if (bos)  // the server puts it there
+            buf_shift(&r->prompt, NULL, tokenizer_bytes(tokenizer, tokenizer_bos(tokenizer)).len);
+    } else buf_add(&r->prompt, a->string.data, a->string.len);
+    r->input_len = tokens_of((Str){r->prompt.data, r->prompt.len}) + bos;
+    r->output_len = o.sharegpt_output_len ? o.sharegpt_output_len : tokens_of(b->string);
+    bool good = r->input_len >= 2 && r->output_len >= 2 && r->input_len <= most - r->output_len;
+    if (!good) buf_free(&r->prompt);
+    return good;
+}
+
+// Prompts from a file, [{"conversations":[{"value":"..."},...]},...]. Returns how many there are:
+// sharegpt runs with fewer than n.
 static int data_conversations(Request *r, int n) {
     char why[128] = "got no array";
-    size_t len = 0, n_lists = 0;
-    int made = 0, most = o.sharegpt_context_len ? o.sharegpt_context_len : 2 * MOST;
-    bool sharegpt = !strcmp(o.dataset_name, "sharegpt"), good;
+    size_t len = 0;
+    int made = 0;
     char *text = read_file(o.dataset_path, &len);
     if (!text) die("--dataset-path %s: %s", o.dataset_path, strerror(errno));
     Json *root = json_parse(text, len, why, sizeof why);
     if (!root || root->type != JSON_ARRAY) die("--dataset-path %s: %s", o.dataset_path, why);
-    const Json **lists = xcalloc(root->count, sizeof *lists), *item = root + 1;
-    for (uint32_t i = 0; i < root->count; i++, item = json_next(item)) {
-        const Json *list = json_get(item, "conversations");
-        if (list && list->type == JSON_ARRAY && list->count > 1) lists[n_lists++] = list;
-    }
-    shuffle(lists, n_lists, sizeof *lists);
-    ChatTemplate kind = o.apply_chat_template ? tokenizer_template(tokenizer) : TEMPLATE_R1;
-    for (size_t i = 0; i < n_lists && made < n; i++, made += good) {
-        Request *q = &r[made];
-        const Json *a = json_get(lists[i] + 1, "value");
-        const Json *b = json_get(json_next(lists[i] + 1), "value");
-        good = a && b && a->type == JSON_STRING && b->type == JSON_STRING;
-        if (!good) continue;
-        Message message = {ROLE_USER, a->string, NULL};
-        buf_free(&q->prompt);
-        if (!sharegpt) {
-            good = tokens_of(a->string) > 0;
-            tokens_write(&q->prompt, &ids, good ? q->input_len - bos : 0, false);
-            continue;
-        }
-        if (!o.apply_chat_template) buf_add(&q->prompt, a->string.data, a->string.len);
-        else chat_render(&q->prompt, kind, &message, 1, true, template_forces_think(kind));
-        if (o.apply_chat_template && bos)  // the server puts it there
-            buf_shift(&q->prompt, NULL, tokenizer_bytes(tokenizer, tokenizer_bos(tokenizer)).len);
-        q->input_len = tokens_of((Str){q->prompt.data, q->prompt.len}) + bos;
-        q->output_len = o.sharegpt_output_len ? o.sharegpt_output_len : tokens_of(b->string);
-        good = q->input_len >= 2 && q->output_len >= 2 && q->input_len <= most - q->output_len;
-    }
-    if (made < n) buf_free(&r[made].prompt);  // of one that was of no use
-    if (made < (sharegpt ? 1 : n))
+    const Json **items = xcalloc(root->count, sizeof *items), *item = root + 1;
+    for (uint32_t i = 0; i < root->count; i++, item = json_next(item)) items[i] = item;
+    shuffle(items, root->count, sizeof *items);
+    for (uint32_t i = 0; i < root->count && made < n; i++)
+        made += conversation_take(&r[made], items[i]);
+    if (made < (strcmp(o.dataset_name, "sharegpt") ? n : 1))
         die("--dataset-path %s: got %d usable conversations, want %d", o.dataset_path, made, n);
-    free(lists), free(text), free(root);
+    free(items), free(text), free(root);
     return made;
 }
 
@@ -522,6 +525,7 @@ enum { E2E, TTFT, TPOT, ITL, N_TIMES, MEAN = 0, MEDIAN, STD, P99, N_KINDS };
 
 typedef struct {
     int completed, failed;               // requests
+    const char *failure;                 // the first failed one's error; NULL: none failed
     int64_t input, output, retokenized;  // tokens
     double duration, concurrency, requests_s, input_s, output_s, total_s;  // _s: per second
     double ms[N_TIMES][N_KINDS];
@@ -547,7 +551,10 @@ static Metrics metrics_make(const Request *r, int n) {
         int64_t output = r->reported >= 0 ? r->reported : r->output_len;
         double tpot = (e2e - ttft) / (double)(output - 1);
         first = fmin(first, r->start), last = fmax(last, r->end);
-        if (r->error.data) { m.failed++; continue; }
+        if (r->error.data) {
+            if (!m.failed++) m.failure = r->error.data;
+            continue;
+        }
         m.completed++, m.input += r->input_len, m.output += output, m.concurrency += e2e;
         m.retokenized += tokens_of((Str){r->text.data, r->text.len});
         buf_add(&samples[E2E], &e2e, sizeof e2e);
@@ -689,12 +696,13 @@ static void bench_setup(void) {
 }
 
 static FILE *output_open(void) {
-    char name[128], date[8];
+    char date[8];
     bool sharegpt = !strcmp(o.dataset_name, "sharegpt");
     strftime(date, sizeof date, "%m%d", localtime(&(time_t){time(NULL)}));
-    snprintf(name, sizeof name, sharegpt ? "%s_%s_%d_sharegpt.jsonl" : "%s_%s_%d_%d_%d.jsonl",
-             o.backend, date, o.num_prompts, o.random_input_len, o.random_output_len);
-    if (!o.output_file) o.output_file = format_string("%s", name);
+    if (!o.output_file)
+        o.output_file = format_string(
+            sharegpt ? "%s_%s_%d_sharegpt.jsonl" : "%s_%s_%d_%d_%d.jsonl", o.backend, date,
+            o.num_prompts, o.random_input_len, o.random_output_len);
     FILE *f = fopen(o.output_file, "a");
     if (!f) die("--output-file %s: %s", o.output_file, strerror(errno));
     return f;
@@ -718,7 +726,7 @@ static void test_run(const Request *like) {
 
 int bench_main(char **argv) {
     struct rlimit files;
-    Buf table = {0}, line = {0};
+    Buf text = {0};
     int n = 0;
     flags_parse(&command, &o, argv);
     setvbuf(stdout, NULL, _IOLBF, 0);  // each line at once, to files and pipes too
@@ -727,24 +735,22 @@ int bench_main(char **argv) {
     setrlimit(RLIMIT_NOFILE, &files);
     bench_setup();
     FILE *out = output_open();
-    Request *r = data_make(&n), *failed = r;
+    Request *r = data_make(&n);
     test_run(r);
     for (int i = 0; i < n; i++) prompt_write(&r[i], r[i].output_len);
     sleep(1);  // the server may not be done with the test yet
     requests_run(r, n, o.max_concurrency ? o.max_concurrency : n, !o.disable_tqdm);
     Metrics m = metrics_make(r, n);
-    table_write(&table, &m);
-    jsonl_write(&line, &m);
-    fputs(table.data, stdout);
+    table_write(&text, &m);
+    fputs(text.data, stdout);
     if (fflush(stdout) != 0) die("can't write to stdout: %s", strerror(errno));
-    if (fputs(line.data, out) < 0 || fclose(out) != 0) die("--output-file: %s", strerror(errno));
-    while (m.failed && !failed->error.data) failed++;
+    text.len = 0;
+    jsonl_write(&text, &m);
+    if (fputs(text.data, out) < 0 || fclose(out) != 0) die("--output-file: %s", strerror(errno));
     if (m.failed)
-        fprintf(stderr, "Failed requests: %d of %d; first: %s\n", m.failed, n,
-                failed->error.data);
+        fprintf(stderr, "Failed requests: %d of %d; first: %s\n", m.failed, n, m.failure);
     for (int i = 0; i < n; i++) request_free(&r[i]);
-    free(r), free(ids.data);
-    buf_free(&table), buf_free(&line);
+    free(r), free(ids.data), buf_free(&text);
     tokenizer_free(tokenizer);
     freeaddrinfo(address);
     return m.failed > 0;
