@@ -24,7 +24,7 @@
 enum {
     MOST = 1 << 20,        // tokens of an answer, or what the server counts is no count
     TEST_TOKENS = 32,      // of the test run's answer
-    READ_BYTES = 1 << 18,
+    READ_BYTES = 1 << 16,
     MAX_BYTES = 64 << 20,  // of a line, and of a body without lines
     TAIL_BYTES = 256,      // of an event, where its count of tokens stands
     READY = 256,           // connections that one call of epoll_wait reports
@@ -94,7 +94,7 @@ typedef struct {  // a prompt, its way to the server, and what came back
     int status;
     bool chunked;
     size_t left;                // bytes of the body or chunk; SIZE_MAX: until the server closes
-    Buf line, body;             // the beginning of a line of HTTP's, or of the body's
+    Buf in, body;               // what is not looked at yet: of all bytes, and of the body's
     double start, first, latest, end;  // times: first: of text, latest: of tokens; 0: not yet
     int64_t tokens, reported;   // counted so far; as the server said, -1: it didn't
     Buf text, last;             // the answer; CUMULATIVE: the last event, not parsed yet
@@ -126,9 +126,8 @@ static void request_end(Request *r, double now, const char *error) {
 }
 
 static void request_free(Request *r) {
-    Buf *all[] = {&r->prompt, &r->out,  &r->line, &r->body,
-                  &r->text,   &r->last, &r->gaps, &r->error};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) buf_free(all[i]);
+    buf_free(&r->prompt), buf_free(&r->out), buf_free(&r->in), buf_free(&r->body);
+    buf_free(&r->text), buf_free(&r->last), buf_free(&r->gaps), buf_free(&r->error);
 }
 
 // json_get() of what has the type, too; NULL: there is none.
@@ -149,7 +148,8 @@ static bool object_read(Request *r, char *json, size_t len, double now) {
     bool ok = list || json_get(root, "text");
     if ((v = json_get(from, "delta")) || (v = json_get(from, "message"))) from = v;
     for (int i = 0; ok && i < 3; i++)
-        if ((v = member(from, keys[i], JSON_STRING))) buf_add(&r->text, v->string.data, v->string.len);
+        if ((v = member(from, keys[i], JSON_STRING)))
+            buf_add(&r->text, v->string.data, v->string.len);
     v = json_get(json_get(root, list ? "usage" : "meta_info"), "completion_tokens");
     json_int(v, 0, MOST, &r->reported);
     v = member(error ? error : root, "message", JSON_STRING);
@@ -196,30 +196,21 @@ static void event_take(Request *r, char *line, size_t len, double now) {
     r->tokens = total, r->latest = now;
 }
 
-// The next line of *p..end, without its newline. Where that hasn't come yet `part` keeps all, and
-// NULL is returned: however the bytes are cut, each is looked at once.
-static char *line_take(Buf *part, char **p, char *end, size_t *len) {
-    char *line = *p, *newline = memchr(line, '\n', (size_t)(end - line));
-    *len = (size_t)((newline ? newline : end) - line);
-    *p = newline ? newline + 1 : end;
-    if (newline && !part->len) return line;
-    buf_add(part, line, *len);
-    if (!newline) return NULL;
-    *len = part->len;
-    part->len = 0;  // the bytes stay until more are added
-    return part->data;
-}
-
-static void body_feed(Request *r, char *p, size_t n, double now) {
-    char *end = p + n, *line;
-    if (r->kind < DELTAS || r->status != 200) buf_add(&r->body, p, n), p = end;
-    while (r->fd >= 0 && p < end)
-        if ((line = line_take(&r->body, &p, end, &n))) event_take(r, line, n, now);
+// Bytes of the body, from which each line of a stream is taken as soon as it is whole.
+static void body_feed(Request *r, const char *p, size_t n, double now) {
+    buf_add(&r->body, p, n);
+    if (r->kind < DELTAS || r->status != 200) return;
+    char *line = r->body.data, *end = line + r->body.len, *newline;
+    while (r->fd >= 0 && (newline = memchr(line, '\n', (size_t)(end - line)))) {
+        event_take(r, line, (size_t)(newline - line), now);
+        line = newline + 1;
+    }
+    buf_shift(&r->body, NULL, (size_t)(line - r->body.data));
 }
 
 // The response is complete.
 static void response_end(Request *r, double now) {
-    if (r->kind >= DELTAS && r->status == 200) body_feed(r, (char[]){"\n"}, 1, now);
+    if (r->kind >= DELTAS && r->status == 200) body_feed(r, "\n", 1, now);
     if (r->fd < 0) return;
     buf_str(&r->body, "");  // from here on it is a string
     if (r->status != 200) buf_printf(&r->error, "%d %.300s", r->status, r->body.data);
@@ -228,45 +219,54 @@ static void response_end(Request *r, double now) {
     request_end(r, now, NULL);
 }
 
-// Any bytes of a response, with a NUL behind them: its head, then the body, whole or in chunks.
-static void response_feed(Request *r, char *p, size_t n, double now) {
-    for (char *end = p + n, *line, *rest; r->fd >= 0 && p < end;) {
+// A line of the head, or in front of a chunk: of n bytes, without its newline.
+static void line_take(Request *r, const char *line, size_t n, double now) {
+    char *rest;
+    if (n && line[n - 1] == '\r') n--;
+    if (r->part == SIZE && n) {  // an empty line is the end of the chunk before
+        r->left = strtoull(line, &rest, 16);
+        r->part = BODY;
+        if (rest == line) request_end(r, now, "got a chunk without a size");
+    } else if (!r->status) {  // HTTP/1.1 200 OK
+        r->status = n >= 12 && !strncmp(line, "HTTP/1.", 7) ? atoi(line + 9) : 0;
+        if (r->status < 100) request_end(r, now, "got something else than HTTP/1.1");
+    } else if (!strncasecmp(line, "Content-Length:", 15)) {
+        r->left = strtoull(line + 15, NULL, 10);
+    } else if (!strncasecmp(line, "Transfer-Encoding:", 18)) {
+        r->chunked = memmem(line, n, "chunked", 7) != NULL;
+    } else if (r->part == HEAD && !n) {
+        r->part = r->chunked ? SIZE : BODY;
+    }
+}
+
+// Any bytes of a response: its head, then the body, whole or in chunks.
+static void response_feed(Request *r, const char *p, size_t n, double now) {
+    buf_add(&r->in, p, n);
+    char *at = r->in.data, *end = at + r->in.len, *newline;
+    while (r->fd >= 0 && at < end) {
         if (r->part == BODY) {
-            n = (size_t)(end - p) < r->left ? (size_t)(end - p) : r->left;
+            n = (size_t)(end - at) < r->left ? (size_t)(end - at) : r->left;
             if (r->left != SIZE_MAX) r->left -= n;
-            body_feed(r, p, n, now);
-            p += n;
+            body_feed(r, at, n, now);
+            at += n;
             if (r->chunked && !r->left) r->part = SIZE;
-        } else if ((line = line_take(&r->line, &p, end, &n))) {
-            if (n && line[n - 1] == '\r') n--;
-            if (r->part == SIZE && n) {  // an empty line is the end of the chunk before
-                r->left = strtoull(line, &rest, 16);
-                r->part = BODY;
-                if (rest == line) request_end(r, now, "got a chunk without a size");
-            } else if (!r->status) {  // HTTP/1.1 200 OK
-                r->status = n >= 12 && !strncmp(line, "HTTP/1.", 7) ? atoi(line + 9) : 0;
-                if (r->status < 100) request_end(r, now, "got something else than HTTP/1.1");
-            } else if (!strncasecmp(line, "Content-Length:", 15)) {
-                r->left = strtoull(line + 15, NULL, 10);
-            } else if (!strncasecmp(line, "Transfer-Encoding:", 18)) {
-                r->chunked = memmem(line, n, "chunked", 7) != NULL;
-            } else if (r->part == HEAD && !n) {
-                r->part = r->chunked ? SIZE : BODY;
-            }
-        }
+        } else if ((newline = memchr(at, '\n', (size_t)(end - at)))) {
+            line_take(r, at, (size_t)(newline - at), now);
+            at = newline + 1;
+        } else break;
         if (r->part == BODY && !r->left && r->fd >= 0) response_end(r, now);
     }
-    if (r->fd >= 0 && (r->line.len > MAX_BYTES || r->body.len > MAX_BYTES))
+    buf_shift(&r->in, NULL, (size_t)(at - r->in.data));
+    if (r->fd >= 0 && (r->in.len > MAX_BYTES || r->body.len > MAX_BYTES))
         request_end(r, now, "got a line that is too long");
 }
 
 // error: why sending failed, or 0. The server may have answered before it closed.
 static void request_receive(Request *r, int error) {
-    static char buffer[READ_BYTES + 1];
-    ssize_t n = recv(r->fd, buffer, READ_BYTES, 0);
+    static char buffer[READ_BYTES];
+    ssize_t n = recv(r->fd, buffer, sizeof buffer, 0);
     if (n < 0 && !error) error = errno;
     double now = now_seconds();
-    buffer[n > 0 ? n : 0] = 0;  // where strtol stops at the latest, as in a Buf
     if (n > 0) response_feed(r, buffer, (size_t)n, now);
     else if (!n && r->part == BODY && r->left == SIZE_MAX) response_end(r, now);
     else if (error != EAGAIN)
@@ -336,7 +336,6 @@ static void prompt_write(Request *r, int n) {
     bool native = !strcmp(path, "/generate"), chat = !strcmp(path, "/v1/chat/completions");
     const char *stream = o.disable_stream ? "false" : "true";
     const char *ignore = o.disable_ignore_eos ? "false" : "true";
-    const char *logprob = o.return_logprob ? "true" : "false";
     Buf text = {0}, name = {0}, number = {0}, body = {0};
     if (chat) buf_str(&text, "[{\"role\":\"user\",\"content\":");
     json_write_string(&text, (Str){r->prompt.data, r->prompt.len});
@@ -347,7 +346,8 @@ static void prompt_write(Request *r, int n) {
                     ignore);
     const char *const generate[][2] = {
         {"text", text.data}, {"sampling_params", number.data}, {"stream", stream},
-        {"lora_path", "null"}, {"return_logprob", logprob}, {"logprob_start_len", "-1"}, {NULL}};
+        {"lora_path", "null"}, {"return_logprob", o.return_logprob ? "true" : "false"},
+        {"logprob_start_len", "-1"}, {NULL}};
     const char *const openai[][2] = {
         {"model", name.data}, {chat ? "messages" : "prompt", text.data}, {"temperature", "0.0"},
         {"best_of", "1"}, {"max_tokens", number.data}, {"stream", stream}, {"ignore_eos", ignore},
@@ -579,17 +579,10 @@ static Metrics metrics_make(const Request *r, int n) {
     return m;
 }
 
-// An option that may not be given, which is 0 then.
-static const char *option_text(char text[16], int value, const char *none) {
-    snprintf(text, 16, "%d", value);
-    return value ? text : none;
-}
-
-// As Python writes it, with a point.
-static const char *rate_text(char text[40], const char *infinite) {
-    double rate = o.request_rate;
-    snprintf(text, 40, rate == floor(rate) && rate < 1e15 ? "%.15g.0" : "%.15g", rate);
-    return isinf(rate) ? infinite : text;
+// A number as Python writes it, or `none` where it is 0 or infinite: it was not given.
+static const char *number_text(char text[40], double v, const char *point, const char *none) {
+    snprintf(text, 40, "%.15g%s", v, v == floor(v) && v < 1e15 ? point : "");
+    return v == 0 || isinf(v) ? none : text;
 }
 
 // SGLang's table to the letter: what reads that one reads this.
@@ -603,9 +596,10 @@ static void table_write(Buf *b, const Metrics *m) {
     char text[40];
     buf_str(b, "\n============ Serving Benchmark Result ============\n");
     buf_printf(b, "Backend:                                 %-10s\n", o.backend);
-    buf_printf(b, "Traffic request rate:                    %-10s\n", rate_text(text, "inf"));
+    buf_printf(b, "Traffic request rate:                    %-10s\n",
+               number_text(text, o.request_rate, ".0", "inf"));
     buf_printf(b, "Max reqeuest concurrency:                %-10s\n",
-               option_text(text, o.max_concurrency, "not set"));
+               number_text(text, o.max_concurrency, "", "not set"));
     buf_printf(b, "Successful requests:                     %-10d\n", m->completed);
     buf_printf(b, "Benchmark duration (s):                  %-10.2f\n", m->duration);
     buf_printf(b, "Total input tokens:                      %-10ld\n", m->input);
@@ -630,13 +624,13 @@ static void table_write(Buf *b, const Metrics *m) {
 static void jsonl_write(Buf *b, const Metrics *m) {
     static const char *const names[] = {"e2e_latency", "ttft", "tpot", "itl"};
     static const char *const kinds[] = {"mean", "median", "std", "p99"};
-    char rate[40], most[16], len[16];
+    char rate[40], most[40], len[40];
     buf_printf(b, "{\"backend\":\"%s\",\"dataset_name\":\"%s\",\"request_rate\":%s,"
                "\"max_concurrency\":%s,\"sharegpt_output_len\":%s,\"random_input_len\":%d,"
                "\"random_output_len\":%d,\"random_range_ratio\":%.15g,\"duration\":%.15g,",
-               o.backend, o.dataset_name, rate_text(rate, "Infinity"),
-               option_text(most, o.max_concurrency, "null"),
-               option_text(len, o.sharegpt_output_len, "null"), o.random_input_len,
+               o.backend, o.dataset_name, number_text(rate, o.request_rate, ".0", "Infinity"),
+               number_text(most, o.max_concurrency, "", "null"),
+               number_text(len, o.sharegpt_output_len, "", "null"), o.random_input_len,
                o.random_output_len, o.random_range_ratio, m->duration);
     buf_printf(b, "\"completed\":%d,\"total_input_tokens\":%ld,\"total_output_tokens\":%ld,"
                "\"total_output_tokens_retokenized\":%ld,\"request_throughput\":%.15g,"
