@@ -93,8 +93,7 @@ struct Conn {
     Request request;
     Call *call;            // of a request that generates
     int n_live;            // its sequences that the engine has: until 0 the Conn must stay
-    Conn *next_touched;    // in the list of those that got events in this round, where it
-    bool touched;          // is in it
+    bool touched;          // got events in this round, and has not run since
 };
 
 static Conn *conns;
@@ -301,7 +300,7 @@ typedef struct {        // the strings lie in the request's body
     bool thinking;      // it does, or in what the model thought before
     const Json *object; // where max_tokens stood
     Str rid, model;
-    Buf echoed;         // the prompt's text
+    Buf echoed;         // what each answer begins with: the prompt's text, or the forced tag
     int bias_id[MAX_BIAS];
     float bias[MAX_BIAS];
 } Params;
@@ -1078,12 +1077,12 @@ static Str event_text(Str s) {
     return text_cut(s, n);
 }
 
-// "name":[...],... of the lists' first bytes.
+// "name":[...],... of the lists' first bytes; NULL: of all.
 static void lists_write(Buf *b, const Call *call, const Answer *a, const size_t *bytes, int n) {
     for (int i = 0; i < n && call->api->lists[i]; i++) {
         buf_printf(b, "%s\"%s\":[", i ? "," : "", call->api->lists[i]);
-        size_t from = b->len;
-        if (bytes[i]) buf_add(b, a->lists[i].data, bytes[i] - 1);  // without the last newline
+        size_t from = b->len, len = bytes ? bytes[i] : a->lists[i].len;
+        if (len) buf_add(b, a->lists[i].data, len - 1);  // without the last newline
         for (; from < b->len; from++) if (b->data[from] == '\n') b->data[from] = ',';
         buf_str(b, "]");
     }
@@ -1282,8 +1281,7 @@ static void chat_token(Conn *c, Answer *a, const Event *e) {
 
 static bool chat_complete(Conn *c) {
     static const Api api = {CHAT, -1, chat_token, v1_event, v1_answer, {"content"}};
-    Call *call = call_new(c, &api);
-    Params *p = &call->params;
+    Params *p = &call_new(c, &api)->params;
     p->separate_reasoning = p->stream_reasoning = true;
     if (!fields_parse(c, p, c->request.json, V1) || !chat_prompt(c, p) || !v1_fields(c))
         return false;
@@ -1293,11 +1291,10 @@ static bool chat_complete(Conn *c) {
     if (p->logprobs) p->seq.sampling.top_logprobs = p->top_logprobs;
     p->separate_reasoning &= server.options.reasoning_parser != NULL;
     p->sharers = p->n;
+    if (p->forced_tag && !p->stream && !p->separate_reasoning)
+        buf_str(&p->echoed, THINK);  // a stream has it in an event of its own
     if (!call_fits(c)) return false;
     call_add(c);
-    bool tag = p->forced_tag && !p->stream && !p->separate_reasoning;
-    for (int i = 0; tag && i < call->n_answers; i++)
-        buf_str(&call->answers[i].text, THINK);  // a stream has it in an event of its own
     return v1_start(c, p->stream ? "chat.completion.chunk" : "chat.completion");
 }
 
@@ -1378,14 +1375,12 @@ static const char *native_finish(const Answer *a) {
 
 static void native_write(Buf *b, const Conn *c, const Answer *a) {
     const Seq *s = a->seq;
-    size_t bytes[LISTS];
-    for (int i = 0; i < LISTS; i++) bytes[i] = a->lists[i].len;
     buf_str(b, "{\"text\":");
     json_write_string(b, buf_text(&a->text));
     buf_printf(b, ",\"meta_info\":{\"id\":%s,\"finish_reason\":%s,\"prompt_tokens\":%d,",
                quoted(str_of(s->rid)), native_finish(a), s->n_prompt);
     if (s->sampling.top_logprobs >= 0) {
-        lists_write(b, c->call, a, bytes, s->sampling.top_logprobs ? LISTS : 2);
+        lists_write(b, c->call, a, NULL, s->sampling.top_logprobs ? LISTS : 2);
         buf_str(b, ",");
     }
     buf_printf(b, "\"completion_tokens\":%d,\"cached_tokens\":%d}", a->n_tokens, s->n_cached);
@@ -1788,8 +1783,7 @@ static bool header_read(Conn *c) {
     while (str_begins(unread(c), STR("\r\n"))) c->in_at += 2;
     Str s = unread(c);
     size_t most = (size_t)http_limits.header_bytes;
-    if (!s.len) c->state = IDLE;
-    if (!s.len) return false;
+    if (!s.len) return c->state = IDLE, false;
     if (c->state == IDLE) conn_state(c, HEADER);
     const char *end = memmem(s.data, s.len, "\r\n\r\n", 4);
     if (end) s.len = (size_t)(end + 4 - s.data);
@@ -2002,19 +1996,17 @@ static void conns_reap(void) {
 // Takes all events before any socket: a round costs one send for each connection.
 static void take_events(void) {
     char bytes[SHOWN];
-    Conn *touched = NULL;
     while (read(server.wake_fd, bytes, sizeof bytes) > 0) {}  // first: no event is missed so
     for (Event *e = engine_events(), *next; e; e = next) {
         Conn *c = e->seq->owner;
         next = e->next;
-        if (!c->touched) c->next_touched = touched, touched = c;
         c->touched = true;
         call_event(c, e);
         event_free(e);
     }
-    for (Conn *c = touched; c; c = c->next_touched) {
+    for (Conn *c = conns; c; c = c->next) {
+        if (c->touched && c->state != DEAD) conn_run(c);
         c->touched = false;
-        if (c->state != DEAD) conn_run(c);
     }
 }
 
