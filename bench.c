@@ -645,12 +645,11 @@ static void jsonl_write(Buf *b, const Metrics *m) {
 
 // ---- The run ------------------------------------------------------------------------------------
 
-// --base-url, or the same made of --host and --port.
+// --base-url, or the same made of --host and --port. Linux connects 0.0.0.0 to this machine.
 static void address_find(void) {
-    const char *host = strcmp(o.host, "0.0.0.0") ? o.host : "127.0.0.1";
     int port = o.port ? o.port : strcmp(o.backend, "vllm") ? 30000 : 8000, n = 0;
     char *url = o.base_url ? format_string("%s", o.base_url)
-                           : format_string("http://%s:%d", host, port);
+                           : format_string("http://%s:%d", o.host, port);
     char name[256], service[6] = "80";
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM};
     if (sscanf(url, "http://%255[^:/]%n:%5[0-9]%n", name, &n, service, &n) < 1 ||
