@@ -621,18 +621,17 @@ typedef struct {
 
 static Histogram first_token = {
     "sglang:time_to_first_token_seconds", "From a request's arrival to its first token.",
-    {.1, .25, .5, .75, 1, 2, 5, 10, 20, 40, 60, 80, 120, 160}, {0}, 0};
+    .le = {.1, .25, .5, .75, 1, 2, 5, 10, 20, 40, 60, 80, 120, 160}};
 static Histogram per_token = {
     "sglang:time_per_output_token_seconds", "A sequence's mean time between two tokens.",
-    {.005, .01, .015, .02, .025, .03, .04, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5},
-    {0}, 0};
+    .le = {.005, .01, .015, .02, .025, .03, .04, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5}};
 static Histogram between_tokens = {
     "sglang:inter_token_latency_seconds", "The time from one token to the next.",
-    {.002, .004, .006, .008, .01, .015, .02, .025, .03, .035, .04, .05, .075, .1, .15, .2, .3, .4,
-     .5, .75, 1, 2}, {0}, 0};
+    .le = {.002, .004, .006, .008, .01, .015, .02, .025, .03, .035, .04, .05, .075, .1, .15, .2, .3,
+           .4, .5, .75, 1, 2}};
 static Histogram whole_request = {
     "sglang:e2e_request_latency_seconds", "From a request's arrival to its end.",
-    {.1, .25, .5, 1, 2, 5, 10, 20, 40, 60, 80, 120, 160}, {0}, 0};
+    .le = {.1, .25, .5, 1, 2, 5, 10, 20, 40, 60, 80, 120, 160}};
 static uint64_t tokens_generated, sequences_finished, aborted[FAULT + 1];
 
 static void observe(Histogram *h, double seconds) {
@@ -1543,7 +1542,7 @@ static bool tokenize(Conn *c) {
     uint32_t n = list ? text++->count : 1;
     Buf counts = {0};
     buf_str(&c->out, list ? "{\"tokens\":[" : "{\"tokens\":");
-    for (uint32_t i = 0; i < n && ok; i++) {
+    for (uint32_t i = 0; i < n; i++) {
         Ids *ids = &p.seq.tokens;
         ids->len = 0;
         ok = messages ? chat_prompt(c, &p) : typed(c, text, JSON_STRING);
