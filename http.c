@@ -372,6 +372,8 @@ static const char *path_of(const Conn *c, const Json *v, const char *name) {
     return !name ? b->data : at(b->len ? "%s.%s" : "%s%s", b->data, name);
 }
 
+#define refuse_at(c, v, ...) refuse(c, 400, path_of(c, v, NULL), __VA_ARGS__)
+
 // A value as an error repeats it.
 static const char *shown(const Json *v) {
     if (!v || v->type < JSON_NUMBER || v->type > JSON_STRING) return v ? json_type_name(v) : "null";
@@ -382,11 +384,11 @@ static const char *shown(const Json *v) {
 
 // The value is shown where only that is wrong, else its type is said.
 static bool wrong(Conn *c, const Json *v, const char *want) {
-    return refuse(c, 400, path_of(c, v, NULL), "got %s, want %s", shown(v), want);
+    return refuse_at(c, v, "got %s, want %s", shown(v), want);
 }
 
 static bool wrong_type(Conn *c, const Json *v, const char *want) {
-    return refuse(c, 400, path_of(c, v, NULL), "got %s, want %s", json_type_name(v), want);
+    return refuse_at(c, v, "got %s, want %s", json_type_name(v), want);
 }
 
 static bool typed(Conn *c, const Json *v, JsonType type) {
@@ -415,15 +417,14 @@ static bool stops_parse(Conn *c, Seq *s, const Field *f, const Json *v) {
     if (!list && (ids || v->type != JSON_STRING)) return wrong_type(c, v, f->want);
     int n = list ? (int)v->count : 1;
     if (n > MAX_STOPS)
-        return refuse(c, 400, path_of(c, v, NULL), "got %d entries, want at most %d", n, MAX_STOPS);
+        return refuse_at(c, v, "got %d entries, want at most %d", n, MAX_STOPS);
     *(ids ? &s->n_stop_id : &s->text.n_stop) = n;
     if (list) v++;
     for (int i = 0; i < n; i++, v = json_next(v)) {
         if (ids ? !id_parse(c, &s->stop_id[i], v) : !typed(c, v, JSON_STRING)) return false;
         if (ids) continue;
         if (!v->string.len || v->string.len > STOP_BYTES)
-            return refuse(c, 400, path_of(c, v, NULL), "got %zu bytes, want 1..%d", v->string.len,
-                          STOP_BYTES);
+            return refuse_at(c, v, "got %zu bytes, want 1..%d", v->string.len, STOP_BYTES);
         s->text.stop[i] = v->string;
     }
     return true;
@@ -434,8 +435,7 @@ static bool bias_parse(Conn *c, Params *p, const Field *f, const Json *v) {
     Sampling *s = &p->seq.sampling;
     if (!typed(c, v, JSON_OBJECT)) return false;
     if (v->count > MAX_BIAS)
-        return refuse(c, 400, path_of(c, v, NULL), "got %u entries, want at most %d", v->count,
-                      MAX_BIAS);
+        return refuse_at(c, v, "got %u entries, want at most %d", v->count, MAX_BIAS);
     s->bias_id = p->bias_id, s->bias = p->bias;
     const Json *key = v + 1;
     for (uint32_t i = 0; i < v->count; i++, key = json_next(key + 1)) {
@@ -444,8 +444,7 @@ static bool bias_parse(Conn *c, Params *p, const Field *f, const Json *v) {
         char *end;  // a string lies in the body, where a quote at the latest ends the digits
         long id = strtol(digits, &end, 10), last = tokenizer_vocab(server.tokenizer) - 1;
         if (!isdigit((uint8_t)*digits) || end != digits + key->string.len || id > last)
-            return refuse(c, 400, path_of(c, v, NULL), "got %s, want token ids in 0..%ld",
-                          shown(key), last);
+            return refuse_at(c, v, "got %s, want token ids in 0..%ld", shown(key), last);
         if (!typed(c, value, JSON_NUMBER)) return false;
         if (!(value->number >= f->lo && value->number <= f->hi)) return wrong(c, value, f->want);
         int k = 0;  // the last of equal ids wins, as of all equal keys
@@ -486,7 +485,7 @@ static bool rid_parse(Conn *c, Params *p, const Field *f, const Json *v) {
     for (size_t i = 0; ok && i < rid.len; i++) ok = rid.data[i] >= ' ' && rid.data[i] <= '~';
     if (!ok) return wrong(c, v, f->want);
     return seen || !rid_find(rid, false) ||
-           refuse(c, 400, path_of(c, v, NULL), "got %s, which is still running", shown(v));
+           refuse_at(c, v, "got %s, which is still running", shown(v));
 }
 
 // Fields that aren't implemented would change the answer. But a client may send all that it knows,
@@ -526,7 +525,7 @@ static bool field_parse(Conn *c, Params *p, const Field *f, const Json *v) {
     case BIAS: return bias_parse(c, p, f, v);
     case LATER:
         return neutral(c, f->name, v) ||
-               refuse(c, 400, path_of(c, v, NULL), "not supported by this version of r1");
+               refuse_at(c, v, "not supported by this version of r1");
     }
     return ok || wrong(c, v, f->want);
 }
@@ -592,7 +591,7 @@ static const Field fields[] = {
 static const Json *each(Conn *c, const Params *p, const Json *v) {
     if (v->type != JSON_ARRAY) return v;
     if (v->count != p->prompts)
-        return refuse(c, 400, path_of(c, v, NULL), "got %u values, want one for each prompt, %u",
+        return refuse_at(c, v, "got %u values, want one for each prompt, %u",
                       v->count, p->prompts), NULL;
     v++;
     for (uint32_t i = 0; i < p->prompt; i++) v = json_next(v);
@@ -1014,8 +1013,7 @@ static bool prompt_parse(Conn *c, const Json *v, bool as_ids) {
     if (as_ids && !ids_parse(c, ids, v)) return false;
     if (!as_ids) text_encode(ids, v->string, true);
     if (!ids->len)
-        return refuse(c, 400, path_of(c, v, NULL), "got an empty %s, want at least one token id",
-                      json_type_name(v));
+        return refuse_at(c, v, "got an empty %s, want at least one token id", json_type_name(v));
     if (p->start_len >= (int)ids->len)
         return wrong(c, each(c, p, field(c->request.json, "logprob_start_len")),
                      at("an integer in -1..%zu", ids->len - 1));
@@ -1035,14 +1033,13 @@ static bool prompts_add(Conn *c, const Json *v, bool texts, bool ids) {
     if (!array && !(texts && v->type == JSON_STRING))
         return wrong_type(c, v, texts ? "string or array" : "array");
     if (list && !v->count)
-        return refuse(c, 400, path_of(c, v, NULL), "got an empty array, want at least one prompt");
+        return refuse_at(c, v, "got an empty array, want at least one prompt");
     const Json *one = list ? v + 1 : v, *rid = field(c->request.json, "rid");
     int64_t n = list ? v->count : 1;
     for (int64_t i = 0; i < n; i++, one = json_next(one)) {
         if (call->api->where == PARAMS && !native_params(c, (uint32_t)i, (uint32_t)n)) return false;
         if (n * p->n > MAX_SEQS)
-            return refuse(c, 400, path_of(c, v, NULL), "got %ld sequences, want at most %d",
-                          n * p->n, MAX_SEQS);
+            return refuse_at(c, v, "got %ld sequences, want at most %d", n * p->n, MAX_SEQS);
         p->sharers = p->n * (rid && rid->type == JSON_ARRAY ? 1 : (int)n);
         if (!prompt_parse(c, one, as_ids)) return false;
         call_add(c);
