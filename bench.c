@@ -446,9 +446,12 @@ static bool conversation_take(Request *r, const Json *conversation) {
     const Json *a = list && list->count > 1 ? member(list + 1, "value", JSON_STRING) : NULL;
     const Json *b = a ? member(json_next(list + 1), "value", JSON_STRING) : NULL;
     int most = o.sharegpt_context_len ? o.sharegpt_context_len : 2 * MOST;
-    bool sharegpt = !strcmp(o.dataset_name, "sharegpt");
-    if (!b || (!sharegpt && !tokens_of(a->string))) return false;
-    if (!sharegpt) return tokens_write(&r->prompt, &ids, r->input_len - bos, false), true;
+    if (!b) return false;
+    if (strcmp(o.dataset_name, "sharegpt")) {
+        bool some = tokens_of(a->string) > 0;
+        if (some) tokens_write(&r->prompt, &ids, r->input_len - bos, false);
+        return some;
+    }
     if (o.apply_chat_template) {
         ChatTemplate kind = tokenizer_template(tokenizer);
         Message message = {ROLE_USER, a->string, NULL};
