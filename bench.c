@@ -24,7 +24,7 @@
 enum {
     MOST = 1 << 20,        // tokens of an answer, or what the server counts is no count
     TEST_TOKENS = 32,      // of the test run's answer
-    READ_BYTES = 1 << 18,
+    READ_BYTES = 1 << 16,
     MAX_BYTES = 64 << 20,  // of a line, and of a body without lines
     TAIL_BYTES = 256,      // of an event, where its count of tokens stands
     READY = 256,           // connections that one call of epoll_wait reports
@@ -94,7 +94,7 @@ typedef struct {  // a prompt, its way to the server, and what came back
     int status;
     bool chunked;
     size_t left;                // bytes of the body or chunk; SIZE_MAX: until the server closes
-    Buf line, body;             // the beginning of a line of HTTP's, or of the body's
+    Buf in, body;               // what is not looked at yet: of all bytes, and of the body's
     double start, first, latest, end;  // times: first: of text, latest: of tokens; 0: not yet
     int64_t tokens, reported;   // counted so far; as the server said, -1: it didn't
     Buf text, last;             // the answer; CUMULATIVE: the last event, not parsed yet
@@ -126,9 +126,14 @@ static void request_end(Request *r, double now, const char *error) {
 }
 
 static void request_free(Request *r) {
-    Buf *all[] = {&r->prompt, &r->out,  &r->line, &r->body,
-                  &r->text,   &r->last, &r->gaps, &r->error};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) buf_free(all[i]);
+    buf_free(&r->prompt), buf_free(&r->out), buf_free(&r->in), buf_free(&r->body);
+    buf_free(&r->text), buf_free(&r->last), buf_free(&r->gaps), buf_free(&r->error);
+}
+
+// json_get() of what has the type, too; NULL: there is none.
+static const Json *member(const Json *object, const char *key, JsonType type) {
+    const Json *v = json_get(object, key);
+    return v && v->type == type ? v : NULL;
 }
 
 // Takes text and count from an object of an answer, which is overwritten. There are four shapes:
@@ -138,17 +143,17 @@ static bool object_read(Request *r, char *json, size_t len, double now) {
     static const char *const keys[] = {"text", "reasoning_content", "content"};
     char why[128] = "got an object without text";
     Json *root = json_parse(json, len, why, sizeof why);
-    const Json *choices = json_get(root, "choices"), *error = json_get(root, "error"), *v;
-    bool list = choices && choices->type == JSON_ARRAY, ok = list || json_get(root, "text");
-    const Json *from = !list ? root : choices->count ? choices + 1 : NULL;
+    const Json *list = member(root, "choices", JSON_ARRAY), *error = json_get(root, "error"), *v;
+    const Json *from = !list ? root : list->count ? list + 1 : NULL;
+    bool ok = list || json_get(root, "text");
     if ((v = json_get(from, "delta")) || (v = json_get(from, "message"))) from = v;
     for (int i = 0; ok && i < 3; i++)
-        if ((v = json_get(from, keys[i])) && v->type == JSON_STRING)
+        if ((v = member(from, keys[i], JSON_STRING)))
             buf_add(&r->text, v->string.data, v->string.len);
     v = json_get(json_get(root, list ? "usage" : "meta_info"), "completion_tokens");
     json_int(v, 0, MOST, &r->reported);
-    v = json_get(error ? error : root, "message");
-    if (!ok && v && v->type == JSON_STRING) buf_add(&r->error, v->string.data, v->string.len);
+    v = member(error ? error : root, "message", JSON_STRING);
+    if (!ok && v) buf_add(&r->error, v->string.data, v->string.len);
     if (!ok) request_end(r, now, r->error.data ? NULL : why);
     free(root);
     return ok;
@@ -191,30 +196,21 @@ static void event_take(Request *r, char *line, size_t len, double now) {
     r->tokens = total, r->latest = now;
 }
 
-// The next line of *p..end, without its newline. Where that hasn't come yet `part` keeps all, and
-// NULL is returned: however the bytes are cut, each is looked at once.
-static char *line_take(Buf *part, char **p, char *end, size_t *len) {
-    char *line = *p, *newline = memchr(line, '\n', (size_t)(end - line));
-    *len = (size_t)((newline ? newline : end) - line);
-    *p = newline ? newline + 1 : end;
-    if (newline && !part->len) return line;
-    buf_add(part, line, *len);
-    if (!newline) return NULL;
-    *len = part->len;
-    part->len = 0;  // the bytes stay until more are added
-    return part->data;
-}
-
-static void body_feed(Request *r, char *p, size_t n, double now) {
-    char *end = p + n, *line;
-    if (r->kind < DELTAS || r->status != 200) buf_add(&r->body, p, n), p = end;
-    while (r->fd >= 0 && p < end)
-        if ((line = line_take(&r->body, &p, end, &n))) event_take(r, line, n, now);
+// Bytes of the body, from which each line of a stream is taken as soon as it is whole.
+static void body_feed(Request *r, const char *p, size_t n, double now) {
+    buf_add(&r->body, p, n);
+    if (r->kind < DELTAS || r->status != 200) return;
+    char *line = r->body.data, *end = line + r->body.len, *newline;
+    while (r->fd >= 0 && (newline = memchr(line, '\n', (size_t)(end - line)))) {
+        event_take(r, line, (size_t)(newline - line), now);
+        line = newline + 1;
+    }
+    buf_shift(&r->body, NULL, (size_t)(line - r->body.data));
 }
 
 // The response is complete.
 static void response_end(Request *r, double now) {
-    if (r->kind >= DELTAS && r->status == 200) body_feed(r, (char[]){"\n"}, 1, now);
+    if (r->kind >= DELTAS && r->status == 200) body_feed(r, "\n", 1, now);
     if (r->fd < 0) return;
     buf_str(&r->body, "");  // from here on it is a string
     if (r->status != 200) buf_printf(&r->error, "%d %.300s", r->status, r->body.data);
@@ -223,45 +219,54 @@ static void response_end(Request *r, double now) {
     request_end(r, now, NULL);
 }
 
-// Any bytes of a response, with a NUL behind them: its head, then the body, whole or in chunks.
-static void response_feed(Request *r, char *p, size_t n, double now) {
-    for (char *end = p + n, *line, *rest; r->fd >= 0 && p < end;) {
+// A line of the head, or in front of a chunk: of n bytes, without its newline.
+static void line_take(Request *r, const char *line, size_t n, double now) {
+    char *rest;
+    if (n && line[n - 1] == '\r') n--;
+    if (r->part == SIZE && n) {  // an empty line is the end of the chunk before
+        r->left = strtoull(line, &rest, 16);
+        r->part = BODY;
+        if (rest == line) request_end(r, now, "got a chunk without a size");
+    } else if (!r->status) {  // HTTP/1.1 200 OK
+        r->status = n >= 12 && !strncmp(line, "HTTP/1.", 7) ? atoi(line + 9) : 0;
+        if (r->status < 100) request_end(r, now, "got something else than HTTP/1.1");
+    } else if (!strncasecmp(line, "Content-Length:", 15)) {
+        r->left = strtoull(line + 15, NULL, 10);
+    } else if (!strncasecmp(line, "Transfer-Encoding:", 18)) {
+        r->chunked = memmem(line, n, "chunked", 7) != NULL;
+    } else if (r->part == HEAD && !n) {
+        r->part = r->chunked ? SIZE : BODY;
+    }
+}
+
+// Any bytes of a response: its head, then the body, whole or in chunks.
+static void response_feed(Request *r, const char *p, size_t n, double now) {
+    buf_add(&r->in, p, n);
+    char *at = r->in.data, *end = at + r->in.len, *newline;
+    while (r->fd >= 0 && at < end) {
         if (r->part == BODY) {
-            n = (size_t)(end - p) < r->left ? (size_t)(end - p) : r->left;
+            n = (size_t)(end - at) < r->left ? (size_t)(end - at) : r->left;
             if (r->left != SIZE_MAX) r->left -= n;
-            body_feed(r, p, n, now);
-            p += n;
+            body_feed(r, at, n, now);
+            at += n;
             if (r->chunked && !r->left) r->part = SIZE;
-        } else if ((line = line_take(&r->line, &p, end, &n))) {
-            if (n && line[n - 1] == '\r') n--;
-            if (r->part == SIZE && n) {  // an empty line is the end of the chunk before
-                r->left = strtoull(line, &rest, 16);
-                r->part = BODY;
-                if (rest == line) request_end(r, now, "got a chunk without a size");
-            } else if (!r->status) {  // HTTP/1.1 200 OK
-                r->status = n >= 12 && !strncmp(line, "HTTP/1.", 7) ? atoi(line + 9) : 0;
-                if (r->status < 100) request_end(r, now, "got something else than HTTP/1.1");
-            } else if (!strncasecmp(line, "Content-Length:", 15)) {
-                r->left = strtoull(line + 15, NULL, 10);
-            } else if (!strncasecmp(line, "Transfer-Encoding:", 18)) {
-                r->chunked = memmem(line, n, "chunked", 7) != NULL;
-            } else if (r->part == HEAD && !n) {
-                r->part = r->chunked ? SIZE : BODY;
-            }
-        }
+        } else if ((newline = memchr(at, '\n', (size_t)(end - at)))) {
+            line_take(r, at, (size_t)(newline - at), now);
+            at = newline + 1;
+        } else break;
         if (r->part == BODY && !r->left && r->fd >= 0) response_end(r, now);
     }
-    if (r->fd >= 0 && (r->line.len > MAX_BYTES || r->body.len > MAX_BYTES))
+    buf_shift(&r->in, NULL, (size_t)(at - r->in.data));
+    if (r->fd >= 0 && (r->in.len > MAX_BYTES || r->body.len > MAX_BYTES))
         request_end(r, now, "got a line that is too long");
 }
 
 // error: why sending failed, or 0. The server may have answered before it closed.
 static void request_receive(Request *r, int error) {
-    static char buffer[READ_BYTES + 1];
-    ssize_t n = recv(r->fd, buffer, READ_BYTES, 0);
+    static char buffer[READ_BYTES];
+    ssize_t n = recv(r->fd, buffer, sizeof buffer, 0);
     if (n < 0 && !error) error = errno;
     double now = now_seconds();
-    buffer[n > 0 ? n : 0] = 0;  // where strtol stops at the latest, as in a Buf
     if (n > 0) response_feed(r, buffer, (size_t)n, now);
     else if (!n && r->part == BODY && r->left == SIZE_MAX) response_end(r, now);
     else if (error != EAGAIN)
@@ -331,7 +336,6 @@ static void prompt_write(Request *r, int n) {
     bool native = !strcmp(path, "/generate"), chat = !strcmp(path, "/v1/chat/completions");
     const char *stream = o.disable_stream ? "false" : "true";
     const char *ignore = o.disable_ignore_eos ? "false" : "true";
-    const char *logprob = o.return_logprob ? "true" : "false";
     Buf text = {0}, name = {0}, number = {0}, body = {0};
     if (chat) buf_str(&text, "[{\"role\":\"user\",\"content\":");
     json_write_string(&text, (Str){r->prompt.data, r->prompt.len});
@@ -342,7 +346,8 @@ static void prompt_write(Request *r, int n) {
                     ignore);
     const char *const generate[][2] = {
         {"text", text.data}, {"sampling_params", number.data}, {"stream", stream},
-        {"lora_path", "null"}, {"return_logprob", logprob}, {"logprob_start_len", "-1"}, {NULL}};
+        {"lora_path", "null"}, {"return_logprob", o.return_logprob ? "true" : "false"},
+        {"logprob_start_len", "-1"}, {NULL}};
     const char *const openai[][2] = {
         {"model", name.data}, {chat ? "messages" : "prompt", text.data}, {"temperature", "0.0"},
         {"best_of", "1"}, {"max_tokens", number.data}, {"stream", stream}, {"ignore_eos", ignore},
@@ -374,9 +379,9 @@ static char *server_says(const char *where, const char *key, const char *flag) {
     char why[128] = "got no such string";
     if (r.error.data) die("GET %s: %s; want %s", where, r.error.data, flag);
     Json *root = json_parse(r.body.data, r.body.len, why, sizeof why);
-    const Json *v = json_get(root, "data");
-    v = json_get(v && v->type == JSON_ARRAY && v->count ? v + 1 : root, key);
-    if (!v || v->type != JSON_STRING) die("GET %s: %s: %s; want %s", where, key, why, flag);
+    const Json *list = member(root, "data", JSON_ARRAY);
+    const Json *v = member(list && list->count ? list + 1 : root, key, JSON_STRING);
+    if (!v) die("GET %s: %s: %s; want %s", where, key, why, flag);
     char *text = format_string("%.*s", (int)v->string.len, v->string.data);
     free(root);
     request_free(&r);
@@ -434,50 +439,51 @@ static void tokens_write(Buf *b, const Ids *list, int n, bool drawn) {
     }
 }
 
-// Prompts from the first turns of conversations, [{"conversations":[{"value":"..."},...]},...]: for
-// random cut or repeated to the length; sharegpt's answers are as long as the second turns. Returns
-// how many there are.
+// A prompt from a conversation's first turn: for random cut or repeated to the length; sharegpt's
+// answer is as long as the second turn. False: the conversation is of no use.
+static bool conversation_take(Request *r, const Json *conversation) {
+    const Json *list = member(conversation, "conversations", JSON_ARRAY);
+    const Json *a = list && list->count > 1 ? member(list + 1, "value", JSON_STRING) : NULL;
+    const Json *b = a ? member(json_next(list + 1), "value", JSON_STRING) : NULL;
+    int most = o.sharegpt_context_len ? o.sharegpt_context_len : 2 * MOST;
+    if (!b) return false;
+    if (strcmp(o.dataset_name, "sharegpt")) {
+        bool some = tokens_of(a->string) > 0;
+        if (some) tokens_write(&r->prompt, &ids, r->input_len - bos, false);
+        return some;
+    }
+    if (o.apply_chat_template) {
+        ChatTemplate kind = tokenizer_template(tokenizer);
+        Message message = {ROLE_USER, a->string, NULL};
+        chat_render(&r->prompt, kind, &message, 1, true, template_forces_think(kind));
+        if (bos)  // the server puts it there
+            buf_shift(&r->prompt, NULL, tokenizer_bytes(tokenizer, tokenizer_bos(tokenizer)).len);
+    } else buf_add(&r->prompt, a->string.data, a->string.len);
+    r->input_len = tokens_of((Str){r->prompt.data, r->prompt.len}) + bos;
+    r->output_len = o.sharegpt_output_len ? o.sharegpt_output_len : tokens_of(b->string);
+    bool good = r->input_len >= 2 && r->output_len >= 2 && r->input_len <= most - r->output_len;
+    if (!good) buf_free(&r->prompt);
+    return good;
+}
+
+// Prompts from a file, [{"conversations":[{"value":"..."},...]},...]. Returns how many there are:
+// sharegpt runs with fewer than n.
 static int data_conversations(Request *r, int n) {
     char why[128] = "got no array";
-    size_t len = 0, n_lists = 0;
-    int made = 0, most = o.sharegpt_context_len ? o.sharegpt_context_len : 2 * MOST;
-    bool sharegpt = !strcmp(o.dataset_name, "sharegpt"), good;
+    size_t len = 0;
+    int made = 0;
     char *text = read_file(o.dataset_path, &len);
     if (!text) die("--dataset-path %s: %s", o.dataset_path, strerror(errno));
     Json *root = json_parse(text, len, why, sizeof why);
     if (!root || root->type != JSON_ARRAY) die("--dataset-path %s: %s", o.dataset_path, why);
-    const Json **lists = xcalloc(root->count, sizeof *lists), *item = root + 1;
-    for (uint32_t i = 0; i < root->count; i++, item = json_next(item)) {
-        const Json *list = json_get(item, "conversations");
-        if (list && list->type == JSON_ARRAY && list->count > 1) lists[n_lists++] = list;
-    }
-    shuffle(lists, n_lists, sizeof *lists);
-    ChatTemplate kind = o.apply_chat_template ? tokenizer_template(tokenizer) : TEMPLATE_R1;
-    for (size_t i = 0; i < n_lists && made < n; i++, made += good) {
-        Request *q = &r[made];
-        const Json *a = json_get(lists[i] + 1, "value");
-        const Json *b = json_get(json_next(lists[i] + 1), "value");
-        good = a && b && a->type == JSON_STRING && b->type == JSON_STRING;
-        if (!good) continue;
-        Message message = {ROLE_USER, a->string, NULL};
-        buf_free(&q->prompt);
-        if (!sharegpt) {
-            good = tokens_of(a->string) > 0;
-            tokens_write(&q->prompt, &ids, good ? q->input_len - bos : 0, false);
-            continue;
-        }
-        if (!o.apply_chat_template) buf_add(&q->prompt, a->string.data, a->string.len);
-        else chat_render(&q->prompt, kind, &message, 1, true, template_forces_think(kind));
-        if (o.apply_chat_template && bos)  // the server puts it there
-            buf_shift(&q->prompt, NULL, tokenizer_bytes(tokenizer, tokenizer_bos(tokenizer)).len);
-        q->input_len = tokens_of((Str){q->prompt.data, q->prompt.len}) + bos;
-        q->output_len = o.sharegpt_output_len ? o.sharegpt_output_len : tokens_of(b->string);
-        good = q->input_len >= 2 && q->output_len >= 2 && q->input_len <= most - q->output_len;
-    }
-    if (made < n) buf_free(&r[made].prompt);  // of one that was of no use
-    if (made < (sharegpt ? 1 : n))
+    const Json **items = xcalloc(root->count, sizeof *items), *item = root + 1;
+    for (uint32_t i = 0; i < root->count; i++, item = json_next(item)) items[i] = item;
+    shuffle(items, root->count, sizeof *items);
+    for (uint32_t i = 0; i < root->count && made < n; i++)
+        made += conversation_take(&r[made], items[i]);
+    if (made < (strcmp(o.dataset_name, "sharegpt") ? n : 1))
         die("--dataset-path %s: got %d usable conversations, want %d", o.dataset_path, made, n);
-    free(lists), free(text), free(root);
+    free(items), free(text), free(root);
     return made;
 }
 
@@ -522,6 +528,7 @@ enum { E2E, TTFT, TPOT, ITL, N_TIMES, MEAN = 0, MEDIAN, STD, P99, N_KINDS };
 
 typedef struct {
     int completed, failed;               // requests
+    const char *failure;                 // the first failed one's error; NULL: none failed
     int64_t input, output, retokenized;  // tokens
     double duration, concurrency, requests_s, input_s, output_s, total_s;  // _s: per second
     double ms[N_TIMES][N_KINDS];
@@ -547,7 +554,10 @@ static Metrics metrics_make(const Request *r, int n) {
         int64_t output = r->reported >= 0 ? r->reported : r->output_len;
         double tpot = (e2e - ttft) / (double)(output - 1);
         first = fmin(first, r->start), last = fmax(last, r->end);
-        if (r->error.data) { m.failed++; continue; }
+        if (r->error.data) {
+            if (!m.failed++) m.failure = r->error.data;
+            continue;
+        }
         m.completed++, m.input += r->input_len, m.output += output, m.concurrency += e2e;
         m.retokenized += tokens_of((Str){r->text.data, r->text.len});
         buf_add(&samples[E2E], &e2e, sizeof e2e);
@@ -572,17 +582,10 @@ static Metrics metrics_make(const Request *r, int n) {
     return m;
 }
 
-// An option that may not be given, which is 0 then.
-static const char *option_text(char text[16], int value, const char *none) {
-    snprintf(text, 16, "%d", value);
-    return value ? text : none;
-}
-
-// As Python writes it, with a point.
-static const char *rate_text(char text[40], const char *infinite) {
-    double rate = o.request_rate;
-    snprintf(text, 40, rate == floor(rate) && rate < 1e15 ? "%.15g.0" : "%.15g", rate);
-    return isinf(rate) ? infinite : text;
+// A number as Python writes it, or `none` where it is 0 or infinite: it was not given.
+static const char *number_text(char text[40], double v, const char *point, const char *none) {
+    snprintf(text, 40, "%.15g%s", v, v == floor(v) && v < 1e15 ? point : "");
+    return v == 0 || isinf(v) ? none : text;
 }
 
 // SGLang's table to the letter: what reads that one reads this.
@@ -596,9 +599,10 @@ static void table_write(Buf *b, const Metrics *m) {
     char text[40];
     buf_str(b, "\n============ Serving Benchmark Result ============\n");
     buf_printf(b, "Backend:                                 %-10s\n", o.backend);
-    buf_printf(b, "Traffic request rate:                    %-10s\n", rate_text(text, "inf"));
+    buf_printf(b, "Traffic request rate:                    %-10s\n",
+               number_text(text, o.request_rate, ".0", "inf"));
     buf_printf(b, "Max reqeuest concurrency:                %-10s\n",
-               option_text(text, o.max_concurrency, "not set"));
+               number_text(text, o.max_concurrency, "", "not set"));
     buf_printf(b, "Successful requests:                     %-10d\n", m->completed);
     buf_printf(b, "Benchmark duration (s):                  %-10.2f\n", m->duration);
     buf_printf(b, "Total input tokens:                      %-10ld\n", m->input);
@@ -623,13 +627,13 @@ static void table_write(Buf *b, const Metrics *m) {
 static void jsonl_write(Buf *b, const Metrics *m) {
     static const char *const names[] = {"e2e_latency", "ttft", "tpot", "itl"};
     static const char *const kinds[] = {"mean", "median", "std", "p99"};
-    char rate[40], most[16], len[16];
+    char rate[40], most[40], len[40];
     buf_printf(b, "{\"backend\":\"%s\",\"dataset_name\":\"%s\",\"request_rate\":%s,"
                "\"max_concurrency\":%s,\"sharegpt_output_len\":%s,\"random_input_len\":%d,"
                "\"random_output_len\":%d,\"random_range_ratio\":%.15g,\"duration\":%.15g,",
-               o.backend, o.dataset_name, rate_text(rate, "Infinity"),
-               option_text(most, o.max_concurrency, "null"),
-               option_text(len, o.sharegpt_output_len, "null"), o.random_input_len,
+               o.backend, o.dataset_name, number_text(rate, o.request_rate, ".0", "Infinity"),
+               number_text(most, o.max_concurrency, "", "null"),
+               number_text(len, o.sharegpt_output_len, "", "null"), o.random_input_len,
                o.random_output_len, o.random_range_ratio, m->duration);
     buf_printf(b, "\"completed\":%d,\"total_input_tokens\":%ld,\"total_output_tokens\":%ld,"
                "\"total_output_tokens_retokenized\":%ld,\"request_throughput\":%.15g,"
@@ -644,12 +648,11 @@ static void jsonl_write(Buf *b, const Metrics *m) {
 
 // ---- The run ------------------------------------------------------------------------------------
 
-// --base-url, or the same made of --host and --port.
+// --base-url, or the same made of --host and --port. Linux connects 0.0.0.0 to this machine.
 static void address_find(void) {
-    const char *host = strcmp(o.host, "0.0.0.0") ? o.host : "127.0.0.1";
     int port = o.port ? o.port : strcmp(o.backend, "vllm") ? 30000 : 8000, n = 0;
     char *url = o.base_url ? format_string("%s", o.base_url)
-                           : format_string("http://%s:%d", host, port);
+                           : format_string("http://%s:%d", o.host, port);
     char name[256], service[6] = "80";
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM};
     if (sscanf(url, "http://%255[^:/]%n:%5[0-9]%n", name, &n, service, &n) < 1 ||
@@ -689,12 +692,13 @@ static void bench_setup(void) {
 }
 
 static FILE *output_open(void) {
-    char name[128], date[8];
+    char date[8];
     bool sharegpt = !strcmp(o.dataset_name, "sharegpt");
     strftime(date, sizeof date, "%m%d", localtime(&(time_t){time(NULL)}));
-    snprintf(name, sizeof name, sharegpt ? "%s_%s_%d_sharegpt.jsonl" : "%s_%s_%d_%d_%d.jsonl",
-             o.backend, date, o.num_prompts, o.random_input_len, o.random_output_len);
-    if (!o.output_file) o.output_file = format_string("%s", name);
+    if (!o.output_file)
+        o.output_file = format_string(
+            sharegpt ? "%s_%s_%d_sharegpt.jsonl" : "%s_%s_%d_%d_%d.jsonl", o.backend, date,
+            o.num_prompts, o.random_input_len, o.random_output_len);
     FILE *f = fopen(o.output_file, "a");
     if (!f) die("--output-file %s: %s", o.output_file, strerror(errno));
     return f;
@@ -718,7 +722,7 @@ static void test_run(const Request *like) {
 
 int bench_main(char **argv) {
     struct rlimit files;
-    Buf table = {0}, line = {0};
+    Buf text = {0};
     int n = 0;
     flags_parse(&command, &o, argv);
     setvbuf(stdout, NULL, _IOLBF, 0);  // each line at once, to files and pipes too
@@ -727,24 +731,22 @@ int bench_main(char **argv) {
     setrlimit(RLIMIT_NOFILE, &files);
     bench_setup();
     FILE *out = output_open();
-    Request *r = data_make(&n), *failed = r;
+    Request *r = data_make(&n);
     test_run(r);
     for (int i = 0; i < n; i++) prompt_write(&r[i], r[i].output_len);
     sleep(1);  // the server may not be done with the test yet
     requests_run(r, n, o.max_concurrency ? o.max_concurrency : n, !o.disable_tqdm);
     Metrics m = metrics_make(r, n);
-    table_write(&table, &m);
-    jsonl_write(&line, &m);
-    fputs(table.data, stdout);
+    table_write(&text, &m);
+    fputs(text.data, stdout);
     if (fflush(stdout) != 0) die("can't write to stdout: %s", strerror(errno));
-    if (fputs(line.data, out) < 0 || fclose(out) != 0) die("--output-file: %s", strerror(errno));
-    while (m.failed && !failed->error.data) failed++;
+    text.len = 0;
+    jsonl_write(&text, &m);
+    if (fputs(text.data, out) < 0 || fclose(out) != 0) die("--output-file: %s", strerror(errno));
     if (m.failed)
-        fprintf(stderr, "Failed requests: %d of %d; first: %s\n", m.failed, n,
-                failed->error.data);
+        fprintf(stderr, "Failed requests: %d of %d; first: %s\n", m.failed, n, m.failure);
     for (int i = 0; i < n; i++) request_free(&r[i]);
-    free(r), free(ids.data);
-    buf_free(&table), buf_free(&line);
+    free(r), free(ids.data), buf_free(&text);
     tokenizer_free(tokenizer);
     freeaddrinfo(address);
     return m.failed > 0;

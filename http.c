@@ -93,8 +93,7 @@ struct Conn {
     Request request;
     Call *call;            // of a request that generates
     int n_live;            // its sequences that the engine has: until 0 the Conn must stay
-    Conn *next_touched;    // in the list of those that got events in this round, where it
-    bool touched;          // is in it
+    bool touched;          // got events in this round, and has not run since
 };
 
 static Conn *conns;
@@ -301,7 +300,7 @@ typedef struct {        // the strings lie in the request's body
     bool thinking;      // it does, or in what the model thought before
     const Json *object; // where max_tokens stood
     Str rid, model;
-    Buf echoed;         // the prompt's text
+    Buf echoed;         // what each answer begins with: the prompt's text, or the forced tag
     int bias_id[MAX_BIAS];
     float bias[MAX_BIAS];
 } Params;
@@ -373,6 +372,8 @@ static const char *path_of(const Conn *c, const Json *v, const char *name) {
     return !name ? b->data : at(b->len ? "%s.%s" : "%s%s", b->data, name);
 }
 
+#define refuse_at(c, v, ...) refuse(c, 400, path_of(c, v, NULL), __VA_ARGS__)
+
 // A value as an error repeats it.
 static const char *shown(const Json *v) {
     if (!v || v->type < JSON_NUMBER || v->type > JSON_STRING) return v ? json_type_name(v) : "null";
@@ -383,11 +384,11 @@ static const char *shown(const Json *v) {
 
 // The value is shown where only that is wrong, else its type is said.
 static bool wrong(Conn *c, const Json *v, const char *want) {
-    return refuse(c, 400, path_of(c, v, NULL), "got %s, want %s", shown(v), want);
+    return refuse_at(c, v, "got %s, want %s", shown(v), want);
 }
 
 static bool wrong_type(Conn *c, const Json *v, const char *want) {
-    return refuse(c, 400, path_of(c, v, NULL), "got %s, want %s", json_type_name(v), want);
+    return refuse_at(c, v, "got %s, want %s", json_type_name(v), want);
 }
 
 static bool typed(Conn *c, const Json *v, JsonType type) {
@@ -416,15 +417,14 @@ static bool stops_parse(Conn *c, Seq *s, const Field *f, const Json *v) {
     if (!list && (ids || v->type != JSON_STRING)) return wrong_type(c, v, f->want);
     int n = list ? (int)v->count : 1;
     if (n > MAX_STOPS)
-        return refuse(c, 400, path_of(c, v, NULL), "got %d entries, want at most %d", n, MAX_STOPS);
+        return refuse_at(c, v, "got %d entries, want at most %d", n, MAX_STOPS);
     *(ids ? &s->n_stop_id : &s->text.n_stop) = n;
     if (list) v++;
     for (int i = 0; i < n; i++, v = json_next(v)) {
         if (ids ? !id_parse(c, &s->stop_id[i], v) : !typed(c, v, JSON_STRING)) return false;
         if (ids) continue;
         if (!v->string.len || v->string.len > STOP_BYTES)
-            return refuse(c, 400, path_of(c, v, NULL), "got %zu bytes, want 1..%d", v->string.len,
-                          STOP_BYTES);
+            return refuse_at(c, v, "got %zu bytes, want 1..%d", v->string.len, STOP_BYTES);
         s->text.stop[i] = v->string;
     }
     return true;
@@ -435,8 +435,7 @@ static bool bias_parse(Conn *c, Params *p, const Field *f, const Json *v) {
     Sampling *s = &p->seq.sampling;
     if (!typed(c, v, JSON_OBJECT)) return false;
     if (v->count > MAX_BIAS)
-        return refuse(c, 400, path_of(c, v, NULL), "got %u entries, want at most %d", v->count,
-                      MAX_BIAS);
+        return refuse_at(c, v, "got %u entries, want at most %d", v->count, MAX_BIAS);
     s->bias_id = p->bias_id, s->bias = p->bias;
     const Json *key = v + 1;
     for (uint32_t i = 0; i < v->count; i++, key = json_next(key + 1)) {
@@ -445,8 +444,7 @@ static bool bias_parse(Conn *c, Params *p, const Field *f, const Json *v) {
         char *end;  // a string lies in the body, where a quote at the latest ends the digits
         long id = strtol(digits, &end, 10), last = tokenizer_vocab(server.tokenizer) - 1;
         if (!isdigit((uint8_t)*digits) || end != digits + key->string.len || id > last)
-            return refuse(c, 400, path_of(c, v, NULL), "got %s, want token ids in 0..%ld",
-                          shown(key), last);
+            return refuse_at(c, v, "got %s, want token ids in 0..%ld", shown(key), last);
         if (!typed(c, value, JSON_NUMBER)) return false;
         if (!(value->number >= f->lo && value->number <= f->hi)) return wrong(c, value, f->want);
         int k = 0;  // the last of equal ids wins, as of all equal keys
@@ -487,7 +485,7 @@ static bool rid_parse(Conn *c, Params *p, const Field *f, const Json *v) {
     for (size_t i = 0; ok && i < rid.len; i++) ok = rid.data[i] >= ' ' && rid.data[i] <= '~';
     if (!ok) return wrong(c, v, f->want);
     return seen || !rid_find(rid, false) ||
-           refuse(c, 400, path_of(c, v, NULL), "got %s, which is still running", shown(v));
+           refuse_at(c, v, "got %s, which is still running", shown(v));
 }
 
 // Fields that aren't implemented would change the answer. But a client may send all that it knows,
@@ -527,7 +525,7 @@ static bool field_parse(Conn *c, Params *p, const Field *f, const Json *v) {
     case BIAS: return bias_parse(c, p, f, v);
     case LATER:
         return neutral(c, f->name, v) ||
-               refuse(c, 400, path_of(c, v, NULL), "not supported by this version of r1");
+               refuse_at(c, v, "not supported by this version of r1");
     }
     return ok || wrong(c, v, f->want);
 }
@@ -593,7 +591,7 @@ static const Field fields[] = {
 static const Json *each(Conn *c, const Params *p, const Json *v) {
     if (v->type != JSON_ARRAY) return v;
     if (v->count != p->prompts)
-        return refuse(c, 400, path_of(c, v, NULL), "got %u values, want one for each prompt, %u",
+        return refuse_at(c, v, "got %u values, want one for each prompt, %u",
                       v->count, p->prompts), NULL;
     v++;
     for (uint32_t i = 0; i < p->prompt; i++) v = json_next(v);
@@ -622,18 +620,17 @@ typedef struct {
 
 static Histogram first_token = {
     "sglang:time_to_first_token_seconds", "From a request's arrival to its first token.",
-    {.1, .25, .5, .75, 1, 2, 5, 10, 20, 40, 60, 80, 120, 160}, {0}, 0};
+    .le = {.1, .25, .5, .75, 1, 2, 5, 10, 20, 40, 60, 80, 120, 160}};
 static Histogram per_token = {
     "sglang:time_per_output_token_seconds", "A sequence's mean time between two tokens.",
-    {.005, .01, .015, .02, .025, .03, .04, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5},
-    {0}, 0};
+    .le = {.005, .01, .015, .02, .025, .03, .04, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5}};
 static Histogram between_tokens = {
     "sglang:inter_token_latency_seconds", "The time from one token to the next.",
-    {.002, .004, .006, .008, .01, .015, .02, .025, .03, .035, .04, .05, .075, .1, .15, .2, .3, .4,
-     .5, .75, 1, 2}, {0}, 0};
+    .le = {.002, .004, .006, .008, .01, .015, .02, .025, .03, .035, .04, .05, .075, .1, .15, .2, .3,
+           .4, .5, .75, 1, 2}};
 static Histogram whole_request = {
     "sglang:e2e_request_latency_seconds", "From a request's arrival to its end.",
-    {.1, .25, .5, 1, 2, 5, 10, 20, 40, 60, 80, 120, 160}, {0}, 0};
+    .le = {.1, .25, .5, 1, 2, 5, 10, 20, 40, 60, 80, 120, 160}};
 static uint64_t tokens_generated, sequences_finished, aborted[FAULT + 1];
 
 static void observe(Histogram *h, double seconds) {
@@ -1016,8 +1013,7 @@ static bool prompt_parse(Conn *c, const Json *v, bool as_ids) {
     if (as_ids && !ids_parse(c, ids, v)) return false;
     if (!as_ids) text_encode(ids, v->string, true);
     if (!ids->len)
-        return refuse(c, 400, path_of(c, v, NULL), "got an empty %s, want at least one token id",
-                      json_type_name(v));
+        return refuse_at(c, v, "got an empty %s, want at least one token id", json_type_name(v));
     if (p->start_len >= (int)ids->len)
         return wrong(c, each(c, p, field(c->request.json, "logprob_start_len")),
                      at("an integer in -1..%zu", ids->len - 1));
@@ -1037,14 +1033,13 @@ static bool prompts_add(Conn *c, const Json *v, bool texts, bool ids) {
     if (!array && !(texts && v->type == JSON_STRING))
         return wrong_type(c, v, texts ? "string or array" : "array");
     if (list && !v->count)
-        return refuse(c, 400, path_of(c, v, NULL), "got an empty array, want at least one prompt");
+        return refuse_at(c, v, "got an empty array, want at least one prompt");
     const Json *one = list ? v + 1 : v, *rid = field(c->request.json, "rid");
     int64_t n = list ? v->count : 1;
     for (int64_t i = 0; i < n; i++, one = json_next(one)) {
         if (call->api->where == PARAMS && !native_params(c, (uint32_t)i, (uint32_t)n)) return false;
         if (n * p->n > MAX_SEQS)
-            return refuse(c, 400, path_of(c, v, NULL), "got %ld sequences, want at most %d",
-                          n * p->n, MAX_SEQS);
+            return refuse_at(c, v, "got %ld sequences, want at most %d", n * p->n, MAX_SEQS);
         p->sharers = p->n * (rid && rid->type == JSON_ARRAY ? 1 : (int)n);
         if (!prompt_parse(c, one, as_ids)) return false;
         call_add(c);
@@ -1078,12 +1073,12 @@ static Str event_text(Str s) {
     return text_cut(s, n);
 }
 
-// "name":[...],... of the lists' first bytes.
+// "name":[...],... of the lists' first bytes; NULL: of all.
 static void lists_write(Buf *b, const Call *call, const Answer *a, const size_t *bytes, int n) {
     for (int i = 0; i < n && call->api->lists[i]; i++) {
         buf_printf(b, "%s\"%s\":[", i ? "," : "", call->api->lists[i]);
-        size_t from = b->len;
-        if (bytes[i]) buf_add(b, a->lists[i].data, bytes[i] - 1);  // without the last newline
+        size_t from = b->len, len = bytes ? bytes[i] : a->lists[i].len;
+        if (len) buf_add(b, a->lists[i].data, len - 1);  // without the last newline
         for (; from < b->len; from++) if (b->data[from] == '\n') b->data[from] = ',';
         buf_str(b, "]");
     }
@@ -1282,8 +1277,7 @@ static void chat_token(Conn *c, Answer *a, const Event *e) {
 
 static bool chat_complete(Conn *c) {
     static const Api api = {CHAT, -1, chat_token, v1_event, v1_answer, {"content"}};
-    Call *call = call_new(c, &api);
-    Params *p = &call->params;
+    Params *p = &call_new(c, &api)->params;
     p->separate_reasoning = p->stream_reasoning = true;
     if (!fields_parse(c, p, c->request.json, V1) || !chat_prompt(c, p) || !v1_fields(c))
         return false;
@@ -1293,11 +1287,10 @@ static bool chat_complete(Conn *c) {
     if (p->logprobs) p->seq.sampling.top_logprobs = p->top_logprobs;
     p->separate_reasoning &= server.options.reasoning_parser != NULL;
     p->sharers = p->n;
+    if (p->forced_tag && !p->stream && !p->separate_reasoning)
+        buf_str(&p->echoed, THINK);  // a stream has it in an event of its own
     if (!call_fits(c)) return false;
     call_add(c);
-    bool tag = p->forced_tag && !p->stream && !p->separate_reasoning;
-    for (int i = 0; tag && i < call->n_answers; i++)
-        buf_str(&call->answers[i].text, THINK);  // a stream has it in an event of its own
     return v1_start(c, p->stream ? "chat.completion.chunk" : "chat.completion");
 }
 
@@ -1378,14 +1371,12 @@ static const char *native_finish(const Answer *a) {
 
 static void native_write(Buf *b, const Conn *c, const Answer *a) {
     const Seq *s = a->seq;
-    size_t bytes[LISTS];
-    for (int i = 0; i < LISTS; i++) bytes[i] = a->lists[i].len;
     buf_str(b, "{\"text\":");
     json_write_string(b, buf_text(&a->text));
     buf_printf(b, ",\"meta_info\":{\"id\":%s,\"finish_reason\":%s,\"prompt_tokens\":%d,",
                quoted(str_of(s->rid)), native_finish(a), s->n_prompt);
     if (s->sampling.top_logprobs >= 0) {
-        lists_write(b, c->call, a, bytes, s->sampling.top_logprobs ? LISTS : 2);
+        lists_write(b, c->call, a, NULL, s->sampling.top_logprobs ? LISTS : 2);
         buf_str(b, ",");
     }
     buf_printf(b, "\"completion_tokens\":%d,\"cached_tokens\":%d}", a->n_tokens, s->n_cached);
@@ -1548,7 +1539,7 @@ static bool tokenize(Conn *c) {
     uint32_t n = list ? text++->count : 1;
     Buf counts = {0};
     buf_str(&c->out, list ? "{\"tokens\":[" : "{\"tokens\":");
-    for (uint32_t i = 0; i < n && ok; i++) {
+    for (uint32_t i = 0; i < n; i++) {
         Ids *ids = &p.seq.tokens;
         ids->len = 0;
         ok = messages ? chat_prompt(c, &p) : typed(c, text, JSON_STRING);
@@ -1788,8 +1779,7 @@ static bool header_read(Conn *c) {
     while (str_begins(unread(c), STR("\r\n"))) c->in_at += 2;
     Str s = unread(c);
     size_t most = (size_t)http_limits.header_bytes;
-    if (!s.len) c->state = IDLE;
-    if (!s.len) return false;
+    if (!s.len) return c->state = IDLE, false;
     if (c->state == IDLE) conn_state(c, HEADER);
     const char *end = memmem(s.data, s.len, "\r\n\r\n", 4);
     if (end) s.len = (size_t)(end + 4 - s.data);
@@ -2002,19 +1992,17 @@ static void conns_reap(void) {
 // Takes all events before any socket: a round costs one send for each connection.
 static void take_events(void) {
     char bytes[SHOWN];
-    Conn *touched = NULL;
     while (read(server.wake_fd, bytes, sizeof bytes) > 0) {}  // first: no event is missed so
     for (Event *e = engine_events(), *next; e; e = next) {
         Conn *c = e->seq->owner;
         next = e->next;
-        if (!c->touched) c->next_touched = touched, touched = c;
         c->touched = true;
         call_event(c, e);
         event_free(e);
     }
-    for (Conn *c = touched; c; c = c->next_touched) {
+    for (Conn *c = conns; c; c = c->next) {
+        if (c->touched && c->state != DEAD) conn_run(c);
         c->touched = false;
-        if (c->state != DEAD) conn_run(c);
     }
 }
 
