@@ -1,5 +1,5 @@
-# make          builds ./r1: for the GPU where there is an NVIDIA driver and nvcc, else for the CPU,
-#               for which gcc and make are enough; make CUDA=1 and make CUDA=0 decide by hand
+# make          builds ./r1: for the GPU where there are a Hopper GPU and nvcc, else for the CPU, for
+#               which gcc and make are enough; make CUDA=1 and make CUDA=0 decide by hand
 # make test     runs every test and adds up what they say; make test SAN=1 under ASan and UBSan
 # make soak     minutes of load on the real server; needs Python 3
 # make test-web tries chat.html in a headless Chromium (see tests/test_web.py for what it needs)
@@ -13,8 +13,8 @@ endif
 ARCH ?= -march=native
 SAN ?= 0
 NVCC ?= nvcc
-DRIVER := /proc/driver/nvidia/version
-CUDA ?= $(shell test -e $(DRIVER) && command -v $(NVCC) >/dev/null && echo 1 || echo 0)
+HOPPER := nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -qx 9.0
+CUDA ?= $(shell $(HOPPER) && command -v $(NVCC) >/dev/null && echo 1 || echo 0)
 TWIN := kernels
 LINK = $(CC) $(CFLAGS)
 ifeq ($(SAN),1)

@@ -62,7 +62,9 @@ void device_init(void) {
     check(cudaSetDevice(0), "the first GPU");
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attributes");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "attributes");
-    if (major != 9) die("CUDA: got a GPU of compute capability %d.%d, want 9.0", major, minor);
+    if (major != 9)
+        die("CUDA: got a GPU of compute capability %d.%d, want 9.0; make CUDA=0 builds for the CPU",
+            major, minor);
     check(cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, 0), "attributes");
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
 }
