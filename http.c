@@ -1314,16 +1314,18 @@ static void completion_token(Conn *c, Answer *a, const Event *e) {
     text_write(&a->lists[2], &choice->id, 1, false), buf_str(&a->lists[2], "\n");
     if (!a->seq->sampling.top_logprobs) return;
     bool none = isnan(choice->logprob);
-    buf_str(top, none ? "null" : "{");
+    if (none) buf_str(top, "null");
     for (int i = 0; i < choice->n_top; i++) {
         Buf *name = scratch();
+        buf_str(name, ",");  // so that it is found whole: within a text a backslash is before quotes
         text_write(name, &choice->top_id[i], 1, false);
         buf_str(name, ":");
         if (i && strstr(top->data + from, name->data)) continue;  // of equal texts the first stays
-        buf_printf(top, i ? ",%s" : "%s", name->data);
+        buf_add(top, name->data, name->len);
         logprob_write(top, choice->top_logprob[i]);
     }
     buf_str(top, none ? "\n" : "}\n");
+    if (!none) top->data[from] = '{';
 }
 
 static bool complete(Conn *c) {
