@@ -479,16 +479,6 @@ static int rid_find(Str rid, bool cancel) {
     return found;
 }
 
-// An rid names one live sequence, or /abort_request could not tell which is meant.
-static bool rid_parse(Conn *c, Params *p, const Field *f, const Json *v) {
-    Str rid = p->rid = v->string;
-    bool ok = rid.len >= f->lo && rid.len <= f->hi;
-    bool seen = p->prompt && v == field(c->request.json, "rid");  // with the first prompt
-    for (size_t i = 0; ok && i < rid.len; i++) ok = rid.data[i] >= ' ' && rid.data[i] <= '~';
-    if (!ok) return wrong(c, v, f->want);
-    return seen || !rid_find(rid, false) ||
-           refuse(c, 400, path_of(c, v, NULL), "got %s, which is still running", shown(v));
-}
 
 // Fields that aren't implemented would change the answer. But a client may send all that it knows,
 // so a value passes that asks for nothing.
@@ -522,7 +512,11 @@ static bool field_parse(Conn *c, Params *p, const Field *f, const Json *v) {
         ok = p->seq.has_seed = v->integer && (!v->negative || v->magnitude <= (uint64_t)1 << 63);
         *(uint64_t *)out = v->negative ? 0 - v->magnitude : v->magnitude;
         break;
-    case RID: return rid_parse(c, p, f, v);
+    case RID:
+        ok = v->string.len >= f->lo && v->string.len <= f->hi, p->rid = v->string;
+        for (size_t k = 0; ok && k < p->rid.len; k++)
+            ok = p->rid.data[k] >= ' ' && p->rid.data[k] <= '~';
+        break;
     case STOP: case STOP_IDS: return stops_parse(c, &p->seq, f, v);
     case BIAS: return bias_parse(c, p, f, v);
     case LATER:
@@ -868,9 +862,25 @@ static void call_add(Conn *c) {
     }
 }
 
+// An rid names one live sequence, or /abort_request could not tell which is meant. Those of a
+// request differ from each other, too, and from all that run by the same rid or beside it.
+static bool rids_free(Conn *c) {
+    const Call *call = c->call;
+    int n = field(c->request.json, "rid") ? call->n_answers : 0;
+    for (const Answer *a = call->answers; a < call->answers + n; a++) {
+        Str rid = str_of(a->seq->rid), given = str_cut(rid, a->stem);
+        bool used = rid_find(rid, false) || rid_find(given, false);
+        for (const Answer *b = call->answers; b < a; b++) used |= str_equal(rid, b->seq->rid);
+        if (used)
+            return refuse(c, 400, "rid", "got %s, which is still running", quoted(given));
+    }
+    return true;
+}
+
 // Hands the sequences to the engine. What can be refused was refused: a stream's head goes out now.
 static bool call_start(Conn *c) {
     Call *call = c->call;
+    if (!rids_free(c)) return false;
     c->n_live = call->n_answers;
     conn_state(c, call->params.stream ? STREAMING : COMPUTING);
     if (call->params.stream) {
