@@ -809,6 +809,7 @@ static bool call_fits(Conn *c) {
                       "length (%ld tokens).%s", n, limit, pool);
     if (s->max_tokens < 0 || (truncate && s->max_tokens > limit - n))
         s->max_tokens = (int)(limit - n);
+    if (truncate && s->min_tokens > limit - n) s->min_tokens = (int)(limit - n);
     if (n + s->max_tokens > limit)
         return refuse(c, 400, NULL, "Requested token count exceeds the model's maximum context "
                       "length of %ld tokens. You requested a total of %ld tokens: %ld in the "

@@ -976,7 +976,7 @@ static void test_field_errors(void) {
     Buf b = {0};
     buf_str(&b, "{\"messages\":[{\"role\":\"user\",\"content\":\"");
     for (int i = 0; i < 195; i++) buf_str(&b, "y");
-    buf_str(&b, "\"}],\"max_tokens\":7}");
+    buf_str(&b, "\"}],\"max_tokens\":7,\"min_tokens\":5}");
     r = chat(b.data);
     check_reply(
         "pool", &r, 400,
