@@ -477,16 +477,6 @@ static int rid_find(Str rid, bool cancel) {
     return found;
 }
 
-// An rid names one live sequence, or /abort_request could not tell which is meant.
-static bool rid_parse(Conn *c, Params *p, const Field *f, const Json *v) {
-    Str rid = p->rid = v->string;
-    bool ok = rid.len >= f->lo && rid.len <= f->hi;
-    bool seen = p->prompt && v == field(c->request.json, "rid");  // with the first prompt
-    for (size_t i = 0; ok && i < rid.len; i++) ok = rid.data[i] >= ' ' && rid.data[i] <= '~';
-    if (!ok) return wrong(c, v, f->want);
-    return seen || !rid_find(rid, false) ||
-           refuse_at(c, v, "got %s, which is still running", shown(v));
-}
 
 // Fields that aren't implemented would change the answer. But a client may send all that it knows,
 // so a value passes that asks for nothing.
@@ -520,7 +510,11 @@ static bool field_parse(Conn *c, Params *p, const Field *f, const Json *v) {
         ok = p->seq.has_seed = v->integer && (!v->negative || v->magnitude <= (uint64_t)1 << 63);
         *(uint64_t *)out = v->negative ? 0 - v->magnitude : v->magnitude;
         break;
-    case RID: return rid_parse(c, p, f, v);
+    case RID:
+        ok = v->string.len >= f->lo && v->string.len <= f->hi, p->rid = v->string;
+        for (size_t k = 0; ok && k < p->rid.len; k++)
+            ok = p->rid.data[k] >= ' ' && p->rid.data[k] <= '~';
+        break;
     case STOP: case STOP_IDS: return stops_parse(c, &p->seq, f, v);
     case BIAS: return bias_parse(c, p, f, v);
     case LATER:
@@ -812,6 +806,7 @@ static bool call_fits(Conn *c) {
                       "length (%ld tokens).%s", n, limit, pool);
     if (s->max_tokens < 0 || (truncate && s->max_tokens > limit - n))
         s->max_tokens = (int)(limit - n);
+    if (truncate && s->min_tokens > limit - n) s->min_tokens = (int)(limit - n);
     if (n + s->max_tokens > limit)
         return refuse(c, 400, NULL, "Requested token count exceeds the model's maximum context "
                       "length of %ld tokens. You requested a total of %ld tokens: %ld in the "
@@ -865,9 +860,25 @@ static void call_add(Conn *c) {
     }
 }
 
+// An rid names one live sequence, or /abort_request could not tell which is meant. Those of a
+// request differ from each other, too, and from all that run by the same rid or beside it.
+static bool rids_free(Conn *c) {
+    const Call *call = c->call;
+    int n = field(c->request.json, "rid") ? call->n_answers : 0;
+    for (const Answer *a = call->answers; a < call->answers + n; a++) {
+        Str rid = str_of(a->seq->rid), given = str_cut(rid, a->stem);
+        bool used = rid_find(rid, false) || rid_find(given, false);
+        for (const Answer *b = call->answers; b < a; b++) used |= str_equal(rid, b->seq->rid);
+        if (used)
+            return refuse(c, 400, "rid", "got %s, which is still running", quoted(given));
+    }
+    return true;
+}
+
 // Hands the sequences to the engine. What can be refused was refused: a stream's head goes out now.
 static bool call_start(Conn *c) {
     Call *call = c->call;
+    if (!rids_free(c)) return false;
     c->n_live = call->n_answers;
     conn_state(c, call->params.stream ? STREAMING : COMPUTING);
     if (call->params.stream) {
@@ -1307,16 +1318,18 @@ static void completion_token(Conn *c, Answer *a, const Event *e) {
     text_write(&a->lists[2], &choice->id, 1, false), buf_str(&a->lists[2], "\n");
     if (!a->seq->sampling.top_logprobs) return;
     bool none = isnan(choice->logprob);
-    buf_str(top, none ? "null" : "{");
+    if (none) buf_str(top, "null");
     for (int i = 0; i < choice->n_top; i++) {
         Buf *name = scratch();
+        buf_str(name, ",");  // so that it is found whole: within a text a backslash is before quotes
         text_write(name, &choice->top_id[i], 1, false);
         buf_str(name, ":");
         if (i && strstr(top->data + from, name->data)) continue;  // of equal texts the first stays
-        buf_printf(top, i ? ",%s" : "%s", name->data);
+        buf_add(top, name->data, name->len);
         logprob_write(top, choice->top_logprob[i]);
     }
     buf_str(top, none ? "\n" : "}\n");
+    if (!none) top->data[from] = '{';
 }
 
 static bool complete(Conn *c) {
@@ -2040,8 +2053,8 @@ int http_listen(const char *host, int port) {
     freeaddrinfo(a);
     struct sockaddr_in6 bound;  // port 0 takes a free one; IPv4 has it in the same place
     getsockname(fd, (void *)&bound, &(socklen_t){sizeof bound});
-    log_line(-1, "INFO:     r1 %s running on http://%s:%d (Press CTRL+C to quit)", R1_VERSION, host,
-             ntohs(bound.sin6_port));
+    log_line(-1, "INFO:     r1 %s running on http://%s:%d (Press CTRL+C to quit)", R1_VERSION,
+             strchr(host, ':') ? at("[%s]", host) : host, ntohs(bound.sin6_port));
     return fd;
 }
 

@@ -928,7 +928,7 @@ static struct {
     Plan plan;
     Event *events, **events_end;     // of this step
     atomic_bool abort_all, serving, flush;
-    bool quiet;                 // no log lines: r1 run
+    bool quiet;                 // no lines about steps: r1 run, or by --log-level
     uint64_t hit, computed;     // prompt tokens from the cache and from steps, since boot or flush
     int decode_steps;           // since the last "Decode batch" line, and
     uint64_t decode_tokens;
@@ -1611,7 +1611,8 @@ static const Flag flags[] = {
      "tokens of a stream's event"},
     {"--decode-log-interval", SERVE, INTEGER, AT(decode_log_interval), 1, 1 << 30, "40",
      "steps between two log lines"},
-    {"--log-level", SERVE, WORD, AT(log_level), 0, 0, "info", "debug info warning error: access"},
+    {"--log-level", SERVE, WORD, AT(log_level), 0, 0, "info",
+     "debug info warning error: lines about requests and steps; debug shows probes, too"},
     {"--log-level-http", SERVE, WORD, AT(log_level_http), 0, 0, NULL,
      "debug info warning error: default: as --log-level"},
     {"--watchdog-timeout", SERVE, INTEGER, AT(watchdog_timeout), 1, 1 << 30, "300",
@@ -1962,6 +1963,7 @@ static int serve_main(char **argv) {
     server_setup(&o);
     device_init();
     server_size(&o);
+    engine.quiet = strcmp(o.log_level, "info") && strcmp(o.log_level, "debug");
     log_options(&server.options);
     log_line(-1, "chat template: %s (%s), prompts %s in <think>",
              server.template_kind == TEMPLATE_R1 ? "r1" : "r1-0528",

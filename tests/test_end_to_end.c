@@ -193,15 +193,19 @@ static int connect_to(const Child *c) {
     return fd;
 }
 
-static int send_chat(const Child *c, const char *body) {
+static int send_to(const Child *c, const char *path, const char *body) {
     int fd = connect_to(c);
     char *request =
-        format_string("POST /v1/chat/completions HTTP/1.1\r\nHost: r1\r\nConnection: close\r\n"
+        format_string("POST %s HTTP/1.1\r\nHost: r1\r\nConnection: close\r\n"
                       "Content-Length: %zu\r\n\r\n%s",
-                      strlen(body), body);
+                      path, strlen(body), body);
     if (write(fd, request, strlen(request)) < 0) die("write: %s", strerror(errno));
     free(request);
     return fd;
+}
+
+static int send_chat(const Child *c, const char *body) {
+    return send_to(c, "/v1/chat/completions", body);
 }
 
 // The recipe's request, and the same with more keys.
@@ -267,6 +271,12 @@ static void check_serve(void) {
         CHECK(!strcmp(text.data, strawberry), "client %d: got %s", i, text.data);
         buf_free(&text);
     }
+
+    // The likeliest token, a quote and a dot, ends as another of the list: both are there.
+    Buf top = read_all(send_to(&c, "/v1/completions", "{\"prompt\":\"The letter \\\"s\\\" is in "
+                               "\\\"s\",\"max_tokens\":1,\"logprobs\":64}"));
+    CHECK(strstr(top.data, "[{\"\\\".\":-") && strstr(top.data, ",\".\":-"), "got %s", top.data);
+    buf_free(&top);
 
     // SIGTERM: what runs is finished, then the program ends with 0.
     fd = send_chat(&c, RECIPE("\"temperature\":0,\"stream\":true,"));

@@ -976,7 +976,7 @@ static void test_field_errors(void) {
     Buf b = {0};
     buf_str(&b, "{\"messages\":[{\"role\":\"user\",\"content\":\"");
     for (int i = 0; i < 195; i++) buf_str(&b, "y");
-    buf_str(&b, "\"}],\"max_tokens\":7}");
+    buf_str(&b, "\"}],\"max_tokens\":7,\"min_tokens\":5}");
     r = chat(b.data);
     check_reply(
         "pool", &r, 400,
@@ -1401,6 +1401,8 @@ static void test_native(void) {
         {"{\"text\":[\"a\",\"b\"],\"sampling_params\":[{\"n\":2},null]}",
          REFUSED_G("sampling_params[1].n: got 1, want 2, as for the first prompt")},
         {"{\"text\":[\"a\",\"b\"],\"rid\":[\"a\",3]}", REFUSED_G("rid[1]: got number, want string")},
+        {"{\"text\":[\"a\",\"b\"],\"rid\":[\"a\",\"a\"]}",
+         REFUSED_G("rid: got \\\"a\\\", which is still running")},
         {"{\"text\":\"Hi\",\"logprob_start_len\":3}",
          REFUSED_G("logprob_start_len: got 3, want an integer in -1..2")},
         {"{\"text\":[\"a\",\"b\"],\"logprob_start_len\":[0,-2]}",
@@ -1756,10 +1758,13 @@ static void test_disconnect(void) {
     close(fd);
     // An rid is free again as soon as its sequence is over.
     fd = dial();
-    send_text(fd, post_text("/v1/chat/completions", "{\"rid\":\"a1\"," SAY("hang") "}"));
+    send_text(fd, post_text("/v1/chat/completions", "{\"rid\":\"a_1\"," SAY("hang") "}"));
     CHECK(reaches(&submitted, sent + 2));
-    Reply r = chat("{\"rid\":\"a1\"," HELLO "}");
-    check_reply("rid", &r, 400, REFUSED("rid", "got \\\"a1\\\", which is still running"));
+    Reply r = chat("{\"rid\":\"a_1\"," HELLO "}");
+    check_reply("rid", &r, 400, REFUSED("rid", "got \\\"a_1\\\", which is still running"));
+    reply_free(&r);
+    r = chat("{\"rid\":\"a\",\"n\":2," HELLO "}");  // its second choice would be a_1, too
+    check_reply("rid", &r, 400, REFUSED("rid", "got \\\"a\\\", which is still running"));
     reply_free(&r);
     int two = dial();
     send_text(two, post_text("/v1/chat/completions", "{\"rid\":\"b\",\"n\":2," SAY("hang") "}"));
@@ -1774,7 +1779,7 @@ static void test_disconnect(void) {
     CHECK(reaches(&cancelled_seen, before + 4));
     usleep(20000);
     step_us = 0;
-    r = chat("{\"rid\":\"a1\"," HELLO "}");
+    r = chat("{\"rid\":\"a_1\"," HELLO "}");
     CHECK(r.status == 200, "%d", r.status);
     reply_free(&r);
 }
