@@ -477,7 +477,6 @@ static int rid_find(Str rid, bool cancel) {
     return found;
 }
 
-
 // Fields that aren't implemented would change the answer. But a client may send all that it knows,
 // so a value passes that asks for nothing.
 static bool neutral(const Conn *c, const char *name, const Json *v) {
