@@ -2158,20 +2158,20 @@ void mla_attend(bf16 *u, const bf16 *query, const bf16 *cache, float scale, int 
 
 // Room for what one stage's kernels leave to each other: sums of parts of K, the dense layers' gate
 // and up, or all experts' products where rows are many.
-static void products_reserve(int rows, const Config *c) {
+static size_t products_room(int rows, const Config *c) {  // floats
     size_t few = min_int(rows, EXPERT_ROWS), slots = c->num_experts_per_tok + 1;
     size_t up = 2 * c->moe_intermediate_size, down = c->hidden_size / 2, pairs = rows * slots;
     size_t sizes[] = {(size_t)n_sms * WIDE_SLOTS * WIDE_SLOTS,
                       2 * (size_t)rows * c->intermediate_size, 4 * few * slots * up,
                       pairs + 64 + pairs * (up > down ? up : down)}, most = 0;
     for (size_t size : sizes) most = size > most ? size : most;
-    scratch = (float *)place_alloc(most * sizeof(float));
+    return most;
 }
 
 void step_reserve(int rows, const Config *c) {
     step.heads = c->num_attention_heads;
     mla_reserve(rows, step.heads);
-    products_reserve(rows, c);
+    scratch = (float *)place_alloc(products_room(rows, c) * sizeof(float));
 }
 
 static Weights weights(const Linear *w) {
