@@ -182,9 +182,15 @@ template <int N> static __device__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// A tile of rows of 128 bytes, swizzled in atoms of 8 rows; it starts at a multiple of 1 KB.
+// A tile of rows of 128 bytes for wgmma, swizzled in atoms of 8 rows, 1 KB; it starts at a multiple
+// of that. Rows are along M (or N) with K inside, or with wgmma's transpose bit the other way.
 static __device__ uint64_t smem_desc(const void *p) {
     return (uint64_t)((smem_address(p) & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+// The same, where the compiler would not know that it is one for the whole warp.
+static __device__ uint64_t warp_desc(const void *p) {
+    return __shfl_sync(~0u, smem_address(p) >> 4, 0) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
 // c [64][128] (+)= a [64][32] b [128][32]^T. Thread (warp, g = lane / 4, t = lane % 4) holds in
@@ -275,11 +281,10 @@ static __device__ uint32_t transpose_8x8(uint32_t v) {
     return v;
 }
 
-static __device__ void store_transposed(void *row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1,%2,%3,%4};" ::"r"(
-                     smem_address(row)),
-                 "r"(a), "r"(b), "r"(c), "r"(d)
-                 : "memory");
+static __device__ void store_transposed(uint32_t row, uint32_t a, uint32_t b, uint32_t c,
+                                        uint32_t d) {  // row: an smem_address
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1,%2,%3,%4};" ::
+                 "r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
 static __device__ float exp2_fast(float x) {  // 2 ulp; -infinity gives 0
@@ -291,12 +296,6 @@ static __device__ float exp2_fast(float x) {  // 2 ulp; -infinity gives 0
 static __device__ float warp_max(float v) {
     for (int i = 16; i > 0; i /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, i));
     return v;
-}
-
-// One 128-byte wide operand, swizzled, 1,024 bytes from 8 rows to the next 8. It describes rows
-// along M (or N) with K inside the row, and with wgmma's transpose bit rows along K with M inside.
-static __device__ uint64_t warp_desc(const void *p) {
-    return __shfl_sync(~0u, smem_address(p) >> 4, 0) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
 // The 16-byte chunk at which chunk c of row r stands.
@@ -505,13 +504,14 @@ void step_end(void) {
 // (g, t) takes 16-byte chunk 4 i + t of x for steps 2 i and 2 i + 1. And rows g and g + 8 of strip
 // s are m = 8 g + 2 s and the next: a lane ends up with 8 consecutive m of a token, a chunk.
 
-enum { BRICK_ROWS = 64, BRICK_STRIPS = 4, BRICK_STEPS = 8, BRICKS = KV_DIM * LATENT_DIM / 64 / 128,
-       UK_BRICKS = BRICKS / 2, FRAGMENTS = BRICK_STRIPS * BRICK_STEPS, LATENT_SCALES = 4,
-       TOKENS = 8 };  // of one product
+enum {
+    BRICK_ROWS = 64, BRICK_STRIPS = 4, BRICK_STEPS = 8, FRAGMENTS = BRICK_STRIPS * BRICK_STEPS,
+    BRICKS = KV_DIM * LATENT_DIM / BRICK_ROWS / BLOCK, UK_BRICKS = BRICKS / 2,  // of a head
+    HEAD_BRICKS = BRICKS * FRAGMENTS * WARP * (int)sizeof(uint4),  // bytes
+    LATENT_SCALES = LATENT_DIM / BLOCK, TOKENS = 8,                // of one product
+};
 
 typedef uint4 Brick[BRICK_STRIPS][BRICK_STEPS];
-
-enum { HEAD_BRICKS = BRICKS * FRAGMENTS * WARP * (int)sizeof(uint4) };  // bytes
 
 static __device__ uint32_t weight_bits(const uint8_t *w, bool fp8, size_t i) {  // as bf16
     if (!fp8) return w[2 * i] | w[2 * i + 1] << 8;
@@ -542,8 +542,6 @@ static __global__ void kv_b_repack_kernel(uint4 *bricks, const uint8_t *w, bool 
         make_uint4(out[0], out[1], out[2], out[3]);
 }
 
-// Weights are constants and can be asked for before grid_wait(). Callers do so under a condition:
-// the assembler moves loads past the wait, but not out of a branch.
 // ---- Placing weights ----------------------------------------------------------------------------
 // A weight's bytes are read into one of two pinned buffers, copied to one on the device, and
 // repacked from there, while the next ones are read into the other. What is not read and not copied
@@ -712,7 +710,7 @@ size_t place_mlp(Mlp *m, int n, Mlp *shared) {
     return bytes;
 }
 
-// ---- What both kernels are given ----------------------------------------------------------------
+// ---- The products: what both kernels are given --------------------------------------------------
 
 enum { UNIT = STRIP * ROW_BYTES };  // bytes of a block of a strip
 
@@ -785,7 +783,7 @@ static __device__ int list_entries(const Slots &s, Entry *table, int tile, int a
     return total;
 }
 
-// ---- A few rows ---------------------------------------------------------------------------------
+// ---- The products: a few rows -------------------------------------------------------------------
 // y = x W^T for up to some tens of rows: each weight is read once, so the memory's speed is the
 // limit, and all that counts is that it never waits. Four warps of a block only ask for copies: a
 // ring of stages of 16 KB, 8 units of 2 KB (one strip's 16 rows, one K block). Two warpgroups
@@ -1108,12 +1106,12 @@ static void run_skinny(Skinny *p, DType dtype) {
     else launch_skinny<true, false, 2>(p);
 }
 
-// ---- Many rows ----------------------------------------------------------------------------------
-// y = x W^T with tiles of 128 or 256 weight rows by 128 slots on wgmma, which takes a strip's rows
+// ---- The products: many rows --------------------------------------------------------------------
+// y = x W^T with tiles of 128 or 192 weight rows by 128 slots on wgmma, which takes a strip's rows
 // as they lie: W is always the first operand, so that few slots waste nothing of it. One warpgroup
-// copies, two multiply. After each block of 128 columns the tensor cores' sums are scaled and added
-// to f32 sums: their own keep only about 14 bits. Warpgroups take turns: while one scales, the
-// others multiply. Tiles of 256 x 128 ask L2 for 48 bytes a clock, just what it gives.
+// copies, two or three (GROUPS) multiply, 64 weight rows each. After each block of 128 columns the
+// tensor cores' sums are scaled and added to f32 sums: their own keep only about 14 bits.
+// Warpgroups take turns: while one scales, the others multiply.
 
 enum {
     WIDE_SLOTS = 128, WIDE_STAGES = 4, WARP_STAGING = 1024,
@@ -1211,8 +1209,7 @@ static __device__ void wide_produce(const Wide &p, const Entry *table, int tiles
 
 // A warp's 16 columns of y for the tile's slots: transposed in shared memory, 32 slots at a time.
 static __device__ void wide_store(const Wide &p, const WideTile &t, int strip, int first,
-                                  uint8_t *staging,
-                                  const float sum[64]) {
+                                  uint8_t *staging, const float sum[64]) {
     int lane = threadIdx.x % 32, out = p.w.strips * STRIP, end = t.entry.slot + t.entry.rows;
 #pragma unroll
     for (int j = 0; j < 16; j++) {
@@ -1229,9 +1226,8 @@ static __device__ void wide_store(const Wide &p, const WideTile &t, int strip, i
         uint32_t to = smem_address(staging) + ((j % 4 + lane / 16) * 8 + lane % 8) * 32 +
                       lane / 8 % 2 * 16;
         const float *c = sum + 4 * j;
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1,%2,%3,%4};" ::
-                     "r"(to), "r"(bf16_pair(c[0], c[1])), "r"(bf16_pair(c[2], c[3])),
-                     "r"(bf16_pair(c[4], c[5])), "r"(bf16_pair(c[6], c[7])) : "memory");
+        store_transposed(to, bf16_pair(c[0], c[1]), bf16_pair(c[2], c[3]), bf16_pair(c[4], c[5]),
+                         bf16_pair(c[6], c[7]));
         if (j % 4 == 0) continue;
         __syncwarp();
         int slot = t.entry.slot + j / 4 * 32 + lane;
@@ -1326,7 +1322,7 @@ static void run_wide(Wide *p) {
     else launch_wide<2>(p);
 }
 
-// ---- Between products ---------------------------------------------------------------------------
+// ---- The products: between them -----------------------------------------------------------------
 
 // y [rows][out] = the sum over parts of f32 [parts][rows][out], rounded.
 static __global__ void add_parts(bf16 *y, const float *from, int parts, int size) {
@@ -1359,15 +1355,14 @@ static __global__ void gate_quant(uint8_t *q, float *scale, int stride, const fl
     int slot = unit / (cols / BLOCK), group = unit % (cols / BLOCK);
     if (slot >= slots) return;
     from += (size_t)slot * 2 * cols + group * 2 * BLOCK + lane / 2 * 16 + lane % 2 * 4;
-    float gate[4] = {}, up[4] = {}, h[4], amax = 1e-4f;
+    float gate[4] = {}, up[4] = {}, h[4], amax = MIN_AMAX;
     for (int part = 0; part < parts; part++, from += (size_t)slots * 2 * cols) {
         float4 g = *(const float4 *)from, u = *(const float4 *)(from + 8);
         gate[0] += g.x, gate[1] += g.y, gate[2] += g.z, gate[3] += g.w;
         up[0] += u.x, up[1] += u.y, up[2] += u.z, up[3] += u.w;
     }
     for (int i = 0; i < 4; i++) h[i] = gated(gate[i], up[i]), amax = fmaxf(amax, fabsf(h[i]));
-    for (int d = 16; d > 0; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-    float s = amax / 448;  // e4m3's largest
+    float s = warp_max(amax) / E4M3_MAX;
     size_t row = (size_t)group * stride + slot;
     *(uint32_t *)(q + row * ROW_BYTES + ((lane / 4 ^ slot & 7) << 4) + lane % 4 * 4) =
         e4m3_pair(h[0] / s, h[1] / s) | e4m3_pair(h[2] / s, h[3] / s) << 16;
@@ -1384,7 +1379,7 @@ static __global__ void combine(bf16 *y, const bf16 *from, const int *slot_of, co
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     int row = i / hidden, column = i % hidden;
     if (row >= n) return;
-    float sum[8] = {};
+    float sum[CHUNK] = {};
     for (int k = 0; k <= top_k; k++) {
         int slot = k < top_k ? slot_of[row * top_k + k] : row;
         float by = k < top_k ? weight[row * top_k + k] : 1;
@@ -1393,8 +1388,7 @@ static __global__ void combine(bf16 *y, const bf16 *from, const int *slot_of, co
         for (int j = 0; j < 4; j++)
             sum[2 * j] += by * bf16_low(pair[j]), sum[2 * j + 1] += by * bf16_high(pair[j]);
     }
-    *(uint4 *)(y + i) = make_uint4(bf16_pair(sum[0], sum[1]), bf16_pair(sum[2], sum[3]),
-                                   bf16_pair(sum[4], sum[5]), bf16_pair(sum[6], sum[7]));
+    *(uint4 *)(y + i) = pack8(sum);
 }
 
 // ---- The stages: the small ones -----------------------------------------------------------------
@@ -1555,6 +1549,8 @@ void mla_latent(Act *qa, bf16 *cache, const bf16 *q, const bf16 *kv, const Vecto
 
 // ---- Queries and values: W_UK and W_UV ----------------------------------------------------------
 
+// Weights are constants and can be asked for before grid_wait(). Callers do so under a condition:
+// the assembler moves loads past the wait, but not out of a branch.
 static __device__ void brick_load(Brick &a, const uint4 *bricks, int head, int brick) {
     const uint4 *p = bricks + ((size_t)head * BRICKS + brick) * FRAGMENTS * 32 + threadIdx.x % 32;
     for (int i = 0; i < FRAGMENTS; i++) a[i / BRICK_STEPS][i % BRICK_STEPS] = __ldg(p + i * 32);
@@ -1937,8 +1933,8 @@ static __device__ void softmax(Columns<N> &c, float (&score)[N / 2], AttendShare
     }
     // Four 8x8 tiles at once: lane / 8 is (column group, token group), lane % 8 the column.
     for (int i = 0; i < N / 4; i += 4)
-        store_transposed(&s->p[group][i * 4 + lane / 16 * 8 + lane % 8]
-                             [swizzle_chunk(lane, warp * 2 + lane / 8 % 2) * 16],
+        store_transposed(smem_address(&s->p[group][i * 4 + lane / 16 * 8 + lane % 8]
+                                          [swizzle_chunk(lane, warp * 2 + lane / 8 % 2) * 16]),
                          weight[i], weight[i + 1], weight[i + 2], weight[i + 3]);
     fence_async();
     sync_threads(group + 1, 128);
@@ -2069,7 +2065,7 @@ static __global__ void __launch_bounds__((W + 1) * 128, 1) attend_kernel(Attend 
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) bar_init(&s->full[i], 1), bar_init(&s->empty[i], W * 4);
         bar_init(&s->q_full, 1), bar_init(&s->q_empty, W * 4);
-        asm volatile("fence.mbarrier_init.release.cluster;");
+        bar_init_done();
     }
     __syncthreads();
     Work work = a.work[blockIdx.x];
