@@ -195,7 +195,7 @@ static __device__ uint64_t warp_desc(const void *p) {
 
 // c [64][128] (+)= a [64][32] b [128][32]^T. Thread (warp, g = lane / 4, t = lane % 4) holds in
 // c[4 j + i] row 16 warp + g + i / 2 * 8, column 8 j + 2 t + i % 2.
-static __device__ void wgmma_128(float c[64], uint64_t a, uint64_t b, int accumulate) {
+static __device__ void wgmma_128(float c[64], uint64_t a, uint64_t b, int add) {
 #define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
@@ -206,24 +206,34 @@ static __device__ void wgmma_128(float c[64], uint64_t a, uint64_t b, int accumu
                  "%64, %65, p, 1, 1; }"
                  : C4(0), C4(4), C4(8), C4(12), C4(16), C4(20), C4(24), C4(28), C4(32), C4(36),
                    C4(40), C4(44), C4(48), C4(52), C4(56), C4(60)
-                 : "l"(a), "l"(b), "r"(accumulate));
+                 : "l"(a), "l"(b), "r"(add));
+}
+
+// c [64][N] likewise, bf16, of 16 columns. TRANS: a lies as [16][64].
+template <int TRANS> static __device__ void wgmma(float (&c)[8], uint64_t a, uint64_t b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %10, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, %11, 0; }"
+                 : C4(0), C4(4) : "l"(a), "l"(b), "r"(add), "n"(TRANS));
+}
+
+template <int TRANS> static __device__ void wgmma(float (&c)[16], uint64_t a, uint64_t b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                 "%16, %17, p, 1, 1, %19, 0; }"
+                 : C4(0), C4(4), C4(8), C4(12) : "l"(a), "l"(b), "r"(add), "n"(TRANS));
 }
 
 // c [64][32] likewise, of 32 bytes of each row: 32 columns in e4m3, 16 in bf16.
 template <bool FP8>
-static __device__ void wgmma_32(float c[16], uint64_t a, uint64_t b, int accumulate) {
-    if (FP8)
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-                     "%16, %17, p, 1, 1; }"
-                     : C4(0), C4(4), C4(8), C4(12) : "l"(a), "l"(b), "r"(accumulate));
-    else
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-                     "%16, %17, p, 1, 1, 0, 0; }"
-                     : C4(0), C4(4), C4(8), C4(12) : "l"(a), "l"(b), "r"(accumulate));
+static __device__ void wgmma_32(float (&c)[16], uint64_t a, uint64_t b, int add) {
+    if (!FP8) return wgmma<0>(c, a, b, add);
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                 "%16, %17, p, 1, 1; }"
+                 : C4(0), C4(4), C4(8), C4(12) : "l"(a), "l"(b), "r"(add));
 #undef C4
 }
 
@@ -239,40 +249,16 @@ static __device__ uint32_t e4m3_pair(float low, float high) {
     return pair;
 }
 
-static __device__ float round_bf16(float f) {
-    return __uint_as_float(bf16_pair(f, 0) << 16);
-}
-
+static __device__ float round_bf16(float f) { return __uint_as_float(bf16_pair(f, 0) << 16); }
 static __device__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
 static __device__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000); }
-
-// d [64][N] (+)= A B^T, bf16, K = 16. TRANS: A lies as [K][64].
-template <int TRANS> static __device__ void wgmma(float (&d)[8], uint64_t a, uint64_t b, int add) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %10, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
-                 "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, %11, 0; }"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
-                   "+f"(d[6]), "+f"(d[7])
-                 : "l"(a), "l"(b), "r"(add), "n"(TRANS));
-}
-
-template <int TRANS> static __device__ void wgmma(float (&d)[16], uint64_t a, uint64_t b, int add) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
-                 "%16, %17, p, 1, 1, %19, 0; }"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
-                   "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
-                   "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-                 : "l"(a), "l"(b), "r"(add), "n"(TRANS));
-}
 
 // d [16][8] += a [16][16] b [16][8], bf16.
 static __device__ void mma_bf16(float (&d)[4], const uint4 &a, uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
 // An 8x8 tile of bf16 over a warp, transposed: registers to registers, and registers to rows.
@@ -992,6 +978,9 @@ static __device__ void store_down(const Skinny &p, int group, const float *sums)
     sync_threads(1, CONSUMERS * 32);
 }
 
+// All warps walk over the same items and stages. A stage's full barrier counts its weights' and its
+// rows' arrival, its empty barrier the warps that have multiplied it. Reads each weight once, and a
+// row once for every group of strips, from L2.
 template <bool FP8, bool DOWN, int SHIFT>
 static __global__ void __launch_bounds__(SKINNY_THREADS, SHIFT ? 1 : 2)
 skinny(const __grid_constant__ Skinny p) {
@@ -1279,6 +1268,8 @@ static __device__ void wide_consume(const Wide &p, const Entry *table, int tiles
     }
 }
 
+// Blocks take tiles in turns, those of the same slots one after the other. A full barrier counts
+// what comes as bulk copies, and the four warps whose copies it cannot see.
 template <int GROUPS>
 static __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
 wide(const __grid_constant__ Wide p) {
@@ -1324,7 +1315,8 @@ static void run_wide(Wide *p) {
 
 // ---- The products: between them -----------------------------------------------------------------
 
-// y [rows][out] = the sum over parts of f32 [parts][rows][out], rounded.
+// y [rows][out] = the sum over parts of f32 [parts][rows][out], rounded. A thread makes four; the
+// parts were written just before and lie in L2.
 static __global__ void add_parts(bf16 *y, const float *from, int parts, int size) {
     launch_dependents();
     grid_wait();
