@@ -120,13 +120,15 @@ static __device__ void bar_init(uint64_t *bar, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(bar)), "r"(count));
 }
 
-// What one thread has initialised, the copy engine may use behind this.
-static __device__ void bar_init_done() { asm volatile("fence.mbarrier_init.release.cluster;"); }
+// The copy engine must see the barriers that one thread has made; then all threads may.
+static __device__ void bar_init_done() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 // An arrival that also announces `bytes` of copies: the phase ends when they have come, too.
 static __device__ void bar_expect(uint64_t *bar, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::
-                 "r"(smem_address(bar)), "r"(bytes) : "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(smem_address(bar)),
+                 "r"(bytes) : "memory");
 }
 
 static __device__ void bar_arrive(uint64_t *bar) {
@@ -136,24 +138,24 @@ static __device__ void bar_arrive(uint64_t *bar) {
 static __device__ void bar_wait(uint64_t *bar, int parity) {
     asm volatile("{ .reg .pred p;\n"
                  "W%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
-                 "@p bra D%=;\n bra W%=;\n D%=: }" ::
-                 "r"(smem_address(bar)), "r"(parity) : "memory");
+                 "@p bra D%=;\n bra W%=;\n D%=: }" ::"r"(smem_address(bar)),
+                 "r"(parity) : "memory");
 }
 
 static __device__ void bulk_load(void *dst_smem, const void *src, uint32_t bytes, uint64_t *bar) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1], %2, [%3];" :: "r"(smem_address(dst_smem)), "l"(src), "r"(bytes),
+                 "[%0], [%1], %2, [%3];" ::"r"(smem_address(dst_smem)), "l"(src), "r"(bytes),
                  "r"(smem_address(bar)) : "memory");
 }
 
 static __device__ void copy_16(void *dst_smem, const void *src) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::
-                 "r"(smem_address(dst_smem)), "l"(src) : "memory");
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(smem_address(dst_smem)),
+                 "l"(src) : "memory");
 }
 
 static __device__ void copy_4(void *dst_smem, const void *src) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::
-                 "r"(smem_address(dst_smem)), "l"(src) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(smem_address(dst_smem)),
+                 "l"(src) : "memory");
 }
 
 static __device__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -181,14 +183,20 @@ template <int N> static __device__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// A tile of rows of 128 bytes, swizzled in atoms of 8 rows; it starts at a multiple of 1 KB.
+// A tile of rows of 128 bytes for wgmma, swizzled in atoms of 8 rows, 1 KB; it starts at a multiple
+// of that. Rows are along M (or N) with K inside, or with wgmma's transpose bit the other way.
 static __device__ uint64_t smem_desc(const void *p) {
     return (uint64_t)((smem_address(p) & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
+// The same, where the compiler would not know that it is one for the whole warp.
+static __device__ uint64_t warp_desc(const void *p) {
+    return __shfl_sync(~0u, smem_address(p) >> 4, 0) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
 // c [64][128] (+)= a [64][32] b [128][32]^T. Thread (warp, g = lane / 4, t = lane % 4) holds in
 // c[4 j + i] row 16 warp + g + i / 2 * 8, column 8 j + 2 t + i % 2.
-static __device__ void wgmma_128(float c[64], uint64_t a, uint64_t b, int accumulate) {
+static __device__ void wgmma_128(float c[64], uint64_t a, uint64_t b, int add) {
 #define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
@@ -199,24 +207,34 @@ static __device__ void wgmma_128(float c[64], uint64_t a, uint64_t b, int accumu
                  "%64, %65, p, 1, 1; }"
                  : C4(0), C4(4), C4(8), C4(12), C4(16), C4(20), C4(24), C4(28), C4(32), C4(36),
                    C4(40), C4(44), C4(48), C4(52), C4(56), C4(60)
-                 : "l"(a), "l"(b), "r"(accumulate));
+                 : "l"(a), "l"(b), "r"(add));
+}
+
+// c [64][N] likewise, bf16, of 16 columns. TRANS: a lies as [16][64].
+template <int TRANS> static __device__ void wgmma(float (&c)[8], uint64_t a, uint64_t b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %10, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, %11, 0; }"
+                 : C4(0), C4(4) : "l"(a), "l"(b), "r"(add), "n"(TRANS));
+}
+
+template <int TRANS> static __device__ void wgmma(float (&c)[16], uint64_t a, uint64_t b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                 "%16, %17, p, 1, 1, %19, 0; }"
+                 : C4(0), C4(4), C4(8), C4(12) : "l"(a), "l"(b), "r"(add), "n"(TRANS));
 }
 
 // c [64][32] likewise, of 32 bytes of each row: 32 columns in e4m3, 16 in bf16.
 template <bool FP8>
-static __device__ void wgmma_32(float c[16], uint64_t a, uint64_t b, int accumulate) {
-    if (FP8)
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-                     "%16, %17, p, 1, 1; }"
-                     : C4(0), C4(4), C4(8), C4(12) : "l"(a), "l"(b), "r"(accumulate));
-    else
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-                     "%16, %17, p, 1, 1, 0, 0; }"
-                     : C4(0), C4(4), C4(8), C4(12) : "l"(a), "l"(b), "r"(accumulate));
+static __device__ void wgmma_32(float (&c)[16], uint64_t a, uint64_t b, int add) {
+    if (!FP8) return wgmma<0>(c, a, b, add);
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                 "%16, %17, p, 1, 1; }"
+                 : C4(0), C4(4), C4(8), C4(12) : "l"(a), "l"(b), "r"(add));
 #undef C4
 }
 
@@ -236,33 +254,12 @@ static __device__ float round_bf16(float f) { return __uint_as_float(bf16_pair(f
 static __device__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
 static __device__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000); }
 
-// d [64][N] (+)= A B^T, bf16, K = 16. TRANS: A lies as [K][64].
-template <int TRANS> static __device__ void wgmma(float (&d)[8], uint64_t a, uint64_t b, int add) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %10, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
-                 "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, %11, 0; }"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
-                   "+f"(d[6]), "+f"(d[7])
-                 : "l"(a), "l"(b), "r"(add), "n"(TRANS));
-}
-
-template <int TRANS> static __device__ void wgmma(float (&d)[16], uint64_t a, uint64_t b, int add) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
-                 "%16, %17, p, 1, 1, %19, 0; }"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
-                   "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
-                   "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-                 : "l"(a), "l"(b), "r"(add), "n"(TRANS));
-}
-
 // d [16][8] += a [16][16] b [16][8], bf16.
 static __device__ void mma_bf16(float (&d)[4], const uint4 &a, uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
 // An 8x8 tile of bf16 over a warp, transposed: registers to registers, and registers to rows.
@@ -271,11 +268,10 @@ static __device__ uint32_t transpose_8x8(uint32_t v) {
     return v;
 }
 
-static __device__ void store_transposed(void *row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1,%2,%3,%4};" ::"r"(
-                     smem_address(row)),
-                 "r"(a), "r"(b), "r"(c), "r"(d)
-                 : "memory");
+static __device__ void store_transposed(uint32_t row, uint32_t a, uint32_t b, uint32_t c,
+                                        uint32_t d) {  // row: an smem_address
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1,%2,%3,%4};" ::
+                 "r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
 static __device__ float exp2_fast(float x) {  // 2 ulp; -infinity gives 0
@@ -287,12 +283,6 @@ static __device__ float exp2_fast(float x) {  // 2 ulp; -infinity gives 0
 static __device__ float warp_max(float v) {
     for (int i = 16; i > 0; i /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, i));
     return v;
-}
-
-// One 128-byte wide operand, swizzled, 1,024 bytes from 8 rows to the next 8. It describes rows
-// along M (or N) with K inside the row, and with wgmma's transpose bit rows along K with M inside.
-static __device__ uint64_t warp_desc(const void *p) {
-    return __shfl_sync(~0u, smem_address(p) >> 4, 0) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
 // The 16-byte chunk at which chunk c of row r stands.
@@ -501,13 +491,14 @@ void step_end(void) {
 // (g, t) takes 16-byte chunk 4 i + t of x for steps 2 i and 2 i + 1. And rows g and g + 8 of strip
 // s are m = 8 g + 2 s and the next: a lane ends up with 8 consecutive m of a token, a chunk.
 
-enum { BRICK_ROWS = 64, BRICK_STRIPS = 4, BRICK_STEPS = 8, BRICKS = KV_DIM * LATENT_DIM / 64 / 128,
-       UK_BRICKS = BRICKS / 2, FRAGMENTS = BRICK_STRIPS * BRICK_STEPS, LATENT_SCALES = 4,
-       TOKENS = 8 };  // of one product
+enum {
+    BRICK_ROWS = 64, BRICK_STRIPS = 4, BRICK_STEPS = 8, FRAGMENTS = BRICK_STRIPS * BRICK_STEPS,
+    BRICKS = KV_DIM * LATENT_DIM / BRICK_ROWS / BLOCK, UK_BRICKS = BRICKS / 2,  // of a head
+    HEAD_BRICKS = BRICKS * FRAGMENTS * WARP * (int)sizeof(uint4),  // bytes
+    LATENT_SCALES = LATENT_DIM / BLOCK, TOKENS = 8,                // of one product
+};
 
 typedef uint4 Brick[BRICK_STRIPS][BRICK_STEPS];
-
-enum { HEAD_BRICKS = BRICKS * FRAGMENTS * WARP * (int)sizeof(uint4) };  // bytes
 
 static __device__ uint32_t weight_bits(const uint8_t *w, bool fp8, size_t i) {  // as bf16
     if (!fp8) return w[2 * i] | w[2 * i + 1] << 8;
@@ -538,8 +529,6 @@ static __global__ void kv_b_repack_kernel(uint4 *bricks, const uint8_t *w, bool 
         make_uint4(out[0], out[1], out[2], out[3]);
 }
 
-// Weights are constants and can be asked for before grid_wait(). Callers do so under a condition:
-// the assembler moves loads past the wait, but not out of a branch.
 // ---- Placing weights ----------------------------------------------------------------------------
 // A weight's bytes are read into one of two pinned buffers, copied to one on the device, and
 // repacked from there, while the next ones are read into the other. What is not read and not copied
@@ -708,7 +697,7 @@ size_t place_mlp(Mlp *m, int n, Mlp *shared) {
     return bytes;
 }
 
-// ---- What both kernels are given ----------------------------------------------------------------
+// ---- The products: what both kernels are given --------------------------------------------------
 
 enum { UNIT = STRIP * ROW_BYTES };  // bytes of a block of a strip
 
@@ -798,7 +787,7 @@ static __device__ int list_entries(const Slots &s, Entry *table, int tile, int a
     return total;
 }
 
-// ---- A few rows ---------------------------------------------------------------------------------
+// ---- The products: a few rows -------------------------------------------------------------------
 // y = x W^T for up to some tens of rows: each weight is read once, so the memory's speed is the
 // limit, and all that counts is that it never waits. Four warps of a block only ask for copies: a
 // ring of stages of 16 KB, 8 units of 2 KB (one strip's 16 rows, one K block). Two warpgroups
@@ -967,6 +956,9 @@ static __device__ void store_sums(const Product &p, size_t y_row, int rows, int 
     }
 }
 
+// All warps walk over the same items and stages. A stage's full barrier counts its weights' and its
+// rows' arrival, its empty barrier the warps that have multiplied it. Reads each weight once, and a
+// row once for every group of strips, from L2.
 template <bool FP8, bool DOWN, int SHIFT>
 static __global__ void __launch_bounds__(SKINNY_THREADS, SHIFT ? 1 : 2)
 skinny(const __grid_constant__ Product p) {
@@ -1082,7 +1074,7 @@ template <bool FP8, bool DOWN, int SHIFT> static void launch_skinny(Product *p) 
            (size_t)p->stages * STAGE_BYTES + rest, *p);
 }
 
-// ---- Many rows ----------------------------------------------------------------------------------
+// ---- The products: many rows --------------------------------------------------------------------
 // y = x W^T with tiles of 128 or 192 weight rows by 128 slots on wgmma, which takes a strip's rows
 // as they lie: W is always the first operand, so that few slots waste nothing of it. One warpgroup
 // copies, two or three (GROUPS) multiply, 64 weight rows each. After each block of 128 columns the
@@ -1189,10 +1181,8 @@ static __device__ void wide_store(const Product &p, const WideTile &t, int strip
         uint32_t to = smem_address(staging) + ((j % 4 + lane / 16) * 8 + lane % 8) * 32 +
                       lane / 8 % 2 * 16;
         const float *c = sum + 4 * j;
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 "
-                     "[%0], {%1, %2, %3, %4};" ::
-                     "r"(to), "r"(bf16_pair(c[0], c[1])), "r"(bf16_pair(c[2], c[3])),
-                     "r"(bf16_pair(c[4], c[5])), "r"(bf16_pair(c[6], c[7])) : "memory");
+        store_transposed(to, bf16_pair(c[0], c[1]), bf16_pair(c[2], c[3]), bf16_pair(c[4], c[5]),
+                         bf16_pair(c[6], c[7]));
         if (j % 4 == 0) continue;
         __syncwarp();
         int slot = t.entry.slot + j / 4 * 32 + lane;
@@ -1247,6 +1237,8 @@ static __device__ void wide_consume(const Product &p, const Entry *table, int ti
     }
 }
 
+// Blocks take tiles in turns, those of the same slots one after the other. A full barrier counts
+// what comes as bulk copies and, where rows are gathered, the four warps whose copies it can't see.
 template <int GROUPS>
 static __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
 wide(const __grid_constant__ Product p) {
@@ -1281,9 +1273,10 @@ template <int GROUPS> static void launch_wide(Product *p) {
     launch(wide<GROUPS>, n_sms, 128 * (GROUPS + 1), smem, *p);
 }
 
-// ---- Between products ---------------------------------------------------------------------------
+// ---- The products: between them -----------------------------------------------------------------
 
-// y [rows][out] = the sum over parts of f32 [parts][rows][out], rounded.
+// y [rows][out] = the sum over parts of f32 [parts][rows][out], rounded. A thread makes four; the
+// parts were written just before and lie in L2.
 static __global__ void add_parts(bf16 *y, const float *from, int parts, int size) {
     launch_dependents();
     grid_wait();
@@ -1315,7 +1308,7 @@ static __global__ void gate_quant(uint8_t *q, float *scale, int stride, const fl
     int slot = unit / (cols / BLOCK), group = unit % (cols / BLOCK);
     if (slot >= slots) return;
     from += (size_t)slot * 2 * cols + group * 2 * BLOCK + lane / 2 * 16 + lane % 2 * 4;
-    float gate[4] = {}, up[4] = {}, h[4], amax = 1e-4f;
+    float gate[4] = {}, up[4] = {}, h[4], amax = MIN_AMAX;
 #pragma unroll 4
     for (int part = 0; part < parts; part++, from += (size_t)slots * 2 * cols) {
         float4 g = *(const float4 *)from, u = *(const float4 *)(from + 8);
@@ -1323,8 +1316,7 @@ static __global__ void gate_quant(uint8_t *q, float *scale, int stride, const fl
         up[0] += u.x, up[1] += u.y, up[2] += u.z, up[3] += u.w;
     }
     for (int i = 0; i < 4; i++) h[i] = gated(gate[i], up[i]), amax = fmaxf(amax, fabsf(h[i]));
-    for (int d = 16; d > 0; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-    float s = amax / 448;  // e4m3's largest
+    float s = warp_max(amax) / E4M3_MAX;
     size_t row = (size_t)group * stride + slot;
     *(uint32_t *)(q + row * ROW_BYTES + ((lane / 4 ^ slot & 7) << 4) + lane % 4 * 4) =
         e4m3_pair(h[0] / s, h[1] / s) | e4m3_pair(h[2] / s, h[3] / s) << 16;
@@ -1341,7 +1333,7 @@ static __global__ void combine(bf16 *y, const bf16 *from, const int *slot_of, co
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     int row = i / hidden, column = i % hidden;
     if (row >= n) return;
-    float sum[8] = {};
+    float sum[CHUNK] = {};
     for (int k = 0; k <= top_k; k++) {
         int slot = k < top_k ? slot_of[row * top_k + k] : row;
         float by = k < top_k ? weight[row * top_k + k] : 1;
@@ -1350,8 +1342,7 @@ static __global__ void combine(bf16 *y, const bf16 *from, const int *slot_of, co
         for (int j = 0; j < 4; j++)
             sum[2 * j] += by * bf16_low(pair[j]), sum[2 * j + 1] += by * bf16_high(pair[j]);
     }
-    *(uint4 *)(y + i) = make_uint4(bf16_pair(sum[0], sum[1]), bf16_pair(sum[2], sum[3]),
-                                   bf16_pair(sum[4], sum[5]), bf16_pair(sum[6], sum[7]));
+    *(uint4 *)(y + i) = pack8(sum);
 }
 
 // ---- The stages: the small ones -----------------------------------------------------------------
@@ -1512,6 +1503,8 @@ void mla_latent(Act *qa, bf16 *cache, const bf16 *q, const bf16 *kv, const Vecto
 
 // ---- Queries and values: W_UK and W_UV ----------------------------------------------------------
 
+// Weights are constants and can be asked for before grid_wait(). Callers do so under a condition:
+// the assembler moves loads past the wait, but not out of a branch.
 static __device__ void brick_load(Brick &a, const uint4 *bricks, int head, int brick) {
     const uint4 *p = bricks + ((size_t)head * BRICKS + brick) * FRAGMENTS * 32 + threadIdx.x % 32;
     for (int i = 0; i < FRAGMENTS; i++) a[i / BRICK_STEPS][i % BRICK_STEPS] = __ldg(p + i * 32);
@@ -1894,8 +1887,8 @@ static __device__ void softmax(Columns<N> &c, float (&score)[N / 2], AttendShare
     }
     // Four 8x8 tiles at once: lane / 8 is (column group, token group), lane % 8 the column.
     for (int i = 0; i < N / 4; i += 4)
-        store_transposed(&s->p[group][i * 4 + lane / 16 * 8 + lane % 8]
-                             [swizzle_chunk(lane, warp * 2 + lane / 8 % 2) * 16],
+        store_transposed(smem_address(&s->p[group][i * 4 + lane / 16 * 8 + lane % 8]
+                                          [swizzle_chunk(lane, warp * 2 + lane / 8 % 2) * 16]),
                          weight[i], weight[i + 1], weight[i + 2], weight[i + 3]);
     fence_async();
     sync_threads(group + 1, 128);
@@ -2026,7 +2019,7 @@ static __global__ void __launch_bounds__((W + 1) * 128, 1) attend_kernel(Attend 
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) bar_init(&s->full[i], 1), bar_init(&s->empty[i], W * 4);
         bar_init(&s->q_full, 1), bar_init(&s->q_empty, W * 4);
-        asm volatile("fence.mbarrier_init.release.cluster;");
+        bar_init_done();
     }
     __syncthreads();
     Work work = a.work[blockIdx.x];
