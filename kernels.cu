@@ -1444,6 +1444,83 @@ void add_norm(bf16 *x, Act *a, const bf16 *y, const Vector *gain, float eps, int
            (const float *)gain->data, eps);
 }
 
+// ---- The stages: one product --------------------------------------------------------------------
+
+static Weights weights(const Linear *w) {
+    const float *scale = (const float *)w->scale;
+    assert(w->dtype != DTYPE_F32 && w->out % STRIP == 0 && w->in % BLOCK == 0);
+    return (Weights){w->data, {scale, scale}, 0, 0, w->out / STRIP,
+                     w->in / (w->dtype == DTYPE_F8_E4M3 ? 128 : 64), BLOCK / STRIP};
+}
+
+static Weights gate_up_weights(const Mlp *m) {  // interleaved: a strip holds 8 rows of each
+    Weights w = weights(&m->gate_proj);
+    w.scale[1] = (const float *)m->up_proj.scale;
+    w.strips *= 2, w.scale_strips *= 2;
+    return w;
+}
+
+static Slots all_rows(int n) { return (Slots){n, 0, 0, NULL, NULL, 0, 1, false}; }
+
+static Product product_of(const Act *a, Weights w, Slots s, DType dtype) {
+    Product p = {};
+    p.w = w, p.s = s, p.parts = 1, p.slots = s.n * (s.top_k + 1);
+    p.fp8 = dtype == DTYPE_F8_E4M3;
+    p.x = p.fp8 ? a->q : (const uint8_t *)a->x, p.x_scale = a->scale, p.x_stride = a->stride;
+    p.x_block = p.fp8 ? (size_t)a->stride * ROW_BYTES : (size_t)ROW_BYTES;
+    p.x_row = p.fp8 ? (size_t)ROW_BYTES : a->cols * sizeof(bf16);
+    return p;
+}
+
+static bool few_rows(const Product *p) {
+    return !p->fp8 || p->s.n <= (p->s.n_experts ? EXPERT_ROWS : SKINNY_ROWS);
+}
+
+// Few tiles would leave most of the chip idle: K is split, each part at least 4 blocks. For few
+// rows that must be worth another kernel, and up to 8 they have small tiles anyway.
+static int k_parts(const Product *p) {
+    bool few = few_rows(p);
+    if (p->s.n <= 8) return 1;
+    int tiles = few ? units(p->w.strips, 4) * known_entries(&p->s, SKINNY_ROWS)
+                    : units(p->w.strips, 8) * known_entries(&p->s, WIDE_SLOTS);
+    int parts = min_int(n_sms / tiles, p->w.blocks / 4);
+    return parts > (few ? 2 : 1) ? parts : 1;
+}
+
+static void run(Product *p) {
+    p->part_blocks = units(p->w.blocks, p->parts);
+    bool few = few_rows(p), fewest = p->s.n <= 8;
+    int tiles = units(p->w.strips, 12) * known_entries(&p->s, WIDE_SLOTS) * p->parts;
+    if (few && !p->fp8 && fewest) launch_skinny<false, false, 0>(p);
+    else if (few && !p->fp8) launch_skinny<false, false, 2>(p);
+    else if (few && p->weight) launch_skinny<true, true, 2>(p);
+    else if (few && fewest) launch_skinny<true, false, 0>(p);
+    else if (few) launch_skinny<true, false, 2>(p);
+    else if (p->s.n_experts || tiles >= n_sms) launch_wide<3>(p);
+    else launch_wide<2>(p);  // smaller tiles, so that no block is idle
+}
+
+void linear(bf16 *y, const Act *a, const Linear *w, int n) {
+    assert(a->cols == w->in);
+    Product p = product_of(a, weights(w), all_rows(n), w->dtype);
+    p.parts = k_parts(&p), p.y_f32 = p.parts > 1, p.y = p.y_f32 ? (void *)scratch : y;
+    run(&p);
+    if (p.parts == 1) return;
+    launch(add_parts, units((size_t)n * w->out, 4 * 256), 256, 0, y, scratch, p.parts, n * w->out);
+}
+
+// out f32 [parts][n][w.out] = rows of a, unquantised, times a bf16 matrix, to be summed over parts.
+// rows NULL: all. (The core of logits and moe_route)
+static void product_bf16(float *out, const Act *a, const Linear *w, const int *rows, int n,
+                         int parts) {
+    assert(w->dtype == DTYPE_BF16 && a->cols == w->in);
+    Slots s = all_rows(n);
+    if (rows) s.list = rows, s.gather = true;
+    Product p = product_of(a, weights(w), s, DTYPE_BF16);
+    p.y = out, p.y_f32 = true, p.parts = parts;
+    run(&p);
+}
+
 // ---- The stages: what is cached -----------------------------------------------------------------
 
 // Neighbours are a pair, and each of the four pairs of a chunk turns by its angle; `rope` holds
@@ -1596,77 +1673,6 @@ void mla_query(bf16 *query, const bf16 *q, const Linear *kv_b_proj, const float 
     dim3 grid(heads, CACHE_BLOCKS, min_int(units(n, QUERY_WARPS * QUERY_TOKENS), 16));
     launch(query_kernel, grid, QUERY_WARPS * 32, 0, query, q,
            (const uint4 *)kv_b_proj->data, (const float *)kv_b_proj->scale, rope, heads, n);
-}
-
-// ---- mla_value ----------------------------------------------------------------------------------
-
-enum { VALUE_WARPS = 8, VALUE_TILES = 2, VALUE_TOKENS = VALUE_TILES * TOKENS,
-       VALUE_BLOCKS = LATENT_DIM / BLOCK };
-
-typedef float4 ValueRow[V_DIM / 4 + 1];  // + 1: neighbours in other banks
-
-// Adds the four quarters of one token's 128 values, 4 a lane, and quantises them.
-static __device__ void value_store(const Act &o, const ValueRow (&part)[VALUE_BLOCKS][VALUE_TOKENS],
-                                   int i, size_t token, int head) {
-    int lane = threadIdx.x % 32;
-    float4 v = part[0][i][lane];
-    for (int k = 1; k < VALUE_BLOCKS; k++) {
-        float4 p = part[k][i][lane];
-        v.x += p.x, v.y += p.y, v.z += p.z, v.w += p.w;
-    }
-    uint2 x = make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
-    v = make_float4(bf16_low(x.x), bf16_high(x.x), bf16_low(x.y), bf16_high(x.y));
-    float amax = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-    float size = fmaxf(warp_max(amax), MIN_AMAX) / E4M3_MAX;
-    size_t at = (size_t)head * o.stride + token;
-    ((uint2 *)(o.x + token * o.cols + head * V_DIM))[lane] = x;
-    ((uint32_t *)o.q)[at * 32 + swizzle_chunk(token, lane / 4) * 4 + lane % 4] =
-        e4m3_pair(v.x / size, v.y / size) | e4m3_pair(v.z / size, v.w / size) << 16;
-    if (lane == 0) o.scale[at] = size;
-}
-
-// o [n][heads * 128] = W_UV u per head, rounded, and quantised: a head is one scale group. A block
-// holds all of one head's W_UV, a brick per warp (two halves of the values, four quarters of the
-// latent), and walks over tokens, 16 at a time; the quarters' scaled sums meet in shared memory,
-// and a warp finishes two tokens while the next 16 are on their way. u is read and o written once;
-// few tokens are bound by the 128 KB that a block reads.
-static __global__ void __launch_bounds__(VALUE_WARPS * 32)
-    value_kernel(Act o, const bf16 *u, const uint4 *bricks, const float *scale, int heads, int n) {
-    __shared__ ValueRow part[VALUE_BLOCKS][VALUE_TOKENS];
-    int head = blockIdx.x, step = gridDim.y * VALUE_TOKENS, warp = threadIdx.x / 32;
-    int lane = threadIdx.x % 32, half = warp % 2, quarter = warp / 2;
-    Brick a;
-    uint4 x[VALUE_TILES][4];
-    float sum[BRICK_STRIPS][4];
-    const bf16 *mine = u + head * LATENT_DIM + quarter * BLOCK;
-    size_t stride = (size_t)heads * LATENT_DIM;
-    int first = blockIdx.y * VALUE_TOKENS;
-    if (first < n) brick_load(a, bricks, head, UK_BRICKS + warp);
-    float factor = scale ? scale[(2 * head + 1) * LATENT_SCALES + quarter] : 1;
-    grid_wait();
-    launch_dependents();
-    rows_load(x, mine, stride, first, n);
-    for (; first < n; first += step) {
-        for (int j = 0; j < VALUE_TILES && first + j * TOKENS < n; j++) {
-            brick_product(sum, a, x[j]);
-            for (int i = 0; i < 4; i++) {  // two tokens' 8 values each
-                const float *v = &sum[i % 2 * 2][i / 2], *w = &sum[i % 2 * 2 + 1][i / 2];
-                part[quarter][j * TOKENS + lane % 4 * 2 + i / 2][half * 16 + lane / 4 * 2 + i % 2] =
-                    make_float4(v[0] * factor, v[2] * factor, w[0] * factor, w[2] * factor);
-            }
-        }
-        rows_load(x, mine, stride, first + step, n);
-        __syncthreads();
-        for (int i = warp; i < VALUE_TOKENS && first + i < n; i += VALUE_WARPS)
-            value_store(o, part, i, first + i, head);
-        __syncthreads();
-    }
-}
-
-void mla_value(Act *o, const bf16 *u, const Linear *kv_b_proj, int heads, int n) {
-    dim3 grid(heads, min_int(units(n, VALUE_TOKENS), n_sms > heads ? n_sms / heads : 1));
-    launch(value_kernel, grid, VALUE_WARPS * 32, 0, *o, u, (const uint4 *)kv_b_proj->data,
-           (const float *)kv_b_proj->scale, heads, n);
 }
 
 // ---- mla_attend: the plan -----------------------------------------------------------------------
@@ -2104,163 +2110,75 @@ void mla_attend(bf16 *u, const bf16 *query, const bf16 *cache, float scale, int 
     else attend<16, 1>(a, b->n * shape.slices);
 }
 
-// ---- The stages: products -----------------------------------------------------------------------
+// ---- mla_value ----------------------------------------------------------------------------------
 
-// Room for what one stage's kernels leave to each other: sums of parts of K, the dense layers' gate
-// and up, or all experts' products where rows are many.
-static size_t products_room(int rows, const Config *c) {  // floats
-    size_t few = min_int(rows, EXPERT_ROWS), slots = c->num_experts_per_tok + 1;
-    size_t up = 2 * c->moe_intermediate_size, down = c->hidden_size / 2, pairs = rows * slots;
-    size_t sizes[] = {(size_t)n_sms * WIDE_SLOTS * WIDE_SLOTS,
-                      2 * (size_t)rows * c->intermediate_size, pairs + 64 + 4 * few * slots * up,
-                      pairs + 64 + pairs * (up > down ? up : down)}, most = 0;
-    for (size_t size : sizes) most = size > most ? size : most;
-    return most;
+enum { VALUE_WARPS = 8, VALUE_TILES = 2, VALUE_TOKENS = VALUE_TILES * TOKENS,
+       VALUE_BLOCKS = LATENT_DIM / BLOCK };
+
+typedef float4 ValueRow[V_DIM / 4 + 1];  // + 1: neighbours in other banks
+
+// Adds the four quarters of one token's 128 values, 4 a lane, and quantises them.
+static __device__ void value_store(const Act &o, const ValueRow (&part)[VALUE_BLOCKS][VALUE_TOKENS],
+                                   int i, size_t token, int head) {
+    int lane = threadIdx.x % 32;
+    float4 v = part[0][i][lane];
+    for (int k = 1; k < VALUE_BLOCKS; k++) {
+        float4 p = part[k][i][lane];
+        v.x += p.x, v.y += p.y, v.z += p.z, v.w += p.w;
+    }
+    uint2 x = make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
+    v = make_float4(bf16_low(x.x), bf16_high(x.x), bf16_low(x.y), bf16_high(x.y));
+    float amax = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+    float size = fmaxf(warp_max(amax), MIN_AMAX) / E4M3_MAX;
+    size_t at = (size_t)head * o.stride + token;
+    ((uint2 *)(o.x + token * o.cols + head * V_DIM))[lane] = x;
+    ((uint32_t *)o.q)[at * 32 + swizzle_chunk(token, lane / 4) * 4 + lane % 4] =
+        e4m3_pair(v.x / size, v.y / size) | e4m3_pair(v.z / size, v.w / size) << 16;
+    if (lane == 0) o.scale[at] = size;
 }
 
-void step_reserve(int rows, const Config *c) {
-    step.heads = c->num_attention_heads;
-    mla_reserve(rows, step.heads);
-    scratch = (float *)place_alloc(products_room(rows, c) * sizeof(float));
+// o [n][heads * 128] = W_UV u per head, rounded, and quantised: a head is one scale group. A block
+// holds all of one head's W_UV, a brick per warp (two halves of the values, four quarters of the
+// latent), and walks over tokens, 16 at a time; the quarters' scaled sums meet in shared memory,
+// and a warp finishes two tokens while the next 16 are on their way. u is read and o written once;
+// few tokens are bound by the 128 KB that a block reads.
+static __global__ void __launch_bounds__(VALUE_WARPS * 32)
+    value_kernel(Act o, const bf16 *u, const uint4 *bricks, const float *scale, int heads, int n) {
+    __shared__ ValueRow part[VALUE_BLOCKS][VALUE_TOKENS];
+    int head = blockIdx.x, step = gridDim.y * VALUE_TOKENS, warp = threadIdx.x / 32;
+    int lane = threadIdx.x % 32, half = warp % 2, quarter = warp / 2;
+    Brick a;
+    uint4 x[VALUE_TILES][4];
+    float sum[BRICK_STRIPS][4];
+    const bf16 *mine = u + head * LATENT_DIM + quarter * BLOCK;
+    size_t stride = (size_t)heads * LATENT_DIM;
+    int first = blockIdx.y * VALUE_TOKENS;
+    if (first < n) brick_load(a, bricks, head, UK_BRICKS + warp);
+    float factor = scale ? scale[(2 * head + 1) * LATENT_SCALES + quarter] : 1;
+    grid_wait();
+    launch_dependents();
+    rows_load(x, mine, stride, first, n);
+    for (; first < n; first += step) {
+        for (int j = 0; j < VALUE_TILES && first + j * TOKENS < n; j++) {
+            brick_product(sum, a, x[j]);
+            for (int i = 0; i < 4; i++) {  // two tokens' 8 values each
+                const float *v = &sum[i % 2 * 2][i / 2], *w = &sum[i % 2 * 2 + 1][i / 2];
+                part[quarter][j * TOKENS + lane % 4 * 2 + i / 2][half * 16 + lane / 4 * 2 + i % 2] =
+                    make_float4(v[0] * factor, v[2] * factor, w[0] * factor, w[2] * factor);
+            }
+        }
+        rows_load(x, mine, stride, first + step, n);
+        __syncthreads();
+        for (int i = warp; i < VALUE_TOKENS && first + i < n; i += VALUE_WARPS)
+            value_store(o, part, i, first + i, head);
+        __syncthreads();
+    }
 }
 
-static Weights weights(const Linear *w) {
-    const float *scale = (const float *)w->scale;
-    assert(w->dtype != DTYPE_F32 && w->out % STRIP == 0 && w->in % BLOCK == 0);
-    return (Weights){w->data, {scale, scale}, 0, 0, w->out / STRIP,
-                     w->in / (w->dtype == DTYPE_F8_E4M3 ? 128 : 64), BLOCK / STRIP};
-}
-
-static Weights gate_up_weights(const Mlp *m) {  // interleaved: a strip holds 8 rows of each
-    Weights w = weights(&m->gate_proj);
-    w.scale[1] = (const float *)m->up_proj.scale;
-    w.strips *= 2, w.scale_strips *= 2;
-    return w;
-}
-
-static Slots all_rows(int n) { return (Slots){n, 0, 0, NULL, NULL, 0, 1, false}; }
-
-static Product product_of(const Act *a, Weights w, Slots s, DType dtype) {
-    Product p = {};
-    p.w = w, p.s = s, p.parts = 1, p.slots = s.n * (s.top_k + 1);
-    p.fp8 = dtype == DTYPE_F8_E4M3;
-    p.x = p.fp8 ? a->q : (const uint8_t *)a->x, p.x_scale = a->scale, p.x_stride = a->stride;
-    p.x_block = p.fp8 ? (size_t)a->stride * ROW_BYTES : (size_t)ROW_BYTES;
-    p.x_row = p.fp8 ? (size_t)ROW_BYTES : a->cols * sizeof(bf16);
-    return p;
-}
-
-static bool few_rows(const Product *p) {
-    return !p->fp8 || p->s.n <= (p->s.n_experts ? EXPERT_ROWS : SKINNY_ROWS);
-}
-
-// Few tiles would leave most of the chip idle: K is split, each part at least 4 blocks. For few
-// rows that must be worth another kernel, and up to 8 they have small tiles anyway.
-static int k_parts(const Product *p) {
-    bool few = few_rows(p);
-    if (p->s.n <= 8) return 1;
-    int tiles = few ? units(p->w.strips, 4) * known_entries(&p->s, SKINNY_ROWS)
-                    : units(p->w.strips, 8) * known_entries(&p->s, WIDE_SLOTS);
-    int parts = min_int(n_sms / tiles, p->w.blocks / 4);
-    return parts > (few ? 2 : 1) ? parts : 1;
-}
-
-static void run(Product *p) {
-    p->part_blocks = units(p->w.blocks, p->parts);
-    bool few = few_rows(p), fewest = p->s.n <= 8;
-    int tiles = units(p->w.strips, 12) * known_entries(&p->s, WIDE_SLOTS) * p->parts;
-    if (few && !p->fp8 && fewest) launch_skinny<false, false, 0>(p);
-    else if (few && !p->fp8) launch_skinny<false, false, 2>(p);
-    else if (few && p->weight) launch_skinny<true, true, 2>(p);
-    else if (few && fewest) launch_skinny<true, false, 0>(p);
-    else if (few) launch_skinny<true, false, 2>(p);
-    else if (p->s.n_experts || tiles >= n_sms) launch_wide<3>(p);
-    else launch_wide<2>(p);  // smaller tiles, so that no block is idle
-}
-
-void linear(bf16 *y, const Act *a, const Linear *w, int n) {
-    assert(a->cols == w->in);
-    Product p = product_of(a, weights(w), all_rows(n), w->dtype);
-    p.parts = k_parts(&p), p.y_f32 = p.parts > 1, p.y = p.y_f32 ? (void *)scratch : y;
-    run(&p);
-    if (p.parts == 1) return;
-    launch(add_parts, units((size_t)n * w->out, 4 * 256), 256, 0, y, scratch, p.parts, n * w->out);
-}
-
-// out f32 [parts][n][w.out] = rows of a, unquantised, times a bf16 matrix, to be summed over parts.
-// rows NULL: all. (The core of logits and moe_route)
-static void product_bf16(float *out, const Act *a, const Linear *w, const int *rows, int n,
-                         int parts) {
-    assert(w->dtype == DTYPE_BF16 && a->cols == w->in);
-    Slots s = all_rows(n);
-    if (rows) s.list = rows, s.gather = true;
-    Product p = product_of(a, weights(w), s, DTYPE_BF16);
-    p.y = out, p.y_f32 = true, p.parts = parts;
-    run(&p);
-}
-
-// Gate and up leave [parts][slots][2 cols of h] in `products`, and h takes them up.
-static void launch_gate_quant(Act *h, const float *products, int parts, int slots, int *slot_of,
-                              const int *pair, int n) {
-    launch(gate_quant, units(slots * (h->cols / BLOCK), 8), 256, 0, h->q, h->scale, h->stride,
-           products, parts, h->cols, slots, slot_of, pair, n);
-}
-
-void mlp(bf16 *y, Act *h, const Act *a, const Mlp *m, int n) {
-    Product p = product_of(a, gate_up_weights(m), all_rows(n), DTYPE_F8_E4M3);
-    p.parts = k_parts(&p), p.y = scratch, p.y_f32 = true;
-    run(&p);
-    launch_gate_quant(h, scratch, p.parts, n, NULL, NULL, 0);
-    linear(y, h, &m->down_proj, n);
-}
-
-// Expert e's matrix e expert_bytes behind the first; the shared expert's is the last.
-static Weights expert_weights(Weights w, const Linear *first, const Linear *second,
-                              const Linear *shared, int n_experts) {
-    w.expert_bytes = second->data - first->data;
-    w.expert_scales = (second->scale - first->scale) / sizeof(float);
-    assert(shared->data == first->data + n_experts * w.expert_bytes);
-    assert(shared->scale == first->scale + n_experts * w.expert_scales * sizeof(float));
-    return w;
-}
-
-// f32 [parts][slots][2 cols of h]; returns how many parts.
-static int experts_up(float *products, const Act *a, Weights up, Slots s) {
-    Product p = product_of(a, up, s, DTYPE_F8_E4M3);
-    p.parts = s.n <= SKINNY_ROWS ? 4 : 1, p.y = products, p.y_f32 = true;
-    run(&p);
-    return p.parts;
-}
-
-// Few rows: y at once. Many: the slots' products go through memory, rounded to bf16, which is half
-// of the bytes that this is bound by.
-static void experts_down(bf16 *y, const Act *h, Weights down, Slots s, const float *weight,
-                         float *products, const int *slot_of) {
-    s.gather = false;  // h lies in slots
-    Product p = product_of(h, down, s, DTYPE_F8_E4M3);
-    bool few = few_rows(&p);
-    int hidden = down.strips * STRIP;
-    p.weight = weight, p.y = few ? (void *)y : products;
-    run(&p);
-    if (!few)
-        launch(combine, units((size_t)s.n * hidden / 8, 256), 256, 0, y, (const bf16 *)products,
-               slot_of, weight, s.top_k, hidden, s.n);
-}
-
-void moe_experts(bf16 *y, Act *h, const Act *a, const Routing *r, const Mlp *experts,
-                 const Mlp *shared, const Config *c, int n) {
-    int n_experts = c->n_routed_experts, top_k = c->num_experts_per_tok;
-    const Mlp *second = experts + 1;
-    Weights up = expert_weights(gate_up_weights(experts), &experts->gate_proj, &second->gate_proj,
-                                &shared->gate_proj, n_experts);
-    Weights down = expert_weights(weights(&experts->down_proj), &experts->down_proj,
-                                  &second->down_proj, &shared->down_proj, n_experts);
-    Slots s = {n, n_experts, top_k, r->start, r->pair, n, top_k, true};
-    int *slot_of = (int *)scratch;
-    float *products = scratch + units(n * top_k, 64) * 64;
-    int parts = experts_up(products, a, up, s);
-    launch_gate_quant(h, products, parts, n + n * top_k, slot_of, r->pair, n);
-    experts_down(y, h, down, s, r->weight, products, slot_of);
+void mla_value(Act *o, const bf16 *u, const Linear *kv_b_proj, int heads, int n) {
+    dim3 grid(heads, min_int(units(n, VALUE_TOKENS), n_sms > heads ? n_sms / heads : 1));
+    launch(value_kernel, grid, VALUE_WARPS * 32, 0, *o, u, (const uint4 *)kv_b_proj->data,
+           (const float *)kv_b_proj->scale, heads, n);
 }
 
 // ---- The stages: routing ------------------------------------------------------------------------
@@ -2412,10 +2330,6 @@ static void route(Routing *r, const Vector *bias, const Config *c, int n, int pa
     launch(route_lists_kernel, d.n_experts, threads, 0, *r, pairs);
 }
 
-void logits(float *out, const Act *a, const Linear *lm_head, const int *rows, int n_rows) {
-    if (n_rows) product_bf16(out, a, lm_head, rows, n_rows, 1);
-}
-
 // 256 rows of weights would keep 16 multiprocessors busy, so few rows' product is cut along K.
 static int router_parts(const Config *c, int n) {
     int most = max_int(c->hidden_size, c->n_routed_experts) / c->n_routed_experts;
@@ -2427,6 +2341,96 @@ void moe_route(Routing *r, const Act *a, const Linear *gate, const Vector *bias,
     int parts = router_parts(c, n);
     product_bf16(r->sum, a, gate, NULL, n, parts);
     route(r, bias, c, n, parts);
+}
+
+// ---- The stages: experts, gated products, logits ------------------------------------------------
+
+// Gate and up leave [parts][slots][2 cols of h] in `products`, and h takes them up.
+static void launch_gate_quant(Act *h, const float *products, int parts, int slots, int *slot_of,
+                              const int *pair, int n) {
+    launch(gate_quant, units(slots * (h->cols / BLOCK), 8), 256, 0, h->q, h->scale, h->stride,
+           products, parts, h->cols, slots, slot_of, pair, n);
+}
+
+// Expert e's matrix e expert_bytes behind the first; the shared expert's is the last.
+static Weights expert_weights(Weights w, const Linear *first, const Linear *second,
+                              const Linear *shared, int n_experts) {
+    w.expert_bytes = second->data - first->data;
+    w.expert_scales = (second->scale - first->scale) / sizeof(float);
+    assert(shared->data == first->data + n_experts * w.expert_bytes);
+    assert(shared->scale == first->scale + n_experts * w.expert_scales * sizeof(float));
+    return w;
+}
+
+// f32 [parts][slots][2 cols of h]; returns how many parts.
+static int experts_up(float *products, const Act *a, Weights up, Slots s) {
+    Product p = product_of(a, up, s, DTYPE_F8_E4M3);
+    p.parts = s.n <= SKINNY_ROWS ? 4 : 1, p.y = products, p.y_f32 = true;
+    run(&p);
+    return p.parts;
+}
+
+// Few rows: y at once. Many: the slots' products go through memory, rounded to bf16, which is half
+// of the bytes that this is bound by.
+static void experts_down(bf16 *y, const Act *h, Weights down, Slots s, const float *weight,
+                         float *products, const int *slot_of) {
+    s.gather = false;  // h lies in slots
+    Product p = product_of(h, down, s, DTYPE_F8_E4M3);
+    bool few = few_rows(&p);
+    int hidden = down.strips * STRIP;
+    p.weight = weight, p.y = few ? (void *)y : products;
+    run(&p);
+    if (!few)
+        launch(combine, units((size_t)s.n * hidden / 8, 256), 256, 0, y, (const bf16 *)products,
+               slot_of, weight, s.top_k, hidden, s.n);
+}
+
+void moe_experts(bf16 *y, Act *h, const Act *a, const Routing *r, const Mlp *experts,
+                 const Mlp *shared, const Config *c, int n) {
+    int n_experts = c->n_routed_experts, top_k = c->num_experts_per_tok;
+    const Mlp *second = experts + 1;
+    Weights up = expert_weights(gate_up_weights(experts), &experts->gate_proj, &second->gate_proj,
+                                &shared->gate_proj, n_experts);
+    Weights down = expert_weights(weights(&experts->down_proj), &experts->down_proj,
+                                  &second->down_proj, &shared->down_proj, n_experts);
+    Slots s = {n, n_experts, top_k, r->start, r->pair, n, top_k, true};
+    int *slot_of = (int *)scratch;
+    float *products = scratch + units(n * top_k, 64) * 64;
+    int parts = experts_up(products, a, up, s);
+    launch_gate_quant(h, products, parts, n + n * top_k, slot_of, r->pair, n);
+    experts_down(y, h, down, s, r->weight, products, slot_of);
+}
+
+void mlp(bf16 *y, Act *h, const Act *a, const Mlp *m, int n) {
+    Product p = product_of(a, gate_up_weights(m), all_rows(n), DTYPE_F8_E4M3);
+    p.parts = k_parts(&p), p.y = scratch, p.y_f32 = true;
+    run(&p);
+    launch_gate_quant(h, scratch, p.parts, n, NULL, NULL, 0);
+    linear(y, h, &m->down_proj, n);
+}
+
+void logits(float *out, const Act *a, const Linear *lm_head, const int *rows, int n_rows) {
+    if (n_rows) product_bf16(out, a, lm_head, rows, n_rows, 1);
+}
+
+// ---- What the stages reserve --------------------------------------------------------------------
+
+// Room for what one stage's kernels leave to each other: sums of parts of K, the dense layers' gate
+// and up, or all experts' products where rows are many.
+static size_t products_room(int rows, const Config *c) {  // floats
+    size_t few = min_int(rows, EXPERT_ROWS), slots = c->num_experts_per_tok + 1;
+    size_t up = 2 * c->moe_intermediate_size, down = c->hidden_size / 2, pairs = rows * slots;
+    size_t sizes[] = {(size_t)n_sms * WIDE_SLOTS * WIDE_SLOTS,
+                      2 * (size_t)rows * c->intermediate_size, pairs + 64 + 4 * few * slots * up,
+                      pairs + 64 + pairs * (up > down ? up : down)}, most = 0;
+    for (size_t size : sizes) most = size > most ? size : most;
+    return most;
+}
+
+void step_reserve(int rows, const Config *c) {
+    step.heads = c->num_attention_heads;
+    mla_reserve(rows, step.heads);
+    scratch = (float *)place_alloc(products_room(rows, c) * sizeof(float));
 }
 
 // ---- Choosing a token ---------------------------------------------------------------------------
