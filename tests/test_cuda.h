@@ -45,6 +45,8 @@ enum { N_COUNTS = 13, MAX_ROWS = 200 };
 static const int ROWS[N_COUNTS] = {1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 65, 128, MAX_ROWS};
 static int n_counts = N_COUNTS;  // of these; fewer where a checker makes everything slow
 
+static inline bool quick(void) { return n_counts < N_COUNTS; }
+
 // ---- Data ---------------------------------------------------------------------------------------
 
 static inline uint64_t random_bits(void) {  // always the same ones
@@ -75,6 +77,8 @@ static inline bf16 *bf16_noise(size_t n, double size) {
     for (size_t i = 0; i < n; i++) x[i] = round_half(size * noise());
     return x;
 }
+
+static inline void linear_free(Linear *w) { free((void *)w->data), free((void *)w->scale); }
 
 static inline Config config_of(int hidden, int experts, int groups, int kept, int k) {
     Config c = {};

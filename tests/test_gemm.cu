@@ -12,8 +12,6 @@ static const double EXACT_LIMIT = 1e-4, WGMMA_LIMIT = 4e-3, GATED_LIMIT = 6e-2;
 
 static const int QUICK[] = {1, 9, 33};  // rows, one number for each kernel
 
-static bool quick(void) { return n_counts < N_COUNTS; }
-
 // ---- Data ---------------------------------------------------------------------------------------
 
 static double bell(void) { return noise() + noise() + noise(); }  // of size 1
@@ -45,8 +43,6 @@ static Linear linear_noise(int out, int in, DType dtype) {
     for (size_t i = 0; i < blocks; i++) scale[i] = (1 + 0.5 * noise()) / (60 * sqrt(in));
     return (Linear){out, in, dtype, data, (uint8_t *)scale};
 }
-
-static void linear_free(Linear *w) { free((void *)w->data), free((void *)w->scale); }
 
 // n normed rows, quantised by the C twin, and the same for the GPU. What lies behind them is NaN.
 static Act *rows_noise(Act **ref, int n, int cols) {

@@ -8,8 +8,6 @@
 
 static const float SCALE = 0.1352f;  // R1's: 192^-0.5, times YaRN's mscale twice
 
-static bool quick(void) { return n_counts < N_COUNTS; }
-
 // ---- Data ---------------------------------------------------------------------------------------
 
 static Linear kv_b_noise(int heads) {
@@ -20,8 +18,6 @@ static Linear kv_b_noise(int heads) {
     for (int i = 0; i < heads * 2 * LATENT_SCALES; i++) scale[i] = (1 + 0.5 * noise()) / 2048;
     return (Linear){heads * KV_DIM, LATENT_DIM, DTYPE_F8_E4M3, data, (uint8_t *)scale};
 }
-
-static void linear_free(Linear *w) { free((void *)w->data), free((void *)w->scale); }
 
 // The worst |a - b| over its bound, at most 1 where all is well; NaN if any is NaN.
 static float worst(float error, float bound, float so_far) {
