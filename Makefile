@@ -43,7 +43,7 @@ $(shell mkdir -p $(BUILD); echo '$(CC) $(CFLAGS) $(NVCCFLAGS)' | cmp -s - $(FLAG
 SOURCES := r1 $(TWIN) tokenizer json http bench
 TESTS := json tokenizer kernels checkpoint sample scheduler http bench oracle oracle_exact end_to_end
 ifeq ($(TWIN),kernels_cuda)
-TESTS += cuda
+TESTS += cuda gemm mla
 endif
 
 ifeq ($(SAN),1)
@@ -87,7 +87,7 @@ $(BUILD)/test_scheduler: tests/test_scheduler.c tests/test.h r1.c r1.h $(PARTS)
 $(BUILD)/test_kernels: tests/test_kernels.c tests/test.h kernels.c r1.h $(BUILD)/json.o
 	$(CC) $(CFLAGS) $< $(BUILD)/json.o -o $@ $(LIBS)
 
-# It includes kernels.cu and compares it with r1.c on the C twin, whose names all get "ref_" in front.
+# They include kernels.cu and compare it with r1.c on the C twin, whose names all get "ref_" before.
 $(BUILD)/ref.o: $(BUILD)/r1_test.o $(BUILD)/kernels.o
 	ld -r $^ -o $@
 	nm -g --defined-only $@ | sed 's/.* \(.*\)/\1 ref_\1/' >$(BUILD)/ref_names
@@ -95,7 +95,8 @@ $(BUILD)/ref.o: $(BUILD)/r1_test.o $(BUILD)/kernels.o
 
 REF := $(patsubst %,$(BUILD)/%.o,ref r1_test tokenizer json http bench)
 
-$(BUILD)/test_cuda: tests/test_cuda.cu tests/test.h kernels.cu r1.h $(REF)
+$(BUILD)/test_cuda $(BUILD)/test_gemm $(BUILD)/test_mla: $(BUILD)/test_%: tests/test_%.cu \
+    tests/test_cuda.h tests/test.h kernels.cu r1.h $(REF)
 	$(NVCC) $(NVCCFLAGS) $< $(REF) -o $@ $(LIBS)
 
 # It includes bench.c.

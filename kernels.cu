@@ -11,6 +11,7 @@
 // has ended (programmatic launch): what it does before grid_wait must not depend on the others.
 #include <assert.h>
 #include <cooperative_groups.h>
+#include <limits.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -184,14 +185,20 @@ template <int N> static __device__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-// A tile of rows of 128 bytes, swizzled in atoms of 8 rows; it starts at a multiple of 1 KB.
+// A tile of rows of 128 bytes for wgmma, swizzled in atoms of 8 rows, 1 KB; it starts at a multiple
+// of that. Rows are along M (or N) with K inside, or with wgmma's transpose bit the other way.
 static __device__ uint64_t smem_desc(const void *p) {
     return (uint64_t)((smem_address(p) & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
+// The same, where the compiler would not know that it is one for the whole warp.
+static __device__ uint64_t warp_desc(const void *p) {
+    return __shfl_sync(~0u, smem_address(p) >> 4, 0) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
 // c [64][128] (+)= a [64][32] b [128][32]^T. Thread (warp, g = lane / 4, t = lane % 4) holds in
 // c[4 j + i] row 16 warp + g + i / 2 * 8, column 8 j + 2 t + i % 2.
-static __device__ void wgmma_128(float c[64], uint64_t a, uint64_t b, int accumulate) {
+static __device__ void wgmma_128(float c[64], uint64_t a, uint64_t b, int add) {
 #define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
     asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
@@ -202,24 +209,34 @@ static __device__ void wgmma_128(float c[64], uint64_t a, uint64_t b, int accumu
                  "%64, %65, p, 1, 1; }"
                  : C4(0), C4(4), C4(8), C4(12), C4(16), C4(20), C4(24), C4(28), C4(32), C4(36),
                    C4(40), C4(44), C4(48), C4(52), C4(56), C4(60)
-                 : "l"(a), "l"(b), "r"(accumulate));
+                 : "l"(a), "l"(b), "r"(add));
+}
+
+// c [64][N] likewise, bf16, of 16 columns. TRANS: a lies as [16][64].
+template <int TRANS> static __device__ void wgmma(float (&c)[8], uint64_t a, uint64_t b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %10, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
+                 "{%0, %1, %2, %3, %4, %5, %6, %7}, %8, %9, p, 1, 1, %11, 0; }"
+                 : C4(0), C4(4) : "l"(a), "l"(b), "r"(add), "n"(TRANS));
+}
+
+template <int TRANS> static __device__ void wgmma(float (&c)[16], uint64_t a, uint64_t b, int add) {
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                 "%16, %17, p, 1, 1, %19, 0; }"
+                 : C4(0), C4(4), C4(8), C4(12) : "l"(a), "l"(b), "r"(add), "n"(TRANS));
 }
 
 // c [64][32] likewise, of 32 bytes of each row: 32 columns in e4m3, 16 in bf16.
 template <bool FP8>
-static __device__ void wgmma_32(float c[16], uint64_t a, uint64_t b, int accumulate) {
-    if (FP8)
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-                     "%16, %17, p, 1, 1; }"
-                     : C4(0), C4(4), C4(8), C4(12) : "l"(a), "l"(b), "r"(accumulate));
-    else
-        asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
-                     "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 {"
-                     "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
-                     "%16, %17, p, 1, 1, 0, 0; }"
-                     : C4(0), C4(4), C4(8), C4(12) : "l"(a), "l"(b), "r"(accumulate));
+static __device__ void wgmma_32(float (&c)[16], uint64_t a, uint64_t b, int add) {
+    if (!FP8) return wgmma<0>(c, a, b, add);
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k32.f32.e4m3.e4m3 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}, "
+                 "%16, %17, p, 1, 1; }"
+                 : C4(0), C4(4), C4(8), C4(12) : "l"(a), "l"(b), "r"(add));
 #undef C4
 }
 
@@ -235,40 +252,16 @@ static __device__ uint32_t e4m3_pair(float low, float high) {
     return pair;
 }
 
-static __device__ float round_bf16(float f) {
-    return __uint_as_float(bf16_pair(f, 0) << 16);
-}
-
+static __device__ float round_bf16(float f) { return __uint_as_float(bf16_pair(f, 0) << 16); }
 static __device__ float bf16_low(uint32_t pair) { return __uint_as_float(pair << 16); }
 static __device__ float bf16_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000); }
-
-// d [64][N] (+)= A B^T, bf16, K = 16. TRANS: A lies as [K][64].
-template <int TRANS> static __device__ void wgmma(float (&d)[8], uint64_t a, uint64_t b, int add) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %10, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.bf16.bf16 "
-                 "{%0,%1,%2,%3,%4,%5,%6,%7}, %8, %9, p, 1, 1, %11, 0; }"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
-                   "+f"(d[6]), "+f"(d[7])
-                 : "l"(a), "l"(b), "r"(add), "n"(TRANS));
-}
-
-template <int TRANS> static __device__ void wgmma(float (&d)[16], uint64_t a, uint64_t b, int add) {
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %18, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.bf16.bf16 "
-                 "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15}, "
-                 "%16, %17, p, 1, 1, %19, 0; }"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
-                   "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
-                   "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15])
-                 : "l"(a), "l"(b), "r"(add), "n"(TRANS));
-}
 
 // d [16][8] += a [16][16] b [16][8], bf16.
 static __device__ void mma_bf16(float (&d)[4], const uint4 &a, uint32_t b0, uint32_t b1) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
+        "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
 // An 8x8 tile of bf16 over a warp, transposed: registers to registers, and registers to rows.
@@ -277,11 +270,10 @@ static __device__ uint32_t transpose_8x8(uint32_t v) {
     return v;
 }
 
-static __device__ void store_transposed(void *row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1,%2,%3,%4};" ::"r"(
-                     smem_address(row)),
-                 "r"(a), "r"(b), "r"(c), "r"(d)
-                 : "memory");
+static __device__ void store_transposed(uint32_t row, uint32_t a, uint32_t b, uint32_t c,
+                                        uint32_t d) {  // row: an smem_address
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1,%2,%3,%4};" ::
+                 "r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
 static __device__ float exp2_fast(float x) {  // 2 ulp; -infinity gives 0
@@ -293,12 +285,6 @@ static __device__ float exp2_fast(float x) {  // 2 ulp; -infinity gives 0
 static __device__ float warp_max(float v) {
     for (int i = 16; i > 0; i /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, i));
     return v;
-}
-
-// One 128-byte wide operand, swizzled, 1,024 bytes from 8 rows to the next 8. It describes rows
-// along M (or N) with K inside the row, and with wgmma's transpose bit rows along K with M inside.
-static __device__ uint64_t warp_desc(const void *p) {
-    return __shfl_sync(~0u, smem_address(p) >> 4, 0) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
 // The 16-byte chunk at which chunk c of row r stands.
@@ -507,13 +493,14 @@ void step_end(void) {
 // (g, t) takes 16-byte chunk 4 i + t of x for steps 2 i and 2 i + 1. And rows g and g + 8 of strip
 // s are m = 8 g + 2 s and the next: a lane ends up with 8 consecutive m of a token, a chunk.
 
-enum { BRICK_ROWS = 64, BRICK_STRIPS = 4, BRICK_STEPS = 8, BRICKS = KV_DIM * LATENT_DIM / 64 / 128,
-       UK_BRICKS = BRICKS / 2, FRAGMENTS = BRICK_STRIPS * BRICK_STEPS, LATENT_SCALES = 4,
-       TOKENS = 8 };  // of one product
+enum {
+    BRICK_ROWS = 64, BRICK_STRIPS = 4, BRICK_STEPS = 8, FRAGMENTS = BRICK_STRIPS * BRICK_STEPS,
+    BRICKS = KV_DIM * LATENT_DIM / BRICK_ROWS / BLOCK, UK_BRICKS = BRICKS / 2,  // of a head
+    HEAD_BRICKS = BRICKS * FRAGMENTS * WARP * (int)sizeof(uint4),  // bytes
+    LATENT_SCALES = LATENT_DIM / BLOCK, TOKENS = 8,                // of one product
+};
 
 typedef uint4 Brick[BRICK_STRIPS][BRICK_STEPS];
-
-enum { HEAD_BRICKS = BRICKS * FRAGMENTS * WARP * (int)sizeof(uint4) };  // bytes
 
 static __device__ uint32_t weight_bits(const uint8_t *w, bool fp8, size_t i) {  // as bf16
     if (!fp8) return w[2 * i] | w[2 * i + 1] << 8;
@@ -544,8 +531,6 @@ static __global__ void kv_b_repack_kernel(uint4 *bricks, const uint8_t *w, bool 
         make_uint4(out[0], out[1], out[2], out[3]);
 }
 
-// Weights are constants and can be asked for before grid_wait(). Callers do so under a condition:
-// the assembler moves loads past the wait, but not out of a branch.
 // ---- Placing weights ----------------------------------------------------------------------------
 // A weight's bytes are read into one of two pinned buffers, copied to one on the device, and
 // repacked from there, while the next ones are read into the other. What is not read and not copied
@@ -714,7 +699,7 @@ size_t place_mlp(Mlp *m, int n, Mlp *shared) {
     return bytes;
 }
 
-// ---- What both kernels are given ----------------------------------------------------------------
+// ---- The products: what both kernels are given --------------------------------------------------
 
 enum { UNIT = STRIP * ROW_BYTES };  // bytes of a block of a strip
 
@@ -739,6 +724,23 @@ typedef struct {
 
 typedef struct { int slot; short expert, rows; } Entry;  // slots that share weights: one tile
 
+typedef struct {  // a kernel's work: y = x W^T for all slots
+    Weights w;
+    Slots s;
+    bool fp8;
+    const uint8_t *x;       // row r's 128 bytes of block k: x + k x_block + r x_row
+    size_t x_block, x_row;
+    const float *x_scale;   // [blocks][x_stride]
+    int x_stride;
+    const float *weight;    // of a pair, for the experts' second product
+    void *y;                // bf16 [slots][out], or f32 [parts][slots][out]
+    bool y_f32;
+    int slots, parts, part_blocks;  // K is split into parts; the next kernel adds them
+    // What launch_skinny works out.
+    int groups, item_stages, stages, x_rows, n_sums, table;
+    uint64_t by_groups, by_parts;   // for divide
+} Product;
+
 // How many tiles of `tile` slots there are that no list is needed for: they come first.
 static __host__ __device__ int known_entries(const Slots *s, int tile) {
     return (s->n + tile - 1) / tile;
@@ -760,9 +762,9 @@ static __device__ int slot_row(const Slots &s, int slot) {
 }
 
 // Writes the experts' tiles into the table, experts ascending, and returns how many there are; and
-// the slots' rows into row_of, if wanted. Tiles start at multiples of `align`: the first may
-// begin with slots of the expert before. All threads of the block come here, at least as many as
-// there are experts.
+// the slots' rows into row_of, if that is wanted. Tiles start at multiples of `align`: the first
+// may begin with slots of the expert before. All threads of the block come here, at least as many
+// as there are experts.
 static __device__ int list_entries(const Slots &s, Entry *table, int tile, int align,
                                    uint16_t *row_of, int slots) {
     __shared__ int warp_sum[16];
@@ -787,7 +789,7 @@ static __device__ int list_entries(const Slots &s, Entry *table, int tile, int a
     return total;
 }
 
-// ---- A few rows ---------------------------------------------------------------------------------
+// ---- The products: a few rows -------------------------------------------------------------------
 // y = x W^T for up to some tens of rows: each weight is read once, so the memory's speed is the
 // limit, and all that counts is that it never waits. Four warps of a block only ask for copies: a
 // ring of stages of 16 KB, 8 units of 2 KB (one strip's 16 rows, one K block). Two warpgroups
@@ -797,9 +799,9 @@ static __device__ int list_entries(const Slots &s, Entry *table, int tile, int a
 // wgmma wants 64 rows that meet the same columns, and four units of one strip are four blocks of K.
 // So the activations of all four stand side by side as 32 columns: 4 blocks of 8 rows, and each
 // warp keeps the 8 columns that are its own block's. Three quarters of the products are thrown
-// away; the tensor cores have the time. (Turning e4m3 into f16 for mma.sync has not: the chip
-// converts 16 pairs a clock.) With SHIFT 2 the four units are four strips, and the 32 columns are
-// 32 rows of activations: fewer bytes from L2 where rows are many.
+// away: the tensor cores have the time. (mma.sync would need every e4m3 as an f16, and that
+// conversion is slower than the memory.) With SHIFT 2 the four units are four strips, and the 32
+// columns are 32 rows of activations: fewer bytes from L2 where rows are many.
 //
 // `parts` splits K over blocks where strips don't fill the chip; the next kernel adds. DOWN is the
 // experts' second product: a block owns 4 strips of the output and walks all experts, adding weight
@@ -810,25 +812,8 @@ enum {
     UNITS = 8, MAX_STAGES = 8, COLUMNS = 32,  // of a warpgroup's product
     STAGE_WEIGHTS = UNITS * UNIT, STAGE_BYTES = STAGE_WEIGHTS + 2 * COLUMNS * ROW_BYTES,
     STAGE_SCALES = 2 * UNITS + 2 * COLUMNS,  // floats: two of each unit, one of each column
-    SUM_STRIDE = 20,  // floats from row to row of the warps' sums: no two lanes meet in a bank
     SKINNY_ROWS = 32, EXPERT_ROWS = 256,  // more rows than these are `wide`'s
 };
-
-typedef struct {
-    Weights w;
-    Slots s;
-    const uint8_t *x;       // row r's 128 bytes of block k: x + k x_block + r x_row
-    size_t x_block, x_row;
-    bool x_swizzled;
-    const float *x_scale;   // [blocks][x_stride]
-    int x_stride;
-    const float *weight;    // DOWN: of a pair
-    void *y;                // bf16 [n][out], or f32 [parts][slots][out]
-    bool y_f32;
-    int slots, parts;
-    int groups, part_blocks, item_stages, stages, x_rows, n_sums, table;  // launch_skinny's
-    uint64_t by_groups, by_parts;  // for divide
-} Skinny;
 
 // What a block does next: some strips of one entry's product, over the K blocks from block to end.
 typedef struct { int i, entry, group, part, block, end; } Item;
@@ -838,23 +823,23 @@ static uint64_t divisor(int d) { return (1ull << 32) / d + 1; }
 static __device__ int divide(int i, uint64_t by) { return i * by >> 32; }
 
 // The i-th item of all; the blocks of the grid take turns.
-static __device__ Item item_at(const Skinny &p, int i) {
+static __device__ Item item_at(const Product &p, int i) {
     int rest = divide(i, p.by_parts), part = i - rest * p.parts, entry = divide(rest, p.by_groups);
     int block = part * p.part_blocks;
     return (Item){i, entry, rest - entry * p.groups, part, block,
                   min(block + p.part_blocks, p.w.blocks)};
 }
 
-template <bool DOWN> static __device__ Item first_item(const Skinny &p) {
+template <bool DOWN> static __device__ Item first_item(const Product &p) {
     return DOWN ? (Item){0, 0, (int)blockIdx.x, 0, 0, p.w.blocks} : item_at(p, blockIdx.x);
 }
 
 template <bool DOWN>
-static __device__ bool has_item(const Skinny &p, const Item &item, int entries) {
+static __device__ bool has_item(const Product &p, const Item &item, int entries) {
     return DOWN ? item.group < p.groups : item.entry < entries;
 }
 
-template <bool DOWN> static __device__ void next_item(const Skinny &p, Item *item, int entries) {
+template <bool DOWN> static __device__ void next_item(const Product &p, Item *item, int entries) {
     if (!DOWN) *item = item_at(p, item->i + gridDim.x);
     else if (++item->entry == entries) item->entry = 0, item->group += gridDim.x;
 }
@@ -863,7 +848,7 @@ template <bool DOWN> static __device__ void next_item(const Skinny &p, Item *ite
 // Unit u of a stage is block u >> SHIFT of strip u % (1 << SHIFT): only with SHIFT 0 do a strip's
 // blocks stay one piece.
 template <bool FP8, int SHIFT>
-static __device__ void load_weights(const Skinny &p, const Item &item, int block, int expert,
+static __device__ void load_weights(const Product &p, const Item &item, int block, int expert,
                                     uint8_t *stage, float *scales, uint64_t *bar) {
     int lane = threadIdx.x % 32, first = item.group << SHIFT;
     int strips = min(1 << SHIFT, p.w.strips - first);
@@ -884,14 +869,14 @@ static __device__ void load_weights(const Skinny &p, const Item &item, int block
 
 // Eight lanes bring 128 bytes of a row and swizzle them by its place in the stage.
 template <bool FP8, int SHIFT>
-static __device__ void load_rows(const Skinny &p, const Item &item, int block, const Entry &entry,
+static __device__ void load_rows(const Product &p, const Item &item, int block, const Entry &entry,
                                  const uint16_t *row_of, uint8_t *stage, float *scales) {
     enum { ROWS = 8 << SHIFT, BLOCKS = UNITS >> SHIFT };
     int lane = threadIdx.x % 32, chunk = lane % 8, blocks = min((int)BLOCKS, item.end - block);
     const uint8_t *x = p.x + block * p.x_block;
     for (int i = lane / 8; i < entry.rows; i += 4) {
         int slot = entry.slot + i, row = p.s.gather ? row_of[slot] : slot;
-        const uint8_t *from = x + row * p.x_row + (p.x_swizzled ? chunk ^ row & 7 : chunk) * 16;
+        const uint8_t *from = x + row * p.x_row + (FP8 ? chunk ^ row & 7 : chunk) * 16;
         uint8_t *to = stage + STAGE_WEIGHTS + i * ROW_BYTES + ((chunk ^ i & 7) << 4);
 #pragma unroll
         for (int k = 0; k < BLOCKS; k++, from += p.x_block)
@@ -937,68 +922,48 @@ static __device__ void multiply(float sum[1 << SHIFT][4], const uint8_t *stage, 
     }
 }
 
-// All warps' sums of an item, added over the warps that shared a strip. The next item's go to the
-// other half of `sums`, so one barrier is enough.
-template <int SHIFT>
-static __device__ void store_item(const Skinny &p, const Item &item, const Entry &entry,
-                                  float *sums, const float sum[1 << SHIFT][4]) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, out = p.w.strips * STRIP;
-    int stride = p.x_rows * SUM_STRIDE;  // from warp to warp
-#pragma unroll
-    for (int i = 0; i < 4 << SHIFT; i++) {
-        int row = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        if (row < entry.rows)
-            sums[warp * stride + row * SUM_STRIDE + lane / 4 + i % 4 / 2 * 8] = sum[i / 4][i % 4];
-    }
-    sync_threads(1, CONSUMERS * 32);
-    for (int i = threadIdx.x; i < entry.rows * STRIP << SHIFT; i += CONSUMERS * 32) {
-        int row = i / (STRIP << SHIFT), column = i % (STRIP << SHIFT);
-        int to = item.group * (STRIP << SHIFT) + column;
-        const float *from = sums + column / STRIP * stride + row * SUM_STRIDE + column % STRIP;
-        float total = 0;
-        for (int k = 0; k < UNITS; k += 1 << SHIFT) total += from[k * stride];
-        size_t y = ((size_t)item.part * p.slots + entry.slot + row) * out + to;
-        if (to >= out) continue;
-        if (p.y_f32) ((float *)p.y)[y] = total;
-        else ((bf16 *)p.y)[y] = bf16_pair(total, 0);
-    }
-}
-
-// DOWN: an expert's product, weighted, goes to its rows' sums. Each warp has its own [n][16].
-template <int SHIFT>
-static __device__ void scatter_item(const Entry &entry, float *mine, const uint16_t *row_of,
-                                    const float *weight_of, const float sum[1 << SHIFT][4]) {
+// An item's product goes to its warp's sums [rows][16]; for DOWN weighted, and to the slots' rows.
+template <bool DOWN, int SHIFT>
+static __device__ void keep_item(const Entry &entry, float *sums, const uint16_t *row_of,
+                                 const float *weight_of, const float sum[1 << SHIFT][4]) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 2 << SHIFT; i++) {
         int row = i / 2 * 8 + lane % 4 * 2 + i % 2, slot = entry.slot + row;
         if (i / 2 * 8 >= entry.rows) break;
         if (row >= entry.rows) continue;
-        float *to = mine + row_of[slot] * STRIP + lane / 4;
-        to[0] += weight_of[slot] * sum[i / 2][i % 2];
-        to[8] += weight_of[slot] * sum[i / 2][2 + i % 2];
+        float *to = sums + (DOWN ? row_of[slot] : row) * STRIP + lane / 4;
+        float by = DOWN ? weight_of[slot] : 1;
+        to[0] = (DOWN ? to[0] : 0) + by * sum[i / 2][i % 2];
+        to[8] = (DOWN ? to[8] : 0) + by * sum[i / 2][2 + i % 2];
     }
     __syncwarp();  // the next expert may give a row to another lane
 }
 
+// y's rows from y_row on: the sums [warp][stride][16] of the warps that shared a strip, added.
 template <int SHIFT>
-static __device__ void store_down(const Skinny &p, int group, const float *sums) {
+static __device__ void store_sums(const Product &p, size_t y_row, int rows, int group,
+                                  const float *sums, int stride) {
+    enum { WIDTH = STRIP << SHIFT };
     int out = p.w.strips * STRIP;
     sync_threads(1, CONSUMERS * 32);
-    for (int i = threadIdx.x; i < p.s.n * STRIP << SHIFT; i += CONSUMERS * 32) {
-        int row = i / (STRIP << SHIFT), column = i % (STRIP << SHIFT);
-        int to = group * (STRIP << SHIFT) + column;
-        const float *from = sums + (column / STRIP * p.s.n + row) * STRIP + column % STRIP;
+    for (int i = threadIdx.x; i < rows * WIDTH; i += CONSUMERS * 32) {
+        int row = i / WIDTH, column = i % WIDTH, to = group * WIDTH + column;
+        const float *from = sums + (column / STRIP * stride + row) * STRIP + column % STRIP;
         float total = 0;
-        for (int k = 0; k < UNITS; k += 1 << SHIFT) total += from[k * p.s.n * STRIP];
-        if (to < out) ((bf16 *)p.y)[(size_t)row * out + to] = bf16_pair(total, 0);
+        for (int k = 0; k < UNITS; k += 1 << SHIFT) total += from[k * stride * STRIP];
+        if (to >= out) continue;
+        if (p.y_f32) ((float *)p.y)[(y_row + row) * out + to] = total;
+        else ((bf16 *)p.y)[(y_row + row) * out + to] = bf16_pair(total, 0);
     }
-    sync_threads(1, CONSUMERS * 32);
 }
 
+// All warps walk over the same items and stages. A stage's full barrier counts its weights' and its
+// rows' arrival, its empty barrier the warps that have multiplied it. Reads each weight once, and a
+// row once for every group of strips, from L2.
 template <bool FP8, bool DOWN, int SHIFT>
 static __global__ void __launch_bounds__(SKINNY_THREADS, SHIFT ? 1 : 2)
-skinny(const __grid_constant__ Skinny p) {
+skinny(const __grid_constant__ Product p) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ uint64_t full[MAX_STAGES], empty[MAX_STAGES];
     __shared__ __align__(16) float scales[MAX_STAGES][STAGE_SCALES];
@@ -1009,15 +974,18 @@ skinny(const __grid_constant__ Skinny p) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = 8 << SHIFT, per = UNITS >> SHIFT;
     int entries = known_entries(&p.s, tile), issued = 0;
     bool producer = warp >= CONSUMERS;
+    // No more producers than stages: one that was two rounds of the ring ahead of the consumers
+    // would take the parity of an old phase for its own.
+    int turns = min((int)PRODUCERS, p.stages), turn = warp % PRODUCERS;
+    if (turn >= turns) turn = INT_MAX;
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.stages; i++)
             bar_init(&full[i], 2), bar_init(&empty[i], CONSUMERS);
         bar_init_done();
     }
     __syncthreads();
-    // The experts' first product starts its successors only when the lists are complete. So DOWN,
-    // the second of them, may read them at once. (From L2: nobody has emptied its L1.)
-    if (DOWN || !p.s.n_experts) launch_dependents();
+    launch_dependents();
+    // The kernel before DOWN starts it only when the lists are complete.
     // Weights of entries that are known without the lists are asked for now.
     if (DOWN) entries += list_entries(p.s, table, tile, 1, row_of, p.slots);
     Item item = first_item<DOWN>(p);
@@ -1025,7 +993,7 @@ skinny(const __grid_constant__ Skinny p) {
          next_item<DOWN>(p, &item, entries)) {
         int expert = entry_at(p.s, table, tile, item.entry).expert;
         for (int n = 0; n < p.item_stages && issued < p.stages; n++, issued++)
-            if (issued % PRODUCERS == warp % PRODUCERS)
+            if (issued % turns == turn)
                 load_weights<FP8, SHIFT>(p, item, item.block + n * per, expert,
                                          smem + issued * STAGE_BYTES, scales[issued],
                                          &full[issued]);
@@ -1033,14 +1001,14 @@ skinny(const __grid_constant__ Skinny p) {
     for (int i = threadIdx.x; DOWN && i < p.slots; i += blockDim.x)
         weight_of[i] = i < p.s.n ? 1 : __ldcg(p.weight + __ldcg(p.s.list + i - p.s.n));
     grid_wait();
-    if (!DOWN && p.s.n_experts) launch_dependents();
     if (!DOWN && p.s.list) entries += list_entries(p.s, table, tile, 1, row_of, p.slots);
     __syncthreads();
 
-    int slot = 0, parity = producer, turn = warp % PRODUCERS, half = 0;
-    float sum[1 << SHIFT][4] = {}, *mine = sums + warp * p.s.n * STRIP;
-    if (DOWN && !producer)
-        for (int i = lane; i < p.s.n * STRIP; i += 32) mine[i] = 0;
+    int slot = 0, parity = producer, half = 0;
+    float sum[1 << SHIFT][4] = {};
+    int room = DOWN ? p.s.n : p.x_rows;  // rows of a warp's sums
+    for (int i = lane; DOWN && !producer && i < room * STRIP; i += 32)
+        sums[warp * room * STRIP + i] = 0;
     __syncwarp();
     for (item = first_item<DOWN>(p); has_item<DOWN>(p, item, entries);
          next_item<DOWN>(p, &item, entries)) {
@@ -1049,7 +1017,7 @@ skinny(const __grid_constant__ Skinny p) {
             uint8_t *stage = smem + slot * STAGE_BYTES;
             if (producer) {
                 if (--turn < 0) {
-                    turn = PRODUCERS - 1;
+                    turn = turns - 1;
                     if (issued <= 0) {
                         bar_wait(&empty[slot], parity);
                         load_weights<FP8, SHIFT>(p, item, block, entry.expert, stage, scales[slot],
@@ -1072,30 +1040,35 @@ skinny(const __grid_constant__ Skinny p) {
             if (++slot == p.stages) slot = 0, parity ^= 1;
         }
         if (producer) continue;
-        if (DOWN) scatter_item<SHIFT>(entry, mine, row_of, weight_of, sum);
-        else store_item<SHIFT>(p, item, entry, sums + (half ^= p.n_sums / 2), sum);
+        // Without DOWN, the next item's sums go to the other half, so that one barrier is enough.
+        float *to = sums + (DOWN ? 0 : half ^= p.n_sums / 2);
+        keep_item<DOWN, SHIFT>(entry, to + warp * room * STRIP, row_of, weight_of, sum);
         memset(sum, 0, sizeof sum);
-        if (DOWN && item.entry == entries - 1) {
-            store_down<SHIFT>(p, item.group, sums);
-            for (int j = lane; j < p.s.n * STRIP; j += 32) mine[j] = 0;
+        if (!DOWN)
+            store_sums<SHIFT>(p, (size_t)item.part * p.slots + entry.slot, entry.rows, item.group,
+                              to, room);
+        else if (item.entry == entries - 1) {
+            store_sums<SHIFT>(p, 0, room, item.group, to, room);
+            sync_threads(1, CONSUMERS * 32);
+            for (int i = lane; i < room * STRIP; i += 32) to[warp * room * STRIP + i] = 0;
             __syncwarp();
         }
     }
 }
 
-// Shares the shared memory out between ring and sums. With few rows two kernels fit side by side.
-template <bool FP8, bool DOWN, int SHIFT> static void launch_skinny(Skinny *p) {
+// Shares the shared memory out between ring and sums. With few rows two kernels fit side by side,
+// but DOWN can't start before its predecessor's predecessor is done.
+template <bool FP8, bool DOWN, int SHIFT> static void launch_skinny(Product *p) {
     int tile = 8 << SHIFT, pairs = p->s.n * p->s.top_k;
     p->groups = units(p->w.strips, 1 << SHIFT);
     p->by_groups = divisor(p->groups), p->by_parts = divisor(p->parts);
     p->table = max_entries(&p->s, tile);
     p->x_rows = min_int(p->s.n, tile);
-    p->part_blocks = units(p->w.blocks, p->parts);
     p->item_stages = units(p->part_blocks, UNITS >> SHIFT);
-    p->n_sums = CONSUMERS * (DOWN ? p->s.n * STRIP : 2 * p->x_rows * SUM_STRIDE);
+    p->n_sums = CONSUMERS * STRIP * (DOWN ? p->s.n : 2 * p->x_rows);
     int rest = p->n_sums * sizeof(float) + p->table * sizeof(Entry) +
                (p->s.list ? p->slots : 0) * (sizeof(uint16_t) + (DOWN ? sizeof(float) : 0));
-    int room = (p->s.n <= 8 ? 110 : 222) << 10;
+    int room = (p->s.n <= 8 && !DOWN ? 110 : 222) << 10;
     p->stages = min_int(MAX_STAGES, (room - rest) / STAGE_BYTES);
     assert(p->stages >= 2 && p->s.n_experts <= 256);
     int items = p->groups * p->parts * (known_entries(&p->s, tile) + min_int(pairs, p->table));
@@ -1103,59 +1076,42 @@ template <bool FP8, bool DOWN, int SHIFT> static void launch_skinny(Skinny *p) {
            (size_t)p->stages * STAGE_BYTES + rest, *p);
 }
 
-static void run_skinny(Skinny *p, DType dtype) {
-    if (dtype == DTYPE_BF16 && p->s.n <= 8) launch_skinny<false, false, 0>(p);
-    else if (dtype == DTYPE_BF16) launch_skinny<false, false, 2>(p);
-    else if (p->s.n <= 8) launch_skinny<true, false, 0>(p);
-    else launch_skinny<true, false, 2>(p);
-}
-
-// ---- Many rows ----------------------------------------------------------------------------------
-// y = x W^T with tiles of 128 or 256 weight rows by 128 slots on wgmma, which takes a strip's rows
+// ---- The products: many rows --------------------------------------------------------------------
+// y = x W^T with tiles of 128 or 192 weight rows by 128 slots on wgmma, which takes a strip's rows
 // as they lie: W is always the first operand, so that few slots waste nothing of it. One warpgroup
-// copies, two multiply. After each block of 128 columns the tensor cores' sums are scaled and added
-// to f32 sums: their own keep only about 14 bits. Warpgroups take turns: while one scales, the
-// others multiply. Tiles of 256 x 128 ask L2 for 48 bytes a clock, just what it gives.
+// copies, two or three (GROUPS) multiply, 64 weight rows each. After each block of 128 columns the
+// tensor cores' sums are scaled and added to f32 sums, for their own keep only about 14 bits.
+// Warpgroups take turns: while one scales, the others multiply.
 
 enum {
     WIDE_SLOTS = 128, WIDE_STAGES = 4, WARP_STAGING = 1024,
     LAG = 2,  // stages whose copies are on their way while the next are asked for
 };
 
-typedef struct {
-    Weights w;
-    Slots s;
-    const uint8_t *x;      // e4m3, as in Act
-    const float *x_scale;
-    int x_stride, slots, parts, part_blocks;
-    void *y;               // bf16 [slots][out], or f32 [parts][slots][out]
-    bool y_f32;
-} Wide;
-
 template <int GROUPS> struct WideStage {
     uint8_t w[GROUPS * 64 * ROW_BYTES], x[WIDE_SLOTS * ROW_BYTES];
-    float scale[WIDE_SLOTS], w_scale[GROUPS * 4][2];
-    uint8_t pad[512 - GROUPS * 4 * 8];  // stages start at multiples of 1 KB
+    float scale[WIDE_SLOTS];
+    uint8_t pad[512];  // stages start at multiples of 1 KB
 };
 
 typedef struct { Entry entry; int strip, part, block, end; } WideTile;
 
 template <int GROUPS>
-static __device__ WideTile wide_tile(const Wide &p, const Entry *table, int i) {
+static __device__ WideTile wide_tile(const Product &p, const Entry *table, int i) {
     int strips = GROUPS * 4, columns = (p.w.strips + strips - 1) / strips;
     int part = i % p.parts, block = part * p.part_blocks;
-    return (WideTile){entry_at(p.s, table, WIDE_SLOTS, i / p.parts / columns),
-                      i / p.parts % columns * strips,
-                  part, block, min(block + p.part_blocks, p.w.blocks)};
+    i /= p.parts;
+    return (WideTile){entry_at(p.s, table, WIDE_SLOTS, i / columns), i % columns * strips, part,
+                      block, min(block + p.part_blocks, p.w.blocks)};
 }
 
 // Gathered rows are swizzled by their own number and wanted by their place: 8 lanes bring a row's
 // chunks and turn them. Others come as one copy.
 template <int GROUPS>
-static __device__ void wide_produce(const Wide &p, const Entry *table, int tiles,
+static __device__ void wide_produce(const Product &p, const Entry *table, int tiles,
                                     WideStage<GROUPS> *ring, uint64_t *full, uint64_t *empty) {
-    int thread = threadIdx.x, chunk = thread % 8, slot = 0, parity = 1, behind = -LAG, row[8];
-    int scale_row = 0;
+    int thread = threadIdx.x, lane = thread % 32, chunk = thread % 8;
+    int slot = 0, parity = 1, behind = -LAG, row[8], scale_row = 0;
     for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
         WideTile t = wide_tile<GROUPS>(p, table, i);
         if (p.s.gather) {
@@ -1166,15 +1122,13 @@ static __device__ void wide_produce(const Wide &p, const Entry *table, int tiles
         }
         int strips = min(GROUPS * 4, p.w.strips - t.strip);
         int rows = min(WIDE_SLOTS, p.x_stride - t.entry.slot);
-        size_t w_scale = t.entry.expert * p.w.expert_scales +
-                         (t.strip + thread / 2) / p.w.scale_strips * p.w.blocks;
         const uint8_t *w = p.w.data + t.entry.expert * p.w.expert_bytes +
                            (size_t)t.strip * p.w.blocks * UNIT;
         for (int block = t.block; block < t.end; block++) {
             WideStage<GROUPS> *stage = &ring[slot];
             bar_wait(&empty[slot], parity);
             size_t from = (size_t)block * p.x_stride + t.entry.slot;
-            int lane = thread % 32, mine = thread / 32 + lane * 4;  // this lane's strip
+            int mine = thread / 32 + lane * 4;  // this lane's strip
             if (thread == 0)
                 bar_expect(&full[slot], strips * UNIT + (p.s.gather ? 0 : rows * (ROW_BYTES + 4)));
             if (mine < strips)
@@ -1192,29 +1146,27 @@ static __device__ void wide_produce(const Wide &p, const Entry *table, int tiles
                             x + (size_t)row[k] * ROW_BYTES + chunk * 16);
                 }
                 copy_4(&stage->scale[thread], p.x_scale + (size_t)block * p.x_stride + scale_row);
+                copies_commit();
+                copies_wait<LAG>();
+                fence_async();
+                __syncwarp();
+                if (behind >= 0 && lane == 0) bar_arrive(&full[behind]);
+                if (++behind == WIDE_STAGES) behind = 0;
             }
-            if (thread < 2 * strips)
-                copy_4(&stage->w_scale[0][thread], p.w.scale[thread % 2] + w_scale + block);
-            copies_commit();
-            copies_wait<LAG>();
-            fence_async();
-            __syncwarp();
-            if (behind >= 0 && lane == 0) bar_arrive(&full[behind]);
-            if (++behind == WIDE_STAGES) behind = 0;
             if (++slot == WIDE_STAGES) slot = 0, parity ^= 1;
         }
     }
+    if (!p.s.gather) return;
     copies_wait<0>();
     fence_async();
     __syncwarp();
     for (int i = 0; i < LAG; i++, behind = (behind + 1) % WIDE_STAGES)
-        if (behind >= 0 && thread % 32 == 0) bar_arrive(&full[behind]);
+        if (behind >= 0 && lane == 0) bar_arrive(&full[behind]);
 }
 
 // A warp's 16 columns of y for the tile's slots: transposed in shared memory, 32 slots at a time.
-static __device__ void wide_store(const Wide &p, const WideTile &t, int strip, int first,
-                                  uint8_t *staging,
-                                  const float sum[64]) {
+static __device__ void wide_store(const Product &p, const WideTile &t, int strip, int first,
+                                  uint8_t *staging, const float sum[64]) {
     int lane = threadIdx.x % 32, out = p.w.strips * STRIP, end = t.entry.slot + t.entry.rows;
 #pragma unroll
     for (int j = 0; j < 16; j++) {
@@ -1231,9 +1183,8 @@ static __device__ void wide_store(const Wide &p, const WideTile &t, int strip, i
         uint32_t to = smem_address(staging) + ((j % 4 + lane / 16) * 8 + lane % 8) * 32 +
                       lane / 8 % 2 * 16;
         const float *c = sum + 4 * j;
-        asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1,%2,%3,%4};" ::
-                     "r"(to), "r"(bf16_pair(c[0], c[1])), "r"(bf16_pair(c[2], c[3])),
-                     "r"(bf16_pair(c[4], c[5])), "r"(bf16_pair(c[6], c[7])) : "memory");
+        store_transposed(to, bf16_pair(c[0], c[1]), bf16_pair(c[2], c[3]), bf16_pair(c[4], c[5]),
+                         bf16_pair(c[6], c[7]));
         if (j % 4 == 0) continue;
         __syncwarp();
         int slot = t.entry.slot + j / 4 * 32 + lane;
@@ -1246,7 +1197,7 @@ static __device__ void wide_store(const Wide &p, const WideTile &t, int strip, i
 }
 
 template <int GROUPS>
-static __device__ void wide_consume(const Wide &p, const Entry *table, int tiles,
+static __device__ void wide_consume(const Product &p, const Entry *table, int tiles,
                                     WideStage<GROUPS> *ring, uint64_t *full, uint64_t *empty,
                                     uint8_t *staging) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, slot = 0, parity = 0;
@@ -1256,15 +1207,18 @@ static __device__ void wide_consume(const Wide &p, const Entry *table, int tiles
         WideTile t = wide_tile<GROUPS>(p, table, i);
         float sum[64] = {}, c[64];
         int own = group * 4 + warp;  // strip of the tile
+        size_t scales = t.entry.expert * p.w.expert_scales +
+                        min(t.strip + own, p.w.strips - 1) / p.w.scale_strips * p.w.blocks;
+        const float *low_at = p.w.scale[0] + scales, *high_at = p.w.scale[1] + scales;
         for (int block = t.block; block < t.end; block++) {
             const WideStage<GROUPS> *stage = &ring[slot];
             uint64_t at = slot * (sizeof *stage >> 4), x = first_x + at, w = first_w + at;
             const float2 *x_scale = (const float2 *)stage->scale + lane % 4;
+            float low = low_at[block], high = high_at[block];  // come while the tensor cores work
             bar_wait(&full[slot], parity);
             wgmma_fence();
             for (int k = 0; k < 4; k++) wgmma_128(c, w + k * 2, x + k * 2, k > 0);
             wgmma_commit();
-            float low = stage->w_scale[own][0], high = stage->w_scale[own][1];
             float2 s = x_scale[0], next = x_scale[4];
             wgmma_wait<0>();
 #pragma unroll
@@ -1285,9 +1239,11 @@ static __device__ void wide_consume(const Wide &p, const Entry *table, int tiles
     }
 }
 
+// Blocks take tiles in turns, those of the same slots one after the other. A full barrier counts
+// what comes as bulk copies and, where rows are gathered, the four warps whose copies it can't see.
 template <int GROUPS>
 static __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
-wide(const __grid_constant__ Wide p) {
+wide(const __grid_constant__ Product p) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];
     WideStage<GROUPS> *ring = (WideStage<GROUPS> *)smem;
@@ -1295,7 +1251,7 @@ wide(const __grid_constant__ Wide p) {
     Entry *table = (Entry *)(staging + GROUPS * 4 * WARP_STAGING);
     if (threadIdx.x == 0) {
         for (int i = 0; i < WIDE_STAGES; i++)
-            bar_init(&full[i], 1 + 4), bar_init(&empty[i], GROUPS * 4);
+            bar_init(&full[i], p.s.gather ? 1 + 4 : 1), bar_init(&empty[i], GROUPS * 4);
         bar_init_done();
     }
     launch_dependents();
@@ -1313,24 +1269,16 @@ wide(const __grid_constant__ Wide p) {
     }
 }
 
-template <int GROUPS> static void launch_wide(Wide *p) {
+template <int GROUPS> static void launch_wide(Product *p) {
     size_t smem = WIDE_STAGES * sizeof(WideStage<GROUPS>) + GROUPS * 4 * WARP_STAGING +
                   max_entries(&p->s, WIDE_SLOTS) * sizeof(Entry);
     launch(wide<GROUPS>, n_sms, 128 * (GROUPS + 1), smem, *p);
 }
 
-// The larger tile where that leaves no block idle.
-static void run_wide(Wide *p) {
-    p->part_blocks = units(p->w.blocks, p->parts);
-    p->parts = units(p->w.blocks, p->part_blocks);  // none is empty
-    int large = units(p->w.strips, 12) * known_entries(&p->s, WIDE_SLOTS) * p->parts;
-    if (p->s.n_experts || large >= n_sms) launch_wide<3>(p);
-    else launch_wide<2>(p);
-}
+// ---- The products: between them -----------------------------------------------------------------
 
-// ---- Between products ---------------------------------------------------------------------------
-
-// y [rows][out] = the sum over parts of f32 [parts][rows][out], rounded.
+// y [rows][out] = the sum over parts of f32 [parts][rows][out], rounded. A thread makes four; the
+// parts were written just before and lie in L2.
 static __global__ void add_parts(bf16 *y, const float *from, int parts, int size) {
     launch_dependents();
     grid_wait();
@@ -1351,25 +1299,26 @@ static __device__ float gated(float gate, float up) {
 
 // h = quant(silu(gate) up) from f32 [parts][slots][2 cols], in which 8 columns of gate and 8 of up
 // take turns. A warp makes one scale group of one slot: a lane 4 columns of it. For `wide`, it also
-// notes where each pair's slot is.
+// notes where each pair's slot is. It starts its successor behind its own grid_wait: all that older
+// kernels wrote, the lists say, is then complete.
 static __global__ void gate_quant(uint8_t *q, float *scale, int stride, const float *from,
                                   int parts, int cols, int slots, int *slot_of, const int *pair,
                                   int n) {
-    launch_dependents();
     grid_wait();
+    launch_dependents();
     int unit = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
     int slot = unit / (cols / BLOCK), group = unit % (cols / BLOCK);
     if (slot >= slots) return;
     from += (size_t)slot * 2 * cols + group * 2 * BLOCK + lane / 2 * 16 + lane % 2 * 4;
-    float gate[4] = {}, up[4] = {}, h[4], amax = 1e-4f;
+    float gate[4] = {}, up[4] = {}, h[4], amax = MIN_AMAX;
+#pragma unroll 4
     for (int part = 0; part < parts; part++, from += (size_t)slots * 2 * cols) {
         float4 g = *(const float4 *)from, u = *(const float4 *)(from + 8);
         gate[0] += g.x, gate[1] += g.y, gate[2] += g.z, gate[3] += g.w;
         up[0] += u.x, up[1] += u.y, up[2] += u.z, up[3] += u.w;
     }
     for (int i = 0; i < 4; i++) h[i] = gated(gate[i], up[i]), amax = fmaxf(amax, fabsf(h[i]));
-    for (int d = 16; d > 0; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-    float s = amax / 448;  // e4m3's largest
+    float s = warp_max(amax) / E4M3_MAX;
     size_t row = (size_t)group * stride + slot;
     *(uint32_t *)(q + row * ROW_BYTES + ((lane / 4 ^ slot & 7) << 4) + lane % 4 * 4) =
         e4m3_pair(h[0] / s, h[1] / s) | e4m3_pair(h[2] / s, h[3] / s) << 16;
@@ -1386,7 +1335,7 @@ static __global__ void combine(bf16 *y, const bf16 *from, const int *slot_of, co
     size_t i = ((size_t)blockIdx.x * blockDim.x + threadIdx.x) * 8;
     int row = i / hidden, column = i % hidden;
     if (row >= n) return;
-    float sum[8] = {};
+    float sum[CHUNK] = {};
     for (int k = 0; k <= top_k; k++) {
         int slot = k < top_k ? slot_of[row * top_k + k] : row;
         float by = k < top_k ? weight[row * top_k + k] : 1;
@@ -1395,8 +1344,7 @@ static __global__ void combine(bf16 *y, const bf16 *from, const int *slot_of, co
         for (int j = 0; j < 4; j++)
             sum[2 * j] += by * bf16_low(pair[j]), sum[2 * j + 1] += by * bf16_high(pair[j]);
     }
-    *(uint4 *)(y + i) = make_uint4(bf16_pair(sum[0], sum[1]), bf16_pair(sum[2], sum[3]),
-                                   bf16_pair(sum[4], sum[5]), bf16_pair(sum[6], sum[7]));
+    *(uint4 *)(y + i) = pack8(sum);
 }
 
 // ---- The stages: the small ones -----------------------------------------------------------------
@@ -1498,6 +1446,83 @@ void add_norm(bf16 *x, Act *a, const bf16 *y, const Vector *gain, float eps, int
            (const float *)gain->data, eps);
 }
 
+// ---- The stages: one product --------------------------------------------------------------------
+
+static Weights weights(const Linear *w) {
+    const float *scale = (const float *)w->scale;
+    assert(w->dtype != DTYPE_F32 && w->out % STRIP == 0 && w->in % BLOCK == 0);
+    return (Weights){w->data, {scale, scale}, 0, 0, w->out / STRIP,
+                     w->in / (w->dtype == DTYPE_F8_E4M3 ? 128 : 64), BLOCK / STRIP};
+}
+
+static Weights gate_up_weights(const Mlp *m) {  // interleaved: a strip holds 8 rows of each
+    Weights w = weights(&m->gate_proj);
+    w.scale[1] = (const float *)m->up_proj.scale;
+    w.strips *= 2, w.scale_strips *= 2;
+    return w;
+}
+
+static Slots all_rows(int n) { return (Slots){n, 0, 0, NULL, NULL, 0, 1, false}; }
+
+static Product product_of(const Act *a, Weights w, Slots s, DType dtype) {
+    Product p = {};
+    p.w = w, p.s = s, p.parts = 1, p.slots = s.n * (s.top_k + 1);
+    p.fp8 = dtype == DTYPE_F8_E4M3;
+    p.x = p.fp8 ? a->q : (const uint8_t *)a->x, p.x_scale = a->scale, p.x_stride = a->stride;
+    p.x_block = p.fp8 ? (size_t)a->stride * ROW_BYTES : (size_t)ROW_BYTES;
+    p.x_row = p.fp8 ? (size_t)ROW_BYTES : a->cols * sizeof(bf16);
+    return p;
+}
+
+static bool few_rows(const Product *p) {
+    return !p->fp8 || p->s.n <= (p->s.n_experts ? EXPERT_ROWS : SKINNY_ROWS);
+}
+
+// Few tiles would leave most of the chip idle: K is split, each part at least 4 blocks. For few
+// rows that must be worth another kernel, and up to 8 they have small tiles anyway.
+static int k_parts(const Product *p) {
+    bool few = few_rows(p);
+    if (p->s.n <= 8) return 1;
+    int tiles = few ? units(p->w.strips, 4) * known_entries(&p->s, SKINNY_ROWS)
+                    : units(p->w.strips, 8) * known_entries(&p->s, WIDE_SLOTS);
+    int parts = min_int(n_sms / tiles, p->w.blocks / 4);
+    return parts > (few ? 2 : 1) ? parts : 1;
+}
+
+static void run(Product *p) {
+    p->part_blocks = units(p->w.blocks, p->parts);
+    bool few = few_rows(p), fewest = p->s.n <= 8;
+    int tiles = units(p->w.strips, 12) * known_entries(&p->s, WIDE_SLOTS) * p->parts;
+    if (few && !p->fp8 && fewest) launch_skinny<false, false, 0>(p);
+    else if (few && !p->fp8) launch_skinny<false, false, 2>(p);
+    else if (few && p->weight) launch_skinny<true, true, 2>(p);
+    else if (few && fewest) launch_skinny<true, false, 0>(p);
+    else if (few) launch_skinny<true, false, 2>(p);
+    else if (p->s.n_experts || tiles >= n_sms) launch_wide<3>(p);
+    else launch_wide<2>(p);  // smaller tiles, so that no block is idle
+}
+
+void linear(bf16 *y, const Act *a, const Linear *w, int n) {
+    assert(a->cols == w->in);
+    Product p = product_of(a, weights(w), all_rows(n), w->dtype);
+    p.parts = k_parts(&p), p.y_f32 = p.parts > 1, p.y = p.y_f32 ? (void *)scratch : y;
+    run(&p);
+    if (p.parts == 1) return;
+    launch(add_parts, units((size_t)n * w->out, 4 * 256), 256, 0, y, scratch, p.parts, n * w->out);
+}
+
+// out f32 [parts][n][w.out] = rows of a, unquantised, times a bf16 matrix, to be summed over parts.
+// rows NULL: all. (The core of logits and moe_route)
+static void product_bf16(float *out, const Act *a, const Linear *w, const int *rows, int n,
+                         int parts) {
+    assert(w->dtype == DTYPE_BF16 && a->cols == w->in);
+    Slots s = all_rows(n);
+    if (rows) s.list = rows, s.gather = true;
+    Product p = product_of(a, weights(w), s, DTYPE_BF16);
+    p.y = out, p.y_f32 = true, p.parts = parts;
+    run(&p);
+}
+
 // ---- The stages: what is cached -----------------------------------------------------------------
 
 // Neighbours are a pair, and each of the four pairs of a chunk turns by its angle; `rope` holds
@@ -1557,6 +1582,8 @@ void mla_latent(Act *qa, bf16 *cache, const bf16 *q, const bf16 *kv, const Vecto
 
 // ---- Queries and values: W_UK and W_UV ----------------------------------------------------------
 
+// Weights are constants and can be asked for before grid_wait(). Callers do so under a condition:
+// the assembler moves loads past the wait, but not out of a branch.
 static __device__ void brick_load(Brick &a, const uint4 *bricks, int head, int brick) {
     const uint4 *p = bricks + ((size_t)head * BRICKS + brick) * FRAGMENTS * 32 + threadIdx.x % 32;
     for (int i = 0; i < FRAGMENTS; i++) a[i / BRICK_STEPS][i % BRICK_STEPS] = __ldg(p + i * 32);
@@ -1648,77 +1675,6 @@ void mla_query(bf16 *query, const bf16 *q, const Linear *kv_b_proj, const float 
     dim3 grid(heads, CACHE_BLOCKS, min_int(units(n, QUERY_WARPS * QUERY_TOKENS), 16));
     launch(query_kernel, grid, QUERY_WARPS * 32, 0, query, q,
            (const uint4 *)kv_b_proj->data, (const float *)kv_b_proj->scale, rope, heads, n);
-}
-
-// ---- mla_value ----------------------------------------------------------------------------------
-
-enum { VALUE_WARPS = 8, VALUE_TILES = 2, VALUE_TOKENS = VALUE_TILES * TOKENS,
-       VALUE_BLOCKS = LATENT_DIM / BLOCK };
-
-typedef float4 ValueRow[V_DIM / 4 + 1];  // + 1: neighbours in other banks
-
-// Adds the four quarters of one token's 128 values, 4 a lane, and quantises them.
-static __device__ void value_store(const Act &o, const ValueRow (&part)[VALUE_BLOCKS][VALUE_TOKENS],
-                                   int i, size_t token, int head) {
-    int lane = threadIdx.x % 32;
-    float4 v = part[0][i][lane];
-    for (int k = 1; k < VALUE_BLOCKS; k++) {
-        float4 p = part[k][i][lane];
-        v.x += p.x, v.y += p.y, v.z += p.z, v.w += p.w;
-    }
-    uint2 x = make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
-    v = make_float4(bf16_low(x.x), bf16_high(x.x), bf16_low(x.y), bf16_high(x.y));
-    float amax = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-    float size = fmaxf(warp_max(amax), MIN_AMAX) / E4M3_MAX;
-    size_t at = (size_t)head * o.stride + token;
-    ((uint2 *)(o.x + token * o.cols + head * V_DIM))[lane] = x;
-    ((uint32_t *)o.q)[at * 32 + swizzle_chunk(token, lane / 4) * 4 + lane % 4] =
-        e4m3_pair(v.x / size, v.y / size) | e4m3_pair(v.z / size, v.w / size) << 16;
-    if (lane == 0) o.scale[at] = size;
-}
-
-// o [n][heads * 128] = W_UV u per head, rounded, and quantised: a head is one scale group. A block
-// holds all of one head's W_UV, a brick per warp (two halves of the values, four quarters of the
-// latent), and walks over tokens, 16 at a time; the quarters' scaled sums meet in shared memory,
-// and a warp finishes two tokens while the next 16 are on their way. u is read and o written once;
-// few tokens are bound by the 128 KB that a block reads.
-static __global__ void __launch_bounds__(VALUE_WARPS * 32)
-    value_kernel(Act o, const bf16 *u, const uint4 *bricks, const float *scale, int heads, int n) {
-    __shared__ ValueRow part[VALUE_BLOCKS][VALUE_TOKENS];
-    int head = blockIdx.x, step = gridDim.y * VALUE_TOKENS, warp = threadIdx.x / 32;
-    int lane = threadIdx.x % 32, half = warp % 2, quarter = warp / 2;
-    Brick a;
-    uint4 x[VALUE_TILES][4];
-    float sum[BRICK_STRIPS][4];
-    const bf16 *mine = u + head * LATENT_DIM + quarter * BLOCK;
-    size_t stride = (size_t)heads * LATENT_DIM;
-    int first = blockIdx.y * VALUE_TOKENS;
-    if (first < n) brick_load(a, bricks, head, UK_BRICKS + warp);
-    float factor = scale ? scale[(2 * head + 1) * LATENT_SCALES + quarter] : 1;
-    grid_wait();
-    launch_dependents();
-    rows_load(x, mine, stride, first, n);
-    for (; first < n; first += step) {
-        for (int j = 0; j < VALUE_TILES && first + j * TOKENS < n; j++) {
-            brick_product(sum, a, x[j]);
-            for (int i = 0; i < 4; i++) {  // two tokens' 8 values each
-                const float *v = &sum[i % 2 * 2][i / 2], *w = &sum[i % 2 * 2 + 1][i / 2];
-                part[quarter][j * TOKENS + lane % 4 * 2 + i / 2][half * 16 + lane / 4 * 2 + i % 2] =
-                    make_float4(v[0] * factor, v[2] * factor, w[0] * factor, w[2] * factor);
-            }
-        }
-        rows_load(x, mine, stride, first + step, n);
-        __syncthreads();
-        for (int i = warp; i < VALUE_TOKENS && first + i < n; i += VALUE_WARPS)
-            value_store(o, part, i, first + i, head);
-        __syncthreads();
-    }
-}
-
-void mla_value(Act *o, const bf16 *u, const Linear *kv_b_proj, int heads, int n) {
-    dim3 grid(heads, min_int(units(n, VALUE_TOKENS), n_sms > heads ? n_sms / heads : 1));
-    launch(value_kernel, grid, VALUE_WARPS * 32, 0, *o, u, (const uint4 *)kv_b_proj->data,
-           (const float *)kv_b_proj->scale, heads, n);
 }
 
 // ---- mla_attend: the plan -----------------------------------------------------------------------
@@ -1939,8 +1895,8 @@ static __device__ void softmax(Columns<N> &c, float (&score)[N / 2], AttendShare
     }
     // Four 8x8 tiles at once: lane / 8 is (column group, token group), lane % 8 the column.
     for (int i = 0; i < N / 4; i += 4)
-        store_transposed(&s->p[group][i * 4 + lane / 16 * 8 + lane % 8]
-                             [swizzle_chunk(lane, warp * 2 + lane / 8 % 2) * 16],
+        store_transposed(smem_address(&s->p[group][i * 4 + lane / 16 * 8 + lane % 8]
+                                          [swizzle_chunk(lane, warp * 2 + lane / 8 % 2) * 16]),
                          weight[i], weight[i + 1], weight[i + 2], weight[i + 3]);
     fence_async();
     sync_threads(group + 1, 128);
@@ -2071,7 +2027,7 @@ static __global__ void __launch_bounds__((W + 1) * 128, 1) attend_kernel(Attend 
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) bar_init(&s->full[i], 1), bar_init(&s->empty[i], W * 4);
         bar_init(&s->q_full, 1), bar_init(&s->q_empty, W * 4);
-        asm volatile("fence.mbarrier_init.release.cluster;");
+        bar_init_done();
     }
     __syncthreads();
     Work work = a.work[blockIdx.x];
@@ -2156,180 +2112,75 @@ void mla_attend(bf16 *u, const bf16 *query, const bf16 *cache, float scale, int 
     else attend<16, 1>(a, b->n * shape.slices);
 }
 
-// ---- The stages: products -----------------------------------------------------------------------
+// ---- mla_value ----------------------------------------------------------------------------------
 
-// Room for what one stage's kernels leave to each other: sums of parts of K, the dense layers' gate
-// and up, or all experts' products where rows are many.
-static void products_reserve(int rows, const Config *c) {
-    size_t few = min_int(rows, EXPERT_ROWS), slots = c->num_experts_per_tok + 1;
-    size_t up = 2 * c->moe_intermediate_size, down = c->hidden_size / 2, pairs = rows * slots;
-    size_t sizes[] = {(size_t)n_sms * WIDE_SLOTS * WIDE_SLOTS,
-                      2 * (size_t)rows * c->intermediate_size, 4 * few * slots * up,
-                      pairs + 64 + pairs * (up > down ? up : down)}, most = 0;
-    for (size_t size : sizes) most = size > most ? size : most;
-    scratch = (float *)place_alloc(most * sizeof(float));
-}
+enum { VALUE_WARPS = 8, VALUE_TILES = 2, VALUE_TOKENS = VALUE_TILES * TOKENS,
+       VALUE_BLOCKS = LATENT_DIM / BLOCK };
 
-void step_reserve(int rows, const Config *c) {
-    step.heads = c->num_attention_heads;
-    mla_reserve(rows, step.heads);
-    products_reserve(rows, c);
-}
+typedef float4 ValueRow[V_DIM / 4 + 1];  // + 1: neighbours in other banks
 
-static Weights weights(const Linear *w) {
-    const float *scale = (const float *)w->scale;
-    assert(w->dtype != DTYPE_F32 && w->out % STRIP == 0 && w->in % BLOCK == 0);
-    return (Weights){w->data, {scale, scale}, 0, 0, w->out / STRIP,
-                     w->in / (w->dtype == DTYPE_F8_E4M3 ? 128 : 64), BLOCK / STRIP};
-}
-
-static Weights gate_up_weights(const Mlp *m) {  // interleaved: a strip holds 8 rows of each
-    Weights w = weights(&m->gate_proj);
-    w.scale[1] = (const float *)m->up_proj.scale;
-    w.strips *= 2, w.scale_strips *= 2;
-    return w;
-}
-
-static Slots all_rows(int n) { return (Slots){n, 0, 0, NULL, NULL, 0, 1, false}; }
-
-static Skinny skinny_of(const Act *a, Weights w, Slots s, DType dtype) {
-    Skinny p = {};
-    p.w = w, p.s = s, p.parts = 1, p.slots = s.n * (s.top_k + 1);
-    p.x_scale = a->scale, p.x_stride = a->stride, p.x_swizzled = dtype == DTYPE_F8_E4M3;
-    if (dtype == DTYPE_BF16)
-        p.x = (const uint8_t *)a->x, p.x_block = ROW_BYTES, p.x_row = a->cols * sizeof(bf16);
-    else p.x = a->q, p.x_block = (size_t)a->stride * ROW_BYTES, p.x_row = ROW_BYTES;
-    return p;
-}
-
-static Wide wide_of(const Act *a, Weights w, Slots s) {
-    Wide p = {};
-    p.w = w, p.s = s, p.parts = 1, p.slots = s.n * (s.top_k + 1);
-    p.x = a->q, p.x_scale = a->scale, p.x_stride = a->stride;
-    return p;
-}
-
-// Few tiles would leave most of the chip idle: K is split, each part at least 4 blocks.
-static int k_parts(const Weights *w, int tiles) {
-    return max_int(1, min_int(n_sms / tiles, w->blocks / 4));
-}
-
-void linear(bf16 *y, const Act *a, const Linear *w, int n) {
-    assert(a->cols == w->in);
-    Skinny p = skinny_of(a, weights(w), all_rows(n), w->dtype);
-    Wide q = wide_of(a, p.w, p.s);
-    bool few = w->dtype == DTYPE_BF16 || n <= SKINNY_ROWS;
-    if (n > 8 && few) p.parts = k_parts(&p.w, units(p.w.strips, 4) * units(n, SKINNY_ROWS));
-    q.parts = k_parts(&q.w, units(q.w.strips, 8) * units(n, WIDE_SLOTS));
-    p.y_f32 = p.parts > 1, p.y = p.y_f32 ? (void *)scratch : y;
-    q.y_f32 = q.parts > 1, q.y = q.y_f32 ? (void *)scratch : y;
-    if (few) run_skinny(&p, w->dtype);
-    else run_wide(&q);
-    int parts = few ? p.parts : q.parts;
-    if (parts > 1)
-        launch(add_parts, units(n * w->out, 4 * 256), 256, 0, y, scratch, parts, n * w->out);
-}
-
-// out f32 [parts][n][w.out] = rows of a, unquantised, times a bf16 matrix, to be summed over parts.
-// rows NULL: all. (The core of logits and moe_route)
-static void product_bf16(float *out, const Act *a, const Linear *w, const int *rows, int n,
-                         int parts) {
-    assert(w->dtype == DTYPE_BF16 && a->cols == w->in);
-    Slots s = all_rows(n);
-    if (rows) s.list = rows, s.gather = true;
-    Skinny p = skinny_of(a, weights(w), s, DTYPE_BF16);
-    p.y = out, p.y_f32 = true, p.parts = parts;
-    run_skinny(&p, DTYPE_BF16);
-}
-
-// Gate and up leave [parts][slots][2 cols of h] in `products`, and h takes them up.
-static void launch_gate_quant(Act *h, const float *products, int parts, int slots, int *slot_of,
-                              const int *pair, int n) {
-    launch(gate_quant, units(slots * (h->cols / BLOCK), 8), 256, 0, h->q, h->scale, h->stride,
-           products, parts, h->cols, slots, slot_of, pair, n);
-}
-
-void mlp(bf16 *y, Act *h, const Act *a, const Mlp *m, int n) {
-    Weights w = gate_up_weights(m);
-    int parts = 1;
-    if (n <= SKINNY_ROWS) {
-        Skinny p = skinny_of(a, w, all_rows(n), DTYPE_F8_E4M3);
-        p.y = scratch, p.y_f32 = true;
-        run_skinny(&p, DTYPE_F8_E4M3);
-    } else {
-        Wide p = wide_of(a, w, all_rows(n));
-        p.parts = k_parts(&w, units(w.strips, 8) * units(n, WIDE_SLOTS));
-        p.y = scratch, p.y_f32 = true;
-        run_wide(&p);
-        parts = p.parts;
+// Adds the four quarters of one token's 128 values, 4 a lane, and quantises them.
+static __device__ void value_store(const Act &o, const ValueRow (&part)[VALUE_BLOCKS][VALUE_TOKENS],
+                                   int i, size_t token, int head) {
+    int lane = threadIdx.x % 32;
+    float4 v = part[0][i][lane];
+    for (int k = 1; k < VALUE_BLOCKS; k++) {
+        float4 p = part[k][i][lane];
+        v.x += p.x, v.y += p.y, v.z += p.z, v.w += p.w;
     }
-    launch_gate_quant(h, scratch, parts, n, NULL, NULL, 0);
-    linear(y, h, &m->down_proj, n);
+    uint2 x = make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
+    v = make_float4(bf16_low(x.x), bf16_high(x.x), bf16_low(x.y), bf16_high(x.y));
+    float amax = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+    float size = fmaxf(warp_max(amax), MIN_AMAX) / E4M3_MAX;
+    size_t at = (size_t)head * o.stride + token;
+    ((uint2 *)(o.x + token * o.cols + head * V_DIM))[lane] = x;
+    ((uint32_t *)o.q)[at * 32 + swizzle_chunk(token, lane / 4) * 4 + lane % 4] =
+        e4m3_pair(v.x / size, v.y / size) | e4m3_pair(v.z / size, v.w / size) << 16;
+    if (lane == 0) o.scale[at] = size;
 }
 
-// Expert e's matrix e expert_bytes behind the first; the shared expert's is the last.
-static Weights expert_weights(Weights w, const Linear *first, const Linear *second,
-                              const Linear *shared, int n_experts) {
-    w.expert_bytes = second->data - first->data;
-    w.expert_scales = (second->scale - first->scale) / sizeof(float);
-    assert(shared->data == first->data + n_experts * w.expert_bytes);
-    assert(shared->scale == first->scale + n_experts * w.expert_scales * sizeof(float));
-    return w;
-}
-
-// Up to 256 rows the experts' weights are streamed past them.
-static int experts_few_up(const Act *a, Weights up, Slots s) {  // parts that it leaves in scratch
-    Skinny p = skinny_of(a, up, s, DTYPE_F8_E4M3);
-    p.parts = s.n <= SKINNY_ROWS ? 4 : 1;
-    p.y = scratch, p.y_f32 = true;
-    run_skinny(&p, DTYPE_F8_E4M3);
-    return p.parts;
-}
-
-static void experts_few_down(bf16 *y, const Act *h, Weights down, Slots s, const float *weight) {
-    s.gather = false;  // h lies in slots
-    Skinny p = skinny_of(h, down, s, DTYPE_F8_E4M3);
-    p.y = y, p.weight = weight;
-    launch_skinny<true, true, 2>(&p);
-}
-
-// More rows make tiles for each expert. Their products go through memory, f32 on the way to h,
-// rounded to bf16 on the way to y: half of the bytes that this is bound by.
-static void experts_many_up(const Act *a, Weights up, Slots s, float *products) {
-    Wide p = wide_of(a, up, s);
-    p.y = products, p.y_f32 = true;
-    run_wide(&p);
-}
-
-static void experts_many_down(const Act *h, Weights down, Slots s, float *products) {
-    s.gather = false;
-    Wide p = wide_of(h, down, s);
-    p.y = products;
-    run_wide(&p);
-}
-
-void moe_experts(bf16 *y, Act *h, const Act *a, const Routing *r, const Mlp *experts,
-                 const Mlp *shared, const Config *c, int n) {
-    int n_experts = c->n_routed_experts, top_k = c->num_experts_per_tok;
-    const Mlp *second = experts + 1;
-    Weights up = expert_weights(gate_up_weights(experts), &experts->gate_proj, &second->gate_proj,
-                                &shared->gate_proj, n_experts);
-    Weights down = expert_weights(weights(&experts->down_proj), &experts->down_proj,
-                                  &second->down_proj, &shared->down_proj, n_experts);
-    Slots s = {n, n_experts, top_k, r->start, r->pair, n, top_k, true};
-    if (n <= EXPERT_ROWS) {
-        int parts = experts_few_up(a, up, s);
-        launch_gate_quant(h, scratch, parts, n + n * top_k, NULL, NULL, 0);
-        experts_few_down(y, h, down, s, r->weight);
-        return;
+// o [n][heads * 128] = W_UV u per head, rounded, and quantised: a head is one scale group. A block
+// holds all of one head's W_UV, a brick per warp (two halves of the values, four quarters of the
+// latent), and walks over tokens, 16 at a time; the quarters' scaled sums meet in shared memory,
+// and a warp finishes two tokens while the next 16 are on their way. u is read and o written once;
+// few tokens are bound by the 128 KB that a block reads.
+static __global__ void __launch_bounds__(VALUE_WARPS * 32)
+    value_kernel(Act o, const bf16 *u, const uint4 *bricks, const float *scale, int heads, int n) {
+    __shared__ ValueRow part[VALUE_BLOCKS][VALUE_TOKENS];
+    int head = blockIdx.x, step = gridDim.y * VALUE_TOKENS, warp = threadIdx.x / 32;
+    int lane = threadIdx.x % 32, half = warp % 2, quarter = warp / 2;
+    Brick a;
+    uint4 x[VALUE_TILES][4];
+    float sum[BRICK_STRIPS][4];
+    const bf16 *mine = u + head * LATENT_DIM + quarter * BLOCK;
+    size_t stride = (size_t)heads * LATENT_DIM;
+    int first = blockIdx.y * VALUE_TOKENS;
+    if (first < n) brick_load(a, bricks, head, UK_BRICKS + warp);
+    float factor = scale ? scale[(2 * head + 1) * LATENT_SCALES + quarter] : 1;
+    grid_wait();
+    launch_dependents();
+    rows_load(x, mine, stride, first, n);
+    for (; first < n; first += step) {
+        for (int j = 0; j < VALUE_TILES && first + j * TOKENS < n; j++) {
+            brick_product(sum, a, x[j]);
+            for (int i = 0; i < 4; i++) {  // two tokens' 8 values each
+                const float *v = &sum[i % 2 * 2][i / 2], *w = &sum[i % 2 * 2 + 1][i / 2];
+                part[quarter][j * TOKENS + lane % 4 * 2 + i / 2][half * 16 + lane / 4 * 2 + i % 2] =
+                    make_float4(v[0] * factor, v[2] * factor, w[0] * factor, w[2] * factor);
+            }
+        }
+        rows_load(x, mine, stride, first + step, n);
+        __syncthreads();
+        for (int i = warp; i < VALUE_TOKENS && first + i < n; i += VALUE_WARPS)
+            value_store(o, part, i, first + i, head);
+        __syncthreads();
     }
-    int *slot_of = (int *)scratch, hidden = a->cols;
-    float *products = scratch + units(n * top_k, 64) * 64;
-    experts_many_up(a, up, s, products);
-    launch_gate_quant(h, products, 1, n + n * top_k, slot_of, r->pair, n);
-    experts_many_down(h, down, s, products);
-    launch(combine, units((size_t)n * hidden / 8, 256), 256, 0, y, (const bf16 *)products, slot_of,
-           r->weight, top_k, hidden, n);
+}
+
+void mla_value(Act *o, const bf16 *u, const Linear *kv_b_proj, int heads, int n) {
+    dim3 grid(heads, min_int(units(n, VALUE_TOKENS), n_sms > heads ? n_sms / heads : 1));
+    launch(value_kernel, grid, VALUE_WARPS * 32, 0, *o, u, (const uint4 *)kv_b_proj->data,
+           (const float *)kv_b_proj->scale, heads, n);
 }
 
 // ---- The stages: routing ------------------------------------------------------------------------
@@ -2481,10 +2332,6 @@ static void route(Routing *r, const Vector *bias, const Config *c, int n, int pa
     launch(route_lists_kernel, d.n_experts, threads, 0, *r, pairs);
 }
 
-void logits(float *out, const Act *a, const Linear *lm_head, const int *rows, int n_rows) {
-    if (n_rows) product_bf16(out, a, lm_head, rows, n_rows, 1);
-}
-
 // 256 rows of weights would keep 16 multiprocessors busy, so few rows' product is cut along K.
 static int router_parts(const Config *c, int n) {
     int most = max_int(c->hidden_size, c->n_routed_experts) / c->n_routed_experts;
@@ -2496,6 +2343,96 @@ void moe_route(Routing *r, const Act *a, const Linear *gate, const Vector *bias,
     int parts = router_parts(c, n);
     product_bf16(r->sum, a, gate, NULL, n, parts);
     route(r, bias, c, n, parts);
+}
+
+// ---- The stages: experts, gated products, logits ------------------------------------------------
+
+// Gate and up leave [parts][slots][2 cols of h] in `products`, and h takes them up.
+static void launch_gate_quant(Act *h, const float *products, int parts, int slots, int *slot_of,
+                              const int *pair, int n) {
+    launch(gate_quant, units(slots * (h->cols / BLOCK), 8), 256, 0, h->q, h->scale, h->stride,
+           products, parts, h->cols, slots, slot_of, pair, n);
+}
+
+// Expert e's matrix e expert_bytes behind the first; the shared expert's is the last.
+static Weights expert_weights(Weights w, const Linear *first, const Linear *second,
+                              const Linear *shared, int n_experts) {
+    w.expert_bytes = second->data - first->data;
+    w.expert_scales = (second->scale - first->scale) / sizeof(float);
+    assert(shared->data == first->data + n_experts * w.expert_bytes);
+    assert(shared->scale == first->scale + n_experts * w.expert_scales * sizeof(float));
+    return w;
+}
+
+// f32 [parts][slots][2 cols of h]; returns how many parts.
+static int experts_up(float *products, const Act *a, Weights up, Slots s) {
+    Product p = product_of(a, up, s, DTYPE_F8_E4M3);
+    p.parts = s.n <= SKINNY_ROWS ? 4 : 1, p.y = products, p.y_f32 = true;
+    run(&p);
+    return p.parts;
+}
+
+// Few rows: y at once. Many: the slots' products go through memory, rounded to bf16, which is half
+// of the bytes that this is bound by.
+static void experts_down(bf16 *y, const Act *h, Weights down, Slots s, const float *weight,
+                         float *products, const int *slot_of) {
+    s.gather = false;  // h lies in slots
+    Product p = product_of(h, down, s, DTYPE_F8_E4M3);
+    bool few = few_rows(&p);
+    int hidden = down.strips * STRIP;
+    p.weight = weight, p.y = few ? (void *)y : products;
+    run(&p);
+    if (!few)
+        launch(combine, units((size_t)s.n * hidden / 8, 256), 256, 0, y, (const bf16 *)products,
+               slot_of, weight, s.top_k, hidden, s.n);
+}
+
+void moe_experts(bf16 *y, Act *h, const Act *a, const Routing *r, const Mlp *experts,
+                 const Mlp *shared, const Config *c, int n) {
+    int n_experts = c->n_routed_experts, top_k = c->num_experts_per_tok;
+    const Mlp *second = experts + 1;
+    Weights up = expert_weights(gate_up_weights(experts), &experts->gate_proj, &second->gate_proj,
+                                &shared->gate_proj, n_experts);
+    Weights down = expert_weights(weights(&experts->down_proj), &experts->down_proj,
+                                  &second->down_proj, &shared->down_proj, n_experts);
+    Slots s = {n, n_experts, top_k, r->start, r->pair, n, top_k, true};
+    int *slot_of = (int *)scratch;
+    float *products = scratch + units(n * top_k, 64) * 64;
+    int parts = experts_up(products, a, up, s);
+    launch_gate_quant(h, products, parts, n + n * top_k, slot_of, r->pair, n);
+    experts_down(y, h, down, s, r->weight, products, slot_of);
+}
+
+void mlp(bf16 *y, Act *h, const Act *a, const Mlp *m, int n) {
+    Product p = product_of(a, gate_up_weights(m), all_rows(n), DTYPE_F8_E4M3);
+    p.parts = k_parts(&p), p.y = scratch, p.y_f32 = true;
+    run(&p);
+    launch_gate_quant(h, scratch, p.parts, n, NULL, NULL, 0);
+    linear(y, h, &m->down_proj, n);
+}
+
+void logits(float *out, const Act *a, const Linear *lm_head, const int *rows, int n_rows) {
+    if (n_rows) product_bf16(out, a, lm_head, rows, n_rows, 1);
+}
+
+// ---- What the stages reserve --------------------------------------------------------------------
+
+// Room for what one stage's kernels leave to each other: sums of parts of K, the dense layers' gate
+// and up, or all experts' products where rows are many.
+static size_t products_room(int rows, const Config *c) {  // floats
+    size_t few = min_int(rows, EXPERT_ROWS), slots = c->num_experts_per_tok + 1;
+    size_t up = 2 * c->moe_intermediate_size, down = c->hidden_size / 2, pairs = rows * slots;
+    size_t sizes[] = {(size_t)n_sms * WIDE_SLOTS * WIDE_SLOTS,
+                      2 * (size_t)rows * c->intermediate_size, pairs + 64 + 4 * few * slots * up,
+                      pairs + 64 + pairs * (up > down ? up : down)}, most = 0;
+    for (size_t size : sizes) most = size > most ? size : most;
+    return most;
+}
+
+void step_reserve(int rows, const Config *c) {
+    step.heads = c->num_attention_heads;
+    mla_reserve(rows, step.heads);
+    scratch = (float *)place_alloc(products_room(rows, c) * sizeof(float));
 }
 
 // ---- Choosing a token ---------------------------------------------------------------------------

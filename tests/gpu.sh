@@ -1,8 +1,8 @@
 #!/bin/sh
-# Everything that only a GPU can tell, in one call: builds both twins, runs each part of test_cuda
-# in a process of its own under a timeout, compares answers of tiny-r1 with the C twin's, runs the
-# same on few rows under compute-sanitizer, and the benches. The table stands last; logs are in
-# build/cuda/logs. tests/gpu.sh PART.. does only those.
+# Everything that only a GPU can tell, in one call: builds both twins, runs each part of test_cuda,
+# test_gemm and test_mla in a process of its own under a timeout, compares answers of tiny-r1 with
+# the C twin's, runs the same on few rows under compute-sanitizer, and the benches. The table stands
+# last; logs are in build/cuda/logs. tests/gpu.sh PART.. does only those.
 cd "$(dirname "$0")/.." || exit 1
 logs=build/cuda/logs
 table= failed=0
@@ -33,20 +33,26 @@ echo "7 answers are the same"'
 
 only="$*"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
-part build 400 make CUDA=1 -j"$(nproc)" build/cuda/r1 build/cuda/test_cuda
+part build 400 make CUDA=1 -j"$(nproc)" build/cuda/r1 build/cuda/test_cuda build/cuda/test_gemm \
+    build/cuda/test_mla
 part build_cpu 100 make CUDA=0 -j"$(nproc)" build/r1
-for name in place steps rows routes sample model; do part $name 60 build/cuda/test_cuda $name; done
+for test in cuda_place cuda_steps cuda_rows cuda_routes cuda_sample mla_query mla_value mla_attend \
+    mla_graph gemm_linear gemm_product gemm_mlp gemm_experts cuda_model; do
+    part $test 60 build/cuda/test_${test%_*} ${test#*_}
+done
 part answers 60 sh -c "$answers"
 part memcheck_run 60 compute-sanitizer --error-exitcode 9 build/cuda/r1 run --model-path tiny-r1 \
     --max-total-tokens 1024 --max-tokens 3 "How many r are there in strawberry ?"
-for name in place steps rows routes sample; do
-    part memcheck_$name 60 compute-sanitizer --error-exitcode 9 build/cuda/test_cuda $name 2
+for test in cuda_place cuda_steps cuda_rows cuda_routes cuda_sample mla_query mla_value mla_attend \
+    gemm_linear gemm_product gemm_mlp gemm_experts; do
+    part memcheck_$test 60 compute-sanitizer --error-exitcode 9 build/cuda/test_${test%_*} \
+        ${test#*_} 2
 done
 for name in rows routes; do
     part racecheck_$name 60 compute-sanitizer --tool racecheck --error-exitcode 9 \
         build/cuda/test_cuda $name 1
 done
-part bench 60 build/cuda/test_cuda bench
-grep -h '^note' $logs/model $logs/bench
+for name in cuda gemm mla; do part bench_$name 60 build/cuda/test_$name bench; done
+grep -h '^note' $logs/cuda_model $logs/bench_*
 echo "$table"
 exit $failed

@@ -1,63 +1,7 @@
 // tests/test_cuda.cu: kernels.cu against the C twin, the small stages one by one and then whole
-// steps. kernels.cu is included, so that its layouts can be looked at; the C twin is linked with
-// "ref_" before its names.
-//
-// Everything that a kernel may write lies between guards and is poisoned first: with NaN, so that
-// what is read and never written shows, too. What is exact by nature is compared bit by bit. Where
-// the order of a sum differs, a bf16 result may be the next one; then what was made of it is
-// compared for the values that are equal, and those must be nearly all.
-#include "../kernels.cu"
-#include "test.h"
-
-enum { GUARD = 256, POISON = 0xff, MARK = 0xa5 };
-
-extern "C" {
-decltype(device_init) ref_device_init;
-decltype(act_new) ref_act_new;
-decltype(act_free) ref_act_free;
-decltype(routing_new) ref_routing_new;
-decltype(routing_free) ref_routing_free;
-decltype(rope_angles) ref_rope_angles;
-decltype(embed) ref_embed;
-decltype(add_norm) ref_add_norm;
-decltype(mla_latent) ref_mla_latent;
-decltype(moe_route) ref_moe_route;
-decltype(sample) ref_sample;
-decltype(philox) ref_philox;
-decltype(model_load) ref_model_load;
-decltype(model_free) ref_model_free;
-decltype(model_step) ref_model_step;
-}
-
-typedef struct {
-    int rows, cols;
-    float *x, *q, *scale;
-} RefAct;  // kernels.c's
-
-static const int ROWS[] = {1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 65, 128, 200};
-static int n_counts = 13;  // of these; fewer where a checker makes everything slow
-enum { MAX_ROWS = 200 };
-
-// ---- Data ---------------------------------------------------------------------------------------
-
-static double noise(void) {  // even in -1..1, always the same numbers
-    static uint64_t state = 0x9e3779b97f4a7c15;
-    state ^= state >> 12, state ^= state << 25, state ^= state >> 27;
-    return (double)(int64_t)(state * 0x2545f4914f6cdd1d) * 0x1p-63;
-}
-
-static float bf16_value(bf16 v) {
-    uint32_t bits = (uint32_t)v << 16;
-    float f;
-    memcpy(&f, &bits, 4);
-    return f;
-}
-
-static bf16 *bf16_noise(size_t n, double size) {
-    bf16 *x = (bf16 *)xmalloc(n * sizeof *x);
-    for (size_t i = 0; i < n; i++) x[i] = round_half(size * noise());
-    return x;
-}
+// steps. Where the order of a sum differs, a bf16 result may be the next one; then what was made of
+// it is compared for the values that are equal, and those must be nearly all.
+#include "test_cuda.h"
 
 static Vector vector_noise(int dim, DType dtype, double middle, double spread) {
     uint8_t *data = (uint8_t *)xmalloc((size_t)dim * 4 + 1) + 1;  // at an odd address
@@ -72,74 +16,12 @@ static Vector vector_noise(int dim, DType dtype, double middle, double spread) {
     return (Vector){dim, dtype, data};
 }
 
-// Device memory between two guards, poisoned or filled.
-typedef struct {
-    uint8_t *all, *data;
-    size_t bytes;
-} Room;
-
-static Room rooms[64];
-static int n_rooms;
-
-static void *room(const void *from, size_t bytes) {
-    uint8_t *all = (uint8_t *)device_alloc(bytes + 2 * GUARD), *data = all + GUARD;
-    check(cudaMemsetAsync(all, MARK, bytes + 2 * GUARD, stream), "memset");
-    if (from)
-        check(cudaMemcpyAsync(data, from, bytes, cudaMemcpyHostToDevice, stream), "copy");
-    else
-        check(cudaMemsetAsync(data, POISON, bytes, stream), "memset");
-    assert(n_rooms < 64);
-    rooms[n_rooms++] = (Room){all, data, bytes};
-    return data;
-}
-
-static void *fetch(const void *device, size_t bytes) {
-    void *p = xmalloc(bytes);
-    check(cudaMemcpyAsync(p, device, bytes, cudaMemcpyDeviceToHost, stream), "copy");
-    check(cudaStreamSynchronize(stream), "kernel");
-    return p;
-}
-
-// Frees all rooms; false where something wrote beside one.
-static bool rooms_close(void) {
-    bool good = true;
-    while (n_rooms) {
-        Room r = rooms[--n_rooms];
-        uint8_t *all = (uint8_t *)fetch(r.all, r.bytes + 2 * GUARD);
-        for (int i = 0; i < GUARD; i++) good &= all[i] == MARK && all[GUARD + r.bytes + i] == MARK;
-        free(all);
-        device_free(r.all);
-    }
-    return good;
-}
-
-static Act *act_poisoned(int rows, int cols) {
-    Act *a = act_new(rows, cols);
-    size_t n = (size_t)a->stride * cols;
-    check(cudaMemsetAsync(a->x, POISON, n * 2, stream), "memset");
-    check(cudaMemsetAsync(a->q, POISON, n, stream), "memset");
-    check(cudaMemsetAsync(a->scale, POISON, n / BLOCK * 4, stream), "memset");
-    return a;
-}
-
-static float e4m3_value(uint8_t code) {
-    int e = code >> 3 & 15, m = code & 7;
-    float v = (code & 0x7f) == 0x7f ? NAN : e ? ldexpf(8 + m, e - 10) : ldexpf(m, -9);
-    return code & 0x80 ? -v : v;
-}
-
 // How far apart two bf16 are, in steps; huge where one is NaN and the other not.
 static int bf16_steps(bf16 a, bf16 b) {
     if (isnan(bf16_value(a)) || isnan(bf16_value(b)))
         return isnan(bf16_value(a)) && isnan(bf16_value(b)) ? 0 : 1 << 20;
     int x = a & 0x8000 ? -(a & 0x7fff) : a, y = b & 0x8000 ? -(b & 0x7fff) : b;
     return abs(x - y);
-}
-
-static bool poisoned(const void *data, size_t bytes) {
-    for (size_t i = 0; i < bytes; i++)
-        if (((const uint8_t *)data)[i] != POISON) return false;
-    return true;
 }
 
 // An Act of n rows against the C twin's: values at most a bf16 step apart and in 99.8 % of cases
@@ -461,13 +343,6 @@ static void test_latent(int n, int q_lora) {
 
 // ---- Routing ------------------------------------------------------------------------------------
 
-static Config config_of(int hidden, int experts, int groups, int kept, int k) {
-    Config c = {};
-    c.hidden_size = hidden, c.n_routed_experts = experts, c.n_group = groups, c.topk_group = kept;
-    c.num_experts_per_tok = k, c.routed_scaling_factor = 2.5;
-    return c;
-}
-
 // The C twin gets its router logits through a gate of ones on the diagonal, and the kernel gets
 // them as they are. `coarse`: few different values, so that ties are common.
 static void test_route(int n, const Config *c, bool coarse) {
@@ -649,11 +524,6 @@ typedef struct {
     int rows, equal;
 } ModelTally;  // of each row, relative rms
 
-static int ascending(const void *a, const void *b) {
-    float x = *(const float *)a, y = *(const float *)b;
-    return (x > y) - (x < y);
-}
-
 static int best_of(const float *l, int n) {
     int best = 0;
     for (int i = 1; i < n; i++)
@@ -729,31 +599,7 @@ static void test_model(void) {
 
 // ---- Times --------------------------------------------------------------------------------------
 
-// Microseconds of one call among REPEAT in a graph: median of ROUNDS replays. What these kernels
-// read was written just before in a step, too, so it may lie in L2.
-template <typename Call> static float microseconds(Call call) {
-    enum { REPEAT = 100, ROUNDS = 9 };
-    cudaGraph_t graph;
-    cudaGraphExec_t run;
-    cudaEvent_t from, to;
-    float time[ROUNDS];
-    check(cudaEventCreate(&from), "event"), check(cudaEventCreate(&to), "event");
-    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording");
-    for (int i = 0; i < REPEAT; i++) call();
-    check(cudaStreamEndCapture(stream, &graph), "recording");
-    check(cudaGraphInstantiate(&run, graph, 0), "graph");
-    for (int i = -1; i < ROUNDS; i++) {
-        check(cudaEventRecord(from, stream), "event");
-        check(cudaGraphLaunch(run, stream), "graph");
-        check(cudaEventRecord(to, stream), "event");
-        check(cudaEventSynchronize(to), "graph");
-        if (i >= 0) check(cudaEventElapsedTime(&time[i], from, to), "event");
-    }
-    check(cudaGraphExecDestroy(run), "graph"), check(cudaGraphDestroy(graph), "graph");
-    qsort(time, ROUNDS, sizeof *time, ascending);
-    return time[ROUNDS / 2] * 1000 / REPEAT;
-}
-
+// What these kernels read was written just before in a step, too, so it may lie in L2.
 static void bench_rows(int n) {
     enum { HIDDEN = 7168, Q_LORA = 1536, VOCAB = 129280 };
     Config c = config_of(HIDDEN, 256, 8, 4, 8);
@@ -863,22 +709,10 @@ static void test_steps(void) {
     test_recording();
 }
 
-// test_cuda [PART [COUNTS]]: one part, and only the first COUNTS numbers of rows.
 int main(int argc, char **argv) {
-    static const struct {
-        const char *name;
-        void (*run)(void);
-    } tests[] = {{"place", test_place},   {"steps", test_steps},   {"rows", test_rows},
-                 {"routes", test_routes}, {"sample", test_sample}, {"model", test_model}};
-    int n_gpus = 0;
-    if (cudaGetDeviceCount(&n_gpus) != cudaSuccess || !n_gpus) {
-        SKIP("there is no GPU");
-        return test_end();
-    }
-    if (argc > 2) n_counts = atoi(argv[2]);
-    device_init(), ref_device_init();
-    for (auto &t : tests)
-        if (argc < 2 || !strcmp(argv[1], t.name)) t.run();
-    if (argc > 1 && !strcmp(argv[1], "bench")) bench();
-    return test_end();
+    static const Part parts[] = {{"place", test_place},   {"steps", test_steps},
+                                 {"rows", test_rows},     {"routes", test_routes},
+                                 {"sample", test_sample}, {"model", test_model},
+                                 {"bench", bench}};
+    return run_parts(parts, 7, argc, argv);
 }

@@ -1,0 +1,264 @@
+// tests/test_cuda.h: what the tests of kernels.cu share. kernels.cu is included, so that its
+// layouts can be looked at; the C twin is linked with "ref_" before its names.
+//
+// Everything that a kernel may write lies between guards and is poisoned first: with NaN, so that
+// what is read and never written shows, too. What is exact by nature is compared bit by bit.
+#ifndef TEST_CUDA_H
+#define TEST_CUDA_H
+
+#include "../kernels.cu"
+#include "test.h"
+
+enum { GUARD = 256, POISON = 0xff, MARK = 0xa5 };
+
+extern "C" {
+decltype(device_init) ref_device_init;
+decltype(act_new) ref_act_new;
+decltype(act_free) ref_act_free;
+decltype(routing_new) ref_routing_new;
+decltype(routing_free) ref_routing_free;
+decltype(rope_angles) ref_rope_angles;
+decltype(embed) ref_embed;
+decltype(add_norm) ref_add_norm;
+decltype(linear) ref_linear;
+decltype(mla_latent) ref_mla_latent;
+decltype(mla_query) ref_mla_query;
+decltype(mla_attend) ref_mla_attend;
+decltype(mla_value) ref_mla_value;
+decltype(moe_route) ref_moe_route;
+decltype(moe_experts) ref_moe_experts;
+decltype(mlp) ref_mlp;
+decltype(logits) ref_logits;
+decltype(sample) ref_sample;
+decltype(philox) ref_philox;
+decltype(model_load) ref_model_load;
+decltype(model_free) ref_model_free;
+decltype(model_step) ref_model_step;
+}
+
+typedef struct {
+    int rows, cols;
+    float *x, *q, *scale;
+} RefAct;  // kernels.c's
+
+enum { N_COUNTS = 13, MAX_ROWS = 200 };
+static const int ROWS[N_COUNTS] = {1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 65, 128, MAX_ROWS};
+static int n_counts = N_COUNTS;  // of these; fewer where a checker makes everything slow
+
+static inline bool quick(void) { return n_counts < N_COUNTS; }
+
+// ---- Data ---------------------------------------------------------------------------------------
+
+static inline uint64_t random_bits(void) {  // always the same ones
+    static uint64_t state = 0x9e3779b97f4a7c15;
+    state ^= state >> 12, state ^= state << 25, state ^= state >> 27;
+    return state * 0x2545f4914f6cdd1d;
+}
+
+static inline double noise(void) {  // even in -1..1
+    return (double)(int64_t)random_bits() * 0x1p-63;
+}
+
+static inline float bf16_value(bf16 v) {
+    uint32_t bits = (uint32_t)v << 16;
+    float f;
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+static inline float e4m3_value(uint8_t code) {
+    int e = code >> 3 & 15, m = code & 7;
+    float v = (code & 0x7f) == 0x7f ? NAN : e ? ldexpf(8 + m, e - 10) : ldexpf(m, -9);
+    return code & 0x80 ? -v : v;
+}
+
+static inline bf16 *bf16_noise(size_t n, double size) {
+    bf16 *x = (bf16 *)xmalloc(n * sizeof *x);
+    for (size_t i = 0; i < n; i++) x[i] = round_half(size * noise());
+    return x;
+}
+
+static inline void linear_free(Linear *w) { free((void *)w->data), free((void *)w->scale); }
+
+static inline Config config_of(int hidden, int experts, int groups, int kept, int k) {
+    Config c = {};
+    c.hidden_size = hidden, c.n_routed_experts = experts, c.n_group = groups, c.topk_group = kept;
+    c.num_experts_per_tok = k, c.routed_scaling_factor = 2.5;
+    return c;
+}
+
+// ---- Device memory ------------------------------------------------------------------------------
+
+typedef struct {  // between two guards
+    uint8_t *all;
+    size_t bytes;
+} Room;
+
+static Room rooms[64];
+static int n_rooms;
+
+static inline void put(void *device, const void *from, size_t bytes) {
+    check(cudaMemcpyAsync(device, from, bytes, cudaMemcpyHostToDevice, stream), "copy");
+}
+
+static inline void *room(const void *from, size_t bytes) {  // NULL: poisoned
+    uint8_t *all = (uint8_t *)device_alloc(bytes + 2 * GUARD), *data = all + GUARD;
+    check(cudaMemsetAsync(all, MARK, bytes + 2 * GUARD, stream), "memset");
+    if (from) put(data, from, bytes);
+    else check(cudaMemsetAsync(data, POISON, bytes, stream), "memset");
+    assert(n_rooms < 64);
+    rooms[n_rooms++] = (Room){all, bytes};
+    return data;
+}
+
+static inline void *fetch(const void *device, size_t bytes) {
+    void *p = xmalloc(bytes);
+    check(cudaMemcpyAsync(p, device, bytes, cudaMemcpyDeviceToHost, stream), "copy");
+    check(cudaStreamSynchronize(stream), "kernel");
+    return p;
+}
+
+static inline bool filled_with(int byte, const void *data, size_t bytes) {
+    for (size_t i = 0; i < bytes; i++)
+        if (((const uint8_t *)data)[i] != byte) return false;
+    return true;
+}
+
+static inline bool poisoned(const void *data, size_t bytes) {
+    return filled_with(POISON, data, bytes);
+}
+
+// Frees all rooms; false where something wrote beside one.
+static inline bool rooms_close(void) {
+    bool good = true;
+    while (n_rooms) {
+        Room r = rooms[--n_rooms];
+        uint8_t *head = (uint8_t *)fetch(r.all, GUARD),
+                *tail = (uint8_t *)fetch(r.all + GUARD + r.bytes, GUARD);
+        good &= filled_with(MARK, head, GUARD) && filled_with(MARK, tail, GUARD);
+        free(head), free(tail);
+        device_free(r.all);
+    }
+    return good;
+}
+
+static inline Act *act_poisoned(int rows, int cols) {
+    Act *a = act_new(rows, cols);
+    size_t n = (size_t)a->stride * cols;
+    check(cudaMemsetAsync(a->x, POISON, n * 2, stream), "memset");
+    check(cudaMemsetAsync(a->q, POISON, n, stream), "memset");
+    check(cudaMemsetAsync(a->scale, POISON, n / BLOCK * 4, stream), "memset");
+    return a;
+}
+
+// ---- Times --------------------------------------------------------------------------------------
+
+static inline int ascending(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+// Microseconds of one call among `repeat` in a graph: median of ROUNDS replays. A call that counts
+// how often it was made can take other weights each time, which then are not in L2.
+template <typename Call> static float microseconds(Call call, int repeat = 100) {
+    enum { ROUNDS = 9 };
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    cudaEvent_t from, to;
+    float time[ROUNDS];
+    check(cudaEventCreate(&from), "event"), check(cudaEventCreate(&to), "event");
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording");
+    for (int i = 0; i < repeat; i++) call();
+    check(cudaStreamEndCapture(stream, &graph), "recording");
+    check(cudaGraphInstantiate(&exec, graph, 0), "graph");
+    for (int i = -1; i < ROUNDS; i++) {
+        check(cudaEventRecord(from, stream), "event");
+        check(cudaGraphLaunch(exec, stream), "graph");
+        check(cudaEventRecord(to, stream), "event");
+        check(cudaEventSynchronize(to), "graph");
+        if (i >= 0) check(cudaEventElapsedTime(&time[i], from, to), "event");
+    }
+    check(cudaGraphExecDestroy(exec), "graph"), check(cudaGraphDestroy(graph), "graph");
+    check(cudaEventDestroy(from), "event"), check(cudaEventDestroy(to), "event");
+    qsort(time, ROUNDS, sizeof *time, ascending);
+    return time[ROUNDS / 2] * 1000 / repeat;
+}
+
+// Random numbers for a bench, neither huge nor zero in e4m3, bf16 or f32.
+static __global__ void fill_kernel(uint32_t *p, size_t n) {
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n;
+         i += (size_t)gridDim.x * blockDim.x) {
+        uint64_t z = (i + 1) * 0x9e3779b97f4a7c15;
+        z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9, z = (z ^ z >> 27) * 0x94d049bb133111eb;
+        p[i] = (uint32_t)(z >> 32) & 0xbfbfbfbf | 0x30303030;
+    }
+}
+
+static inline void *filled(void *p, size_t bytes) {
+    fill_kernel<<<1024, 256, 0, stream>>>((uint32_t *)p, bytes / 4);
+    check(cudaGetLastError(), "fill");
+    return p;
+}
+
+static inline Act *act_filled(int rows, int cols) {
+    Act *a = act_new(rows, cols);
+    size_t n = (size_t)a->stride * cols;
+    filled(a->x, n * 2), filled(a->q, n), filled(a->scale, n / BLOCK * 4);
+    return a;
+}
+
+enum { RING = 6, PIECE = 16384 };
+
+// Reads everything once through a ring of bulk copies and sums nothing: the ceiling.
+static __global__ void __launch_bounds__(WARP) read_kernel(const uint8_t *p, size_t pieces) {
+    extern __shared__ __align__(1024) uint8_t ring[];
+    __shared__ uint64_t full[RING];
+    launch_dependents();
+    for (int i = 0; threadIdx.x == 0 && i < RING; i++) bar_init(&full[i], 1);
+    bar_init_done();
+    for (size_t k = 0, piece = blockIdx.x; threadIdx.x == 0 && piece < pieces + RING * gridDim.x;
+         k++, piece += gridDim.x) {
+        uint64_t *bar = &full[k % RING];
+        if (k >= RING && piece - RING * gridDim.x < pieces) bar_wait(bar, k / RING % 2 ^ 1);
+        if (piece >= pieces) continue;
+        bar_expect(bar, PIECE);
+        bulk_load(ring + k % RING * PIECE, p + piece * PIECE, PIECE, bar);
+    }
+    grid_wait();
+}
+
+// Microseconds in which as many bytes are read, each time others of n_copies that lie side by side.
+static inline float read_us(const uint8_t *p, size_t bytes, int n_copies) {
+    int turn = 0;
+    size_t pieces = bytes / PIECE;
+    return microseconds([&] {
+        launch(read_kernel, n_sms, WARP, RING * PIECE, p + turn++ % n_copies * bytes, pieces);
+    }, n_copies < 20 ? n_copies : 20);
+}
+
+// ---- Which tests --------------------------------------------------------------------------------
+
+typedef struct {
+    const char *name;
+    void (*run)(void);
+} Part;
+
+// PROGRAM [PART [COUNTS]]: one part, and only the first COUNTS numbers of rows. The last part, the
+// bench, must be asked for.
+static inline int run_parts(const Part *parts, int n, int argc, char **argv) {
+    int n_gpus = 0, known = argc < 2;
+    if (cudaGetDeviceCount(&n_gpus) != cudaSuccess || !n_gpus) {
+        SKIP("there is no GPU");
+        return test_end();
+    }
+    if (argc > 2) n_counts = min_int(atoi(argv[2]), N_COUNTS);
+    device_init(), ref_device_init();
+    for (int i = 0; i < n; i++) {
+        if (argc < 2 ? i == n - 1 : strcmp(argv[1], parts[i].name)) continue;
+        parts[i].run(), known = 1;
+    }
+    CHECK(known, "there is no part %s", argv[1]);
+    return test_end();
+}
+
+#endif
