@@ -795,7 +795,9 @@ enum {
     STAGE_WEIGHTS = UNITS * UNIT, STAGE_BYTES = STAGE_WEIGHTS + 2 * COLUMNS * ROW_BYTES,
     STAGE_SCALES = 2 * UNITS + 2 * COLUMNS,  // floats: two of each unit, one of each column
     SUM_STRIDE = 20,  // floats from row to row of the warps' sums: no two lanes meet in a bank
-    SKINNY_ROWS = 32, EXPERT_ROWS = 256,  // more rows than these are `wide`'s
+    // More rows than these are `wide`'s. From 220 on the experts' second product would have fewer
+    // stages in its ring than the four warps that fill them.
+    SKINNY_ROWS = 32, EXPERT_ROWS = 192,
 };
 
 typedef struct {
@@ -2484,8 +2486,18 @@ static size_t products_room(int rows, const Config *c) {  // floats
     return most;
 }
 
+// What the kernels can count and hold is less than any config may ask for.
 void step_reserve(int rows, const Config *c) {
+    enum { MOST_HEADS = 64, MOST_EXPERTS = 256 };  // of a slice of attend; of a list of experts
     step.heads = c->num_attention_heads;
+    if (rows > UINT16_MAX)
+        die("CUDA: got %d rows in a step, want at most %d: lower --chunked-prefill-size", rows,
+            UINT16_MAX);
+    if (step.heads > MOST_HEADS && step.heads % MOST_HEADS)
+        die("CUDA: num_attention_heads: got %d, want at most %d or a multiple of it", step.heads,
+            MOST_HEADS);
+    if (c->n_routed_experts > MOST_EXPERTS)
+        die("CUDA: n_routed_experts: got %d, want at most %d", c->n_routed_experts, MOST_EXPERTS);
     mla_reserve(rows, step.heads);
     scratch = (float *)place_alloc(products_room(rows, c) * sizeof(float));
 }
