@@ -885,8 +885,8 @@ void model_step(Model *m, const Batch *b) {
 // the prompts that are not through yet. Sequences join and leave between two steps. The cache is
 // cut into pages of 64 tokens, and a sequence needs no neighbouring ones, so that nothing is
 // reserved for tokens that may never come. When pages run out, the youngest sequence gives its own
-// back, waits, and is computed again later. A row's bits never depend on the rows beside it, so
-// none of this can be seen in an answer.
+// back, waits, and is computed again later. On the CPU a row's bits never depend on the rows beside
+// it, so none of this can be seen in an answer.
 
 Server server = {.wake_fd = -1};
 
