@@ -750,12 +750,6 @@ static void reasoning_push(Answer *a, Str text, bool thinking) {
 // Calls: what the engine computes for a connection. An endpoint that generates parses into a new
 // Call, adds its prompts and starts it; then its Api says how tokens, events, answers are written.
 
-// The longest sequence, prompt and answer: the model's limit or, where that is less, the cache's.
-static int64_t max_req_len(void) {
-    int pool = server.max_total_tokens;
-    return server.context_len < pool ? server.context_len : pool;
-}
-
 // Each prompt of /generate has parameters of its own, so that they may begin anew.
 static void params_init(Params *p, const Api *api) {
     bool native = api->where == PARAMS;
@@ -1320,7 +1314,7 @@ static void completion_token(Conn *c, Answer *a, const Event *e) {
     if (none) buf_str(top, "null");
     for (int i = 0; i < choice->n_top; i++) {
         Buf *name = scratch();
-        buf_str(name, ",");  // so that it is found whole: within a text a backslash is before quotes
+        buf_str(name, ",");  // so that it is found whole: in a text a backslash is before quotes
         text_write(name, &choice->top_id[i], 1, false);
         buf_str(name, ":");
         if (i && strstr(top->data + from, name->data)) continue;  // of equal texts the first stays

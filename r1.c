@@ -1034,6 +1034,11 @@ static void pages_flush(void) {
 
 // ---- Sequences
 
+long max_req_len(void) {
+    int pool = server.max_total_tokens;
+    return server.context_len < pool ? server.context_len : pool;
+}
+
 Seq *seq_new(void) {
     Seq *s = xcalloc(1, sizeof *s);
     s->sampling = (Sampling){.temperature = server.config.temperature, .top_p = server.config.top_p,
@@ -1289,7 +1294,8 @@ static void step_plan(void) {
     engine.plan = (Plan){0};
     for (int i = 0; i < engine.n_running; i++) engine.running[i]->n_rows = 0;
     for (int i = 0; i < engine.n_running; i++) seq_plan(engine.running[i]);
-    for (Seq **link = &engine.waiting, *s; (s = *link) && (s->probe || engine.plan.rows < engine.chunk);) {
+    for (Seq **link = &engine.waiting, *s; (s = *link);) {
+        if (engine.plan.rows >= engine.chunk && !s->probe) break;
         if (seq_admit(s, &later)) {
             waiting_remove(link);
             engine.plan.cached += s->n_computed;
@@ -1483,13 +1489,11 @@ static int running_limit(void) {
 static void engine_load(int max_running) {
     const Options *o = &server.options;
     bool dummy = !strcmp(o->load_format, "dummy"), chunked = o->chunked_prefill_size > 0;
-    int longest = server.context_len < server.max_total_tokens ? server.context_len
-                                                               : server.max_total_tokens;
     engine.chunk = o->max_prefill_tokens;
     if (chunked && o->chunked_prefill_size < engine.chunk) engine.chunk = o->chunked_prefill_size;
     engine.max_running = max_running;
     engine.n_pages = server.max_total_tokens / PAGE + 1;  // a probe's
-    engine.max_pages = pages_for(longest);
+    engine.max_pages = pages_for(max_req_len());
     int rows = engine.chunk + max_running + 1, seqs = max_running + 1;
     int max_out = rows < MAX_OUT ? rows : MAX_OUT;
     engine.model = model_load(server.model_dir, dummy, rows, max_out, engine.n_pages,
@@ -2020,36 +2024,9 @@ static void encode_prompt(Ids *ids, const char *system, Str text, bool template,
 }
 
 // One answer on stdout as it comes, and its figures on stderr.
-static int run_main(char **argv) {
-    const Command command = {"run", "run [flags] [PROMPT|-]: answers one prompt", RUN, true, flags,
-                             COUNT(flags)};
-    Options o = {.max_tokens = -1, .temperature = -1, .top_p = -1};
-    const char *argument = flags_parse(&command, &o, argv);
-    server_setup(&o);
-    device_init();
-    server_size(&o);
-    Buf text = text_or_stdin(argument);
-    engine_load(1);
-    Seq *s = seq_new();
-    encode_prompt(&s->tokens, o.system, (Str){text.data, text.len}, !o.raw, true);
-    s->n_prompt = s->tokens.len;
-    int room = (server.context_len < server.max_total_tokens ? server.context_len
-                                                             : server.max_total_tokens) -
-               s->n_prompt;
-    if (!s->n_prompt) die("the prompt is empty");
-    if (room <= 0 || o.max_tokens > room)
-        die("the prompt has %d tokens, and %d are to follow: want at most %d in all", s->n_prompt,
-            o.max_tokens < 0 ? 1 : o.max_tokens, s->n_prompt + room);
-    s->max_tokens = o.max_tokens < 0 ? room : o.max_tokens;
-    if (o.temperature >= 0) s->sampling.temperature = o.temperature;
-    if (o.top_p >= 0) s->sampling.top_p = o.top_p;
-    if (o.top_k == 0) usage_die(&command, "--top-k: got 0, want -1 or an integer >= 1");
-    s->sampling.top_k = o.top_k, s->sampling.min_p = o.min_p, s->sampling.seed = o.seed;
-    for (int i = 0; i < o.stop.n; i++)
-        s->text.stop[s->text.n_stop++] = (Str){o.stop.text[i], strlen(o.stop.text[i])};
+static Finish run_answer(Seq *s) {
     engine.quiet = true;
     signal(SIGINT, on_interrupt);
-    if (server.think && !o.raw) printf("<think>\n");
     double start = now_seconds(), first = 0;
     Finish finish = FINISH_NONE;
     s->has_seed = true;
@@ -2076,6 +2053,36 @@ static int run_main(char **argv) {
             "prompt: %d tokens, %.2f s (%.2f tok/s); output: %d tokens, %.2f s (%.2f tok/s); %s\n",
             s->n_prompt, prefill, output ? s->n_prompt / prefill : 0.0, output, decode,
             output > 1 ? (output - 1) / decode : 0.0, reason[finish]);
+    return finish;
+}
+
+static int run_main(char **argv) {
+    const Command command = {"run", "run [flags] [PROMPT|-]: answers one prompt", RUN, true, flags,
+                             COUNT(flags)};
+    Options o = {.max_tokens = -1, .temperature = -1, .top_p = -1};
+    const char *argument = flags_parse(&command, &o, argv);
+    server_setup(&o);
+    device_init();
+    server_size(&o);
+    Buf text = text_or_stdin(argument);
+    engine_load(1);
+    Seq *s = seq_new();
+    encode_prompt(&s->tokens, o.system, (Str){text.data, text.len}, !o.raw, true);
+    s->n_prompt = s->tokens.len;
+    int room = max_req_len() - s->n_prompt;
+    if (!s->n_prompt) die("the prompt is empty");
+    if (room <= 0 || o.max_tokens > room)
+        die("the prompt has %d tokens, and %d are to follow: want at most %d in all", s->n_prompt,
+            o.max_tokens < 0 ? 1 : o.max_tokens, s->n_prompt + room);
+    s->max_tokens = o.max_tokens < 0 ? room : o.max_tokens;
+    if (o.temperature >= 0) s->sampling.temperature = o.temperature;
+    if (o.top_p >= 0) s->sampling.top_p = o.top_p;
+    if (o.top_k == 0) usage_die(&command, "--top-k: got 0, want -1 or an integer >= 1");
+    s->sampling.top_k = o.top_k, s->sampling.min_p = o.min_p, s->sampling.seed = o.seed;
+    for (int i = 0; i < o.stop.n; i++)
+        s->text.stop[s->text.n_stop++] = (Str){o.stop.text[i], strlen(o.stop.text[i])};
+    if (server.think && !o.raw) printf("<think>\n");
+    Finish finish = run_answer(s);
     seq_free(s);
     engine_free();
     tokenizer_free(server.tokenizer);

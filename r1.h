@@ -447,8 +447,7 @@ typedef struct Seq {
     int n_prompt;
     Sampling sampling;      // its tokens, n_tokens, n_prompt and banned are the engine's
     int max_tokens, min_tokens;
-    int score_from;         // prompt tokens from this one on come as events with their logprobs, too;
-                            // 0: none
+    int score_from;         // prompt tokens from here on are events, too, with logprobs; 0: none
     bool ignore_eos, has_seed;
     bool probe;             // /health_generate's: ahead of the queue, neither logged nor counted
     int stop_id[MAX_STOPS + 1], n_stop_id;  // one more for the engine
@@ -532,6 +531,7 @@ typedef struct {  // what both threads see; no lock but the two queues'
 } Server;
 
 extern Server server;
+long max_req_len(void);  // tokens of the longest sequence: the model's limit, or the cache's
 void engine_submit(Seq *s);          // any thread; ownership passes until its finish event
 Event *engine_events(void);  // the waiting events, oldest first, a list to free; never blocks
 // The HTTP thread no longer wants s, which it has submitted: no step after the running one is for

@@ -136,7 +136,7 @@ async def slow_reader(server):
     begin = time.time()
     answer = await ask(server, chat(temperature=0, stream=True))
     beside = time.time() - begin
-    check(b"[DONE]" in answer, f"another stream ends in {beside:.2f} s beside it, {alone:.2f} alone")
+    check(b"[DONE]" in answer, f"another stream: {beside:.2f} s beside it, {alone:.2f} alone")
     writer.transport.resume_reading()
     answer = await reader.read()
     check(answer.count(b'"token":') > 3000 and answer.endswith(b"0\r\n\r\n"),
@@ -201,8 +201,8 @@ async def storm(server, count, rng):
 async def drains(program):
     print("signals")
     server = await Server().start(program)
-    streams = [asyncio.ensure_future(ask(server, chat(max_tokens=2000, ignore_eos=True, stream=True)))
-               for _ in range(8)]
+    long = chat(max_tokens=2000, ignore_eos=True, stream=True)
+    streams = [asyncio.ensure_future(ask(server, long)) for _ in range(8)]
     while (await server.state())[0] < 8:
         await asyncio.sleep(0.01)
     server.process.send_signal(signal.SIGTERM)

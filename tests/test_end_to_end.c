@@ -363,7 +363,8 @@ static void check_log_lines(void) {
     int fd = send_chat(&c, ENDLESS);
     check_log_line(&c, "] INFO:     127.0.0.1:", "^[0-9]+ - \"POST /v1/chat/completions HTTP/1.1\" "
                    "200 OK\n$");
-    check_log_line(&c, " TP0] Prefill batch. ", "^#new-seq: 1, #new-token: [0-9]+, #cached-token: 0, ");
+    check_log_line(&c, " TP0] Prefill batch. ",
+                   "^#new-seq: 1, #new-token: [0-9]+, #cached-token: 0, ");
     check_log_line(&c, " TP0] Decode batch. ",
                    "^#running-req: 1, #token: 64, token usage: 0\\.00, gen throughput "
                    "\\(token/s\\): [0-9]+\\.[0-9]{2}, #queue-req: 0\n$");

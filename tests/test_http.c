@@ -75,6 +75,11 @@ Event *engine_events(void) {
     return list;
 }
 
+long max_req_len(void) {
+    int pool = server.max_total_tokens;
+    return server.context_len < pool ? server.context_len : pool;
+}
+
 Seq *seq_new(void) { return xcalloc(1, sizeof(Seq)); }
 
 void seq_free(Seq *s) {

@@ -186,9 +186,9 @@ static void check_equality(void) {
             CHECK(same, "%s: request %d differs from itself alone", ways[w].name, i);
         }
         check_all_free(ways[w].name);
-        CHECK(MANY < 64 || (server.preempted > 0) == ways[w].preempts, "%s: %lu were put back", ways[w].name,
-              server.preempted);
-        CHECK(MANY < 64 || (server.cached_tokens > 0) == ways[w].cache, "%s: %lu tokens from the cache",
+        CHECK(MANY < 64 || (server.preempted > 0) == ways[w].preempts, "%s: %lu put back",
+              ways[w].name, server.preempted);
+        CHECK(MANY < 64 || (server.cached_tokens > 0) == ways[w].cache, "%s: %lu tokens found",
               ways[w].name, server.cached_tokens);
         records_free(many);
         engine_free();
@@ -237,7 +237,7 @@ static void check_cache(void) {
     CHECK(cached_of(&r, request(1, 4 * PAGE, 0, 1)) == 0, "an empty cache");
     CHECK(cached_of(&r, request(1, 4 * PAGE, 0, 1)) == 3 * PAGE, "the last row is computed");
     CHECK(cached_of(&r, request(1, 4 * PAGE + 1, 0, 1)) == 4 * PAGE, "all full pages");
-    CHECK(server.cache_hit_rate > 0.55 && server.cache_hit_rate < 0.6, "7 of 12 pages and a row: %g",
+    CHECK(server.cache_hit_rate > 0.55 && server.cache_hit_rate < 0.6, "7 pages of 12: %g",
           server.cache_hit_rate);
     // The same tokens behind another beginning are another text.
     Seq *s = request(1, 4 * PAGE + 1, 0, 1);
@@ -322,8 +322,8 @@ static void check_full(void) {
         Seq *oldest = engine.n_running ? engine.running[0] : NULL;
         int computed = oldest ? oldest->n_computed : 0;
         step(r);
-        if (oldest && engine.n_running && engine.running[0] == oldest && oldest->n_computed <= computed)
-            break;
+        if (!oldest || !engine.n_running || engine.running[0] != oldest) continue;
+        CHECK(oldest->n_computed > computed, "the oldest stands still at %d", computed);
     }
     for (int i = 0; i < 6; i++)
         CHECK(r[i].finish == FINISH_LENGTH && (int)r[i].seq->tokens.len == 8 * PAGE,
