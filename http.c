@@ -1022,8 +1022,9 @@ static bool prompt_parse(Conn *c, const Json *v, bool as_ids) {
         return wrong(c, each(c, p, field(c->request.json, "logprob_start_len")),
                      at("an integer in -1..%zu", ids->len - 1));
     p->echoed.len = 0;
+    if (!call_fits(c)) return false;
     if (p->echo) ids_text(&p->echoed, ids->data, ids->len, p->seq.text.skip_special);
-    return call_fits(c);
+    return true;
 }
 
 // Adds the sequences of one prompt or of a list of them: texts, arrays of ids, or either.

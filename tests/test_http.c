@@ -1293,7 +1293,15 @@ static void test_completions(void) {
         check_ask(post_text("/v1/completions", rows[i].body), 200, rows[i].answer);
     for (size_t i = 0; i < sizeof bad / sizeof *bad; i++)
         check_ask(post_text("/v1/completions", bad[i].body), 400, bad[i].answer);
-    Reply r = ask(post_text("/v1/completions", "{\"prompt\":[\"a\",\"b\"],\"n\":2,\"seed\":5}"));
+    // What is echoed is the prompt as it was cut.
+    int pool = server.max_total_tokens;
+    const char *four = "{\"prompt\":[78,79,80,81],\"max_tokens\":0,\"echo\":true}";
+    server.options.allow_auto_truncate = true, server.max_total_tokens = 3;
+    Reply r = ask(post_text("/v1/completions", four));
+    CHECK(strstr(r.body.data, "\"text\":\"HI\","), "%s", r.body.data);
+    reply_free(&r);
+    server.options.allow_auto_truncate = false, server.max_total_tokens = pool;
+    r = ask(post_text("/v1/completions", "{\"prompt\":[\"a\",\"b\"],\"n\":2,\"seed\":5}"));
     CHECK(last_seed[0] == 5 && last_seed[1] == 6 && last_seed[2] == 5 && last_seed[3] == 6);
     CHECK(last_temperature == 0.6f, "%g", last_temperature);
     reply_free(&r);
