@@ -1597,7 +1597,7 @@ static const Flag flags[] = {
     {"--chunked-prefill-size", MODEL, INTEGER, AT(chunked_prefill_size), -1, 1 << 20, "8192",
      "prompt tokens of a step, at most; -1: --max-prefill-tokens"},
     {"--max-prefill-tokens", MODEL, INTEGER, AT(max_prefill_tokens), 1, 1 << 20, "16384",
-     "prompt tokens of a step where prompts aren't chunked"},
+     "prompt tokens of a step, at most, chunked or not"},
     {"--max-running-requests", SERVE, INTEGER, AT(max_running_requests), 1, 1 << 16, NULL,
      "sequences in a step; default: 2048 to 4096, by what the cache holds"},
     {"--schedule-policy", SERVE, WORD, AT(schedule_policy), 0, 0, "fcfs",

@@ -299,7 +299,9 @@ typedef struct {  // how one row's token is chosen
     const float *bias;      // [n_bias]
     int n_bias;
     int top_logprobs;  // how many of the likeliest ids are wanted with their logprobs; -1: none
-    const int *given;  // NULL: draw; else no draw, this id's logprob is wanted (a prompt's token)
+    // NULL: draw; else no draw: this id's logprob is wanted (a prompt's token), and top_logprobs is
+    // 0 or more.
+    const int *given;
 } Sampling;
 
 typedef struct {
@@ -445,7 +447,7 @@ typedef struct Seq {
     int index;
     Ids tokens;             // the prompt; the engine appends the answer
     int n_prompt;
-    Sampling sampling;      // its tokens, n_tokens, n_prompt and banned are the engine's
+    Sampling sampling;      // its tokens, n_tokens, n_prompt, banned and given are the engine's
     int max_tokens, min_tokens;
     int score_from;         // prompt tokens from here on are events, too, with logprobs; 0: none
     bool ignore_eos, has_seed;
@@ -478,7 +480,7 @@ typedef struct Event {  // one token of one sequence, or its end, or both
     Buf text;               // what became certain; owned
 } Event;
 
-typedef enum {  // /health's status; failed: a lost rank, which one process alone never has
+typedef enum {  // /health's status; failed: a step outlasted --watchdog-timeout
     STATE_STARTING, STATE_LOADING, STATE_WARMUP, STATE_READY, STATE_DRAINING, STATE_FAILED
 } State;
 
