@@ -11,6 +11,7 @@
 // has ended (programmatic launch): what it does before grid_wait must not depend on the others.
 #include <assert.h>
 #include <cooperative_groups.h>
+#include <limits.h>
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -723,6 +724,23 @@ typedef struct {
 
 typedef struct { int slot; short expert, rows; } Entry;  // slots that share weights: one tile
 
+typedef struct {  // a kernel's work: y = x W^T for all slots
+    Weights w;
+    Slots s;
+    bool fp8;
+    const uint8_t *x;       // row r's 128 bytes of block k: x + k x_block + r x_row
+    size_t x_block, x_row;
+    const float *x_scale;   // [blocks][x_stride]
+    int x_stride;
+    const float *weight;    // of a pair, for the experts' second product
+    void *y;                // bf16 [slots][out], or f32 [parts][slots][out]
+    bool y_f32;
+    int slots, parts, part_blocks;  // K is split into parts; the next kernel adds them
+    // What launch_skinny works out.
+    int groups, item_stages, stages, x_rows, n_sums, table;
+    uint64_t by_groups, by_parts;   // for divide
+} Product;
+
 // How many tiles of `tile` slots there are that no list is needed for: they come first.
 static __host__ __device__ int known_entries(const Slots *s, int tile) {
     return (s->n + tile - 1) / tile;
@@ -744,9 +762,9 @@ static __device__ int slot_row(const Slots &s, int slot) {
 }
 
 // Writes the experts' tiles into the table, experts ascending, and returns how many there are; and
-// the slots' rows into row_of, if wanted. Tiles start at multiples of `align`: the first may
-// begin with slots of the expert before. All threads of the block come here, at least as many as
-// there are experts.
+// the slots' rows into row_of, if that is wanted. Tiles start at multiples of `align`: the first
+// may begin with slots of the expert before. All threads of the block come here, at least as many
+// as there are experts.
 static __device__ int list_entries(const Slots &s, Entry *table, int tile, int align,
                                    uint16_t *row_of, int slots) {
     __shared__ int warp_sum[16];
@@ -781,9 +799,9 @@ static __device__ int list_entries(const Slots &s, Entry *table, int tile, int a
 // wgmma wants 64 rows that meet the same columns, and four units of one strip are four blocks of K.
 // So the activations of all four stand side by side as 32 columns: 4 blocks of 8 rows, and each
 // warp keeps the 8 columns that are its own block's. Three quarters of the products are thrown
-// away; the tensor cores have the time. (Turning e4m3 into f16 for mma.sync has not: the chip
-// converts 16 pairs a clock.) With SHIFT 2 the four units are four strips, and the 32 columns are
-// 32 rows of activations: fewer bytes from L2 where rows are many.
+// away: the tensor cores have the time. (mma.sync would need every e4m3 as an f16, and that
+// conversion is slower than the memory.) With SHIFT 2 the four units are four strips, and the 32
+// columns are 32 rows of activations: fewer bytes from L2 where rows are many.
 //
 // `parts` splits K over blocks where strips don't fill the chip; the next kernel adds. DOWN is the
 // experts' second product: a block owns 4 strips of the output and walks all experts, adding weight
@@ -794,27 +812,8 @@ enum {
     UNITS = 8, MAX_STAGES = 8, COLUMNS = 32,  // of a warpgroup's product
     STAGE_WEIGHTS = UNITS * UNIT, STAGE_BYTES = STAGE_WEIGHTS + 2 * COLUMNS * ROW_BYTES,
     STAGE_SCALES = 2 * UNITS + 2 * COLUMNS,  // floats: two of each unit, one of each column
-    SUM_STRIDE = 20,  // floats from row to row of the warps' sums: no two lanes meet in a bank
-    // More rows than these are `wide`'s. From 220 on the experts' second product would have fewer
-    // stages in its ring than the four warps that fill them.
-    SKINNY_ROWS = 32, EXPERT_ROWS = 192,
+    SKINNY_ROWS = 32, EXPERT_ROWS = 256,  // more rows than these are `wide`'s
 };
-
-typedef struct {
-    Weights w;
-    Slots s;
-    const uint8_t *x;       // row r's 128 bytes of block k: x + k x_block + r x_row
-    size_t x_block, x_row;
-    bool x_swizzled;
-    const float *x_scale;   // [blocks][x_stride]
-    int x_stride;
-    const float *weight;    // DOWN: of a pair
-    void *y;                // bf16 [n][out], or f32 [parts][slots][out]
-    bool y_f32;
-    int slots, parts;
-    int groups, part_blocks, item_stages, stages, x_rows, n_sums, table;  // launch_skinny's
-    uint64_t by_groups, by_parts;  // for divide
-} Skinny;
 
 // What a block does next: some strips of one entry's product, over the K blocks from block to end.
 typedef struct { int i, entry, group, part, block, end; } Item;
@@ -824,23 +823,23 @@ static uint64_t divisor(int d) { return (1ull << 32) / d + 1; }
 static __device__ int divide(int i, uint64_t by) { return i * by >> 32; }
 
 // The i-th item of all; the blocks of the grid take turns.
-static __device__ Item item_at(const Skinny &p, int i) {
+static __device__ Item item_at(const Product &p, int i) {
     int rest = divide(i, p.by_parts), part = i - rest * p.parts, entry = divide(rest, p.by_groups);
     int block = part * p.part_blocks;
     return (Item){i, entry, rest - entry * p.groups, part, block,
                   min(block + p.part_blocks, p.w.blocks)};
 }
 
-template <bool DOWN> static __device__ Item first_item(const Skinny &p) {
+template <bool DOWN> static __device__ Item first_item(const Product &p) {
     return DOWN ? (Item){0, 0, (int)blockIdx.x, 0, 0, p.w.blocks} : item_at(p, blockIdx.x);
 }
 
 template <bool DOWN>
-static __device__ bool has_item(const Skinny &p, const Item &item, int entries) {
+static __device__ bool has_item(const Product &p, const Item &item, int entries) {
     return DOWN ? item.group < p.groups : item.entry < entries;
 }
 
-template <bool DOWN> static __device__ void next_item(const Skinny &p, Item *item, int entries) {
+template <bool DOWN> static __device__ void next_item(const Product &p, Item *item, int entries) {
     if (!DOWN) *item = item_at(p, item->i + gridDim.x);
     else if (++item->entry == entries) item->entry = 0, item->group += gridDim.x;
 }
@@ -849,7 +848,7 @@ template <bool DOWN> static __device__ void next_item(const Skinny &p, Item *ite
 // Unit u of a stage is block u >> SHIFT of strip u % (1 << SHIFT): only with SHIFT 0 do a strip's
 // blocks stay one piece.
 template <bool FP8, int SHIFT>
-static __device__ void load_weights(const Skinny &p, const Item &item, int block, int expert,
+static __device__ void load_weights(const Product &p, const Item &item, int block, int expert,
                                     uint8_t *stage, float *scales, uint64_t *bar) {
     int lane = threadIdx.x % 32, first = item.group << SHIFT;
     int strips = min(1 << SHIFT, p.w.strips - first);
@@ -870,14 +869,14 @@ static __device__ void load_weights(const Skinny &p, const Item &item, int block
 
 // Eight lanes bring 128 bytes of a row and swizzle them by its place in the stage.
 template <bool FP8, int SHIFT>
-static __device__ void load_rows(const Skinny &p, const Item &item, int block, const Entry &entry,
+static __device__ void load_rows(const Product &p, const Item &item, int block, const Entry &entry,
                                  const uint16_t *row_of, uint8_t *stage, float *scales) {
     enum { ROWS = 8 << SHIFT, BLOCKS = UNITS >> SHIFT };
     int lane = threadIdx.x % 32, chunk = lane % 8, blocks = min((int)BLOCKS, item.end - block);
     const uint8_t *x = p.x + block * p.x_block;
     for (int i = lane / 8; i < entry.rows; i += 4) {
         int slot = entry.slot + i, row = p.s.gather ? row_of[slot] : slot;
-        const uint8_t *from = x + row * p.x_row + (p.x_swizzled ? chunk ^ row & 7 : chunk) * 16;
+        const uint8_t *from = x + row * p.x_row + (FP8 ? chunk ^ row & 7 : chunk) * 16;
         uint8_t *to = stage + STAGE_WEIGHTS + i * ROW_BYTES + ((chunk ^ i & 7) << 4);
 #pragma unroll
         for (int k = 0; k < BLOCKS; k++, from += p.x_block)
@@ -923,63 +922,40 @@ static __device__ void multiply(float sum[1 << SHIFT][4], const uint8_t *stage, 
     }
 }
 
-// All warps' sums of an item, added over the warps that shared a strip. The next item's go to the
-// other half of `sums`, so one barrier is enough.
-template <int SHIFT>
-static __device__ void store_item(const Skinny &p, const Item &item, const Entry &entry,
-                                  float *sums, const float sum[1 << SHIFT][4]) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, out = p.w.strips * STRIP;
-    int stride = p.x_rows * SUM_STRIDE;  // from warp to warp
-#pragma unroll
-    for (int i = 0; i < 4 << SHIFT; i++) {
-        int row = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        if (row < entry.rows)
-            sums[warp * stride + row * SUM_STRIDE + lane / 4 + i % 4 / 2 * 8] = sum[i / 4][i % 4];
-    }
-    sync_threads(1, CONSUMERS * 32);
-    for (int i = threadIdx.x; i < entry.rows * STRIP << SHIFT; i += CONSUMERS * 32) {
-        int row = i / (STRIP << SHIFT), column = i % (STRIP << SHIFT);
-        int to = item.group * (STRIP << SHIFT) + column;
-        const float *from = sums + column / STRIP * stride + row * SUM_STRIDE + column % STRIP;
-        float total = 0;
-        for (int k = 0; k < UNITS; k += 1 << SHIFT) total += from[k * stride];
-        size_t y = ((size_t)item.part * p.slots + entry.slot + row) * out + to;
-        if (to >= out) continue;
-        if (p.y_f32) ((float *)p.y)[y] = total;
-        else ((bf16 *)p.y)[y] = bf16_pair(total, 0);
-    }
-}
-
-// DOWN: an expert's product, weighted, goes to its rows' sums. Each warp has its own [n][16].
-template <int SHIFT>
-static __device__ void scatter_item(const Entry &entry, float *mine, const uint16_t *row_of,
-                                    const float *weight_of, const float sum[1 << SHIFT][4]) {
+// An item's product goes to its warp's sums [rows][16]; for DOWN weighted, and to the slots' rows.
+template <bool DOWN, int SHIFT>
+static __device__ void keep_item(const Entry &entry, float *sums, const uint16_t *row_of,
+                                 const float *weight_of, const float sum[1 << SHIFT][4]) {
     int lane = threadIdx.x % 32;
 #pragma unroll
     for (int i = 0; i < 2 << SHIFT; i++) {
         int row = i / 2 * 8 + lane % 4 * 2 + i % 2, slot = entry.slot + row;
         if (i / 2 * 8 >= entry.rows) break;
         if (row >= entry.rows) continue;
-        float *to = mine + row_of[slot] * STRIP + lane / 4;
-        to[0] += weight_of[slot] * sum[i / 2][i % 2];
-        to[8] += weight_of[slot] * sum[i / 2][2 + i % 2];
+        float *to = sums + (DOWN ? row_of[slot] : row) * STRIP + lane / 4;
+        float by = DOWN ? weight_of[slot] : 1;
+        to[0] = (DOWN ? to[0] : 0) + by * sum[i / 2][i % 2];
+        to[8] = (DOWN ? to[8] : 0) + by * sum[i / 2][2 + i % 2];
     }
     __syncwarp();  // the next expert may give a row to another lane
 }
 
+// y's rows from y_row on: the sums [warp][stride][16] of the warps that shared a strip, added.
 template <int SHIFT>
-static __device__ void store_down(const Skinny &p, int group, const float *sums) {
+static __device__ void store_sums(const Product &p, size_t y_row, int rows, int group,
+                                  const float *sums, int stride) {
+    enum { WIDTH = STRIP << SHIFT };
     int out = p.w.strips * STRIP;
     sync_threads(1, CONSUMERS * 32);
-    for (int i = threadIdx.x; i < p.s.n * STRIP << SHIFT; i += CONSUMERS * 32) {
-        int row = i / (STRIP << SHIFT), column = i % (STRIP << SHIFT);
-        int to = group * (STRIP << SHIFT) + column;
-        const float *from = sums + (column / STRIP * p.s.n + row) * STRIP + column % STRIP;
+    for (int i = threadIdx.x; i < rows * WIDTH; i += CONSUMERS * 32) {
+        int row = i / WIDTH, column = i % WIDTH, to = group * WIDTH + column;
+        const float *from = sums + (column / STRIP * stride + row) * STRIP + column % STRIP;
         float total = 0;
-        for (int k = 0; k < UNITS; k += 1 << SHIFT) total += from[k * p.s.n * STRIP];
-        if (to < out) ((bf16 *)p.y)[(size_t)row * out + to] = bf16_pair(total, 0);
+        for (int k = 0; k < UNITS; k += 1 << SHIFT) total += from[k * stride * STRIP];
+        if (to >= out) continue;
+        if (p.y_f32) ((float *)p.y)[(y_row + row) * out + to] = total;
+        else ((bf16 *)p.y)[(y_row + row) * out + to] = bf16_pair(total, 0);
     }
-    sync_threads(1, CONSUMERS * 32);
 }
 
 // All warps walk over the same items and stages. A stage's full barrier counts its weights' and its
@@ -987,7 +963,7 @@ static __device__ void store_down(const Skinny &p, int group, const float *sums)
 // row once for every group of strips, from L2.
 template <bool FP8, bool DOWN, int SHIFT>
 static __global__ void __launch_bounds__(SKINNY_THREADS, SHIFT ? 1 : 2)
-skinny(const __grid_constant__ Skinny p) {
+skinny(const __grid_constant__ Product p) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ uint64_t full[MAX_STAGES], empty[MAX_STAGES];
     __shared__ __align__(16) float scales[MAX_STAGES][STAGE_SCALES];
@@ -998,15 +974,18 @@ skinny(const __grid_constant__ Skinny p) {
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = 8 << SHIFT, per = UNITS >> SHIFT;
     int entries = known_entries(&p.s, tile), issued = 0;
     bool producer = warp >= CONSUMERS;
+    // No more producers than stages: one that was two rounds of the ring ahead of the consumers
+    // would take the parity of an old phase for its own.
+    int turns = min((int)PRODUCERS, p.stages), turn = warp % PRODUCERS;
+    if (turn >= turns) turn = INT_MAX;
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.stages; i++)
             bar_init(&full[i], 2), bar_init(&empty[i], CONSUMERS);
         bar_init_done();
     }
     __syncthreads();
-    // The experts' first product starts its successors only when the lists are complete. So DOWN,
-    // the second of them, may read them at once. (From L2: nobody has emptied its L1.)
-    if (DOWN || !p.s.n_experts) launch_dependents();
+    launch_dependents();
+    // The kernel before DOWN starts it only when the lists are complete.
     // Weights of entries that are known without the lists are asked for now.
     if (DOWN) entries += list_entries(p.s, table, tile, 1, row_of, p.slots);
     Item item = first_item<DOWN>(p);
@@ -1014,7 +993,7 @@ skinny(const __grid_constant__ Skinny p) {
          next_item<DOWN>(p, &item, entries)) {
         int expert = entry_at(p.s, table, tile, item.entry).expert;
         for (int n = 0; n < p.item_stages && issued < p.stages; n++, issued++)
-            if (issued % PRODUCERS == warp % PRODUCERS)
+            if (issued % turns == turn)
                 load_weights<FP8, SHIFT>(p, item, item.block + n * per, expert,
                                          smem + issued * STAGE_BYTES, scales[issued],
                                          &full[issued]);
@@ -1022,14 +1001,14 @@ skinny(const __grid_constant__ Skinny p) {
     for (int i = threadIdx.x; DOWN && i < p.slots; i += blockDim.x)
         weight_of[i] = i < p.s.n ? 1 : __ldcg(p.weight + __ldcg(p.s.list + i - p.s.n));
     grid_wait();
-    if (!DOWN && p.s.n_experts) launch_dependents();
     if (!DOWN && p.s.list) entries += list_entries(p.s, table, tile, 1, row_of, p.slots);
     __syncthreads();
 
-    int slot = 0, parity = producer, turn = warp % PRODUCERS, half = 0;
-    float sum[1 << SHIFT][4] = {}, *mine = sums + warp * p.s.n * STRIP;
-    if (DOWN && !producer)
-        for (int i = lane; i < p.s.n * STRIP; i += 32) mine[i] = 0;
+    int slot = 0, parity = producer, half = 0;
+    float sum[1 << SHIFT][4] = {};
+    int room = DOWN ? p.s.n : p.x_rows;  // rows of a warp's sums
+    for (int i = lane; DOWN && !producer && i < room * STRIP; i += 32)
+        sums[warp * room * STRIP + i] = 0;
     __syncwarp();
     for (item = first_item<DOWN>(p); has_item<DOWN>(p, item, entries);
          next_item<DOWN>(p, &item, entries)) {
@@ -1038,7 +1017,7 @@ skinny(const __grid_constant__ Skinny p) {
             uint8_t *stage = smem + slot * STAGE_BYTES;
             if (producer) {
                 if (--turn < 0) {
-                    turn = PRODUCERS - 1;
+                    turn = turns - 1;
                     if (issued <= 0) {
                         bar_wait(&empty[slot], parity);
                         load_weights<FP8, SHIFT>(p, item, block, entry.expert, stage, scales[slot],
@@ -1061,30 +1040,35 @@ skinny(const __grid_constant__ Skinny p) {
             if (++slot == p.stages) slot = 0, parity ^= 1;
         }
         if (producer) continue;
-        if (DOWN) scatter_item<SHIFT>(entry, mine, row_of, weight_of, sum);
-        else store_item<SHIFT>(p, item, entry, sums + (half ^= p.n_sums / 2), sum);
+        // Without DOWN, the next item's sums go to the other half, so that one barrier is enough.
+        float *to = sums + (DOWN ? 0 : half ^= p.n_sums / 2);
+        keep_item<DOWN, SHIFT>(entry, to + warp * room * STRIP, row_of, weight_of, sum);
         memset(sum, 0, sizeof sum);
-        if (DOWN && item.entry == entries - 1) {
-            store_down<SHIFT>(p, item.group, sums);
-            for (int j = lane; j < p.s.n * STRIP; j += 32) mine[j] = 0;
+        if (!DOWN)
+            store_sums<SHIFT>(p, (size_t)item.part * p.slots + entry.slot, entry.rows, item.group,
+                              to, room);
+        else if (item.entry == entries - 1) {
+            store_sums<SHIFT>(p, 0, room, item.group, to, room);
+            sync_threads(1, CONSUMERS * 32);
+            for (int i = lane; i < room * STRIP; i += 32) to[warp * room * STRIP + i] = 0;
             __syncwarp();
         }
     }
 }
 
-// Shares the shared memory out between ring and sums. With few rows two kernels fit side by side.
-template <bool FP8, bool DOWN, int SHIFT> static void launch_skinny(Skinny *p) {
+// Shares the shared memory out between ring and sums. With few rows two kernels fit side by side,
+// but DOWN can't start before its predecessor's predecessor is done.
+template <bool FP8, bool DOWN, int SHIFT> static void launch_skinny(Product *p) {
     int tile = 8 << SHIFT, pairs = p->s.n * p->s.top_k;
     p->groups = units(p->w.strips, 1 << SHIFT);
     p->by_groups = divisor(p->groups), p->by_parts = divisor(p->parts);
     p->table = max_entries(&p->s, tile);
     p->x_rows = min_int(p->s.n, tile);
-    p->part_blocks = units(p->w.blocks, p->parts);
     p->item_stages = units(p->part_blocks, UNITS >> SHIFT);
-    p->n_sums = CONSUMERS * (DOWN ? p->s.n * STRIP : 2 * p->x_rows * SUM_STRIDE);
+    p->n_sums = CONSUMERS * STRIP * (DOWN ? p->s.n : 2 * p->x_rows);
     int rest = p->n_sums * sizeof(float) + p->table * sizeof(Entry) +
                (p->s.list ? p->slots : 0) * (sizeof(uint16_t) + (DOWN ? sizeof(float) : 0));
-    int room = (p->s.n <= 8 ? 110 : 222) << 10;
+    int room = (p->s.n <= 8 && !DOWN ? 110 : 222) << 10;
     p->stages = min_int(MAX_STAGES, (room - rest) / STAGE_BYTES);
     assert(p->stages >= 2 && p->s.n_experts <= 256);
     int items = p->groups * p->parts * (known_entries(&p->s, tile) + min_int(pairs, p->table));
@@ -1092,18 +1076,11 @@ template <bool FP8, bool DOWN, int SHIFT> static void launch_skinny(Skinny *p) {
            (size_t)p->stages * STAGE_BYTES + rest, *p);
 }
 
-static void run_skinny(Skinny *p, DType dtype) {
-    if (dtype == DTYPE_BF16 && p->s.n <= 8) launch_skinny<false, false, 0>(p);
-    else if (dtype == DTYPE_BF16) launch_skinny<false, false, 2>(p);
-    else if (p->s.n <= 8) launch_skinny<true, false, 0>(p);
-    else launch_skinny<true, false, 2>(p);
-}
-
 // ---- The products: many rows --------------------------------------------------------------------
 // y = x W^T with tiles of 128 or 192 weight rows by 128 slots on wgmma, which takes a strip's rows
 // as they lie: W is always the first operand, so that few slots waste nothing of it. One warpgroup
 // copies, two or three (GROUPS) multiply, 64 weight rows each. After each block of 128 columns the
-// tensor cores' sums are scaled and added to f32 sums: their own keep only about 14 bits.
+// tensor cores' sums are scaled and added to f32 sums, for their own keep only about 14 bits.
 // Warpgroups take turns: while one scales, the others multiply.
 
 enum {
@@ -1111,40 +1088,30 @@ enum {
     LAG = 2,  // stages whose copies are on their way while the next are asked for
 };
 
-typedef struct {
-    Weights w;
-    Slots s;
-    const uint8_t *x;      // e4m3, as in Act
-    const float *x_scale;
-    int x_stride, slots, parts, part_blocks;
-    void *y;               // bf16 [slots][out], or f32 [parts][slots][out]
-    bool y_f32;
-} Wide;
-
 template <int GROUPS> struct WideStage {
     uint8_t w[GROUPS * 64 * ROW_BYTES], x[WIDE_SLOTS * ROW_BYTES];
-    float scale[WIDE_SLOTS], w_scale[GROUPS * 4][2];
-    uint8_t pad[512 - GROUPS * 4 * 8];  // stages start at multiples of 1 KB
+    float scale[WIDE_SLOTS];
+    uint8_t pad[512];  // stages start at multiples of 1 KB
 };
 
 typedef struct { Entry entry; int strip, part, block, end; } WideTile;
 
 template <int GROUPS>
-static __device__ WideTile wide_tile(const Wide &p, const Entry *table, int i) {
+static __device__ WideTile wide_tile(const Product &p, const Entry *table, int i) {
     int strips = GROUPS * 4, columns = (p.w.strips + strips - 1) / strips;
     int part = i % p.parts, block = part * p.part_blocks;
-    return (WideTile){entry_at(p.s, table, WIDE_SLOTS, i / p.parts / columns),
-                      i / p.parts % columns * strips,
-                  part, block, min(block + p.part_blocks, p.w.blocks)};
+    i /= p.parts;
+    return (WideTile){entry_at(p.s, table, WIDE_SLOTS, i / columns), i % columns * strips, part,
+                      block, min(block + p.part_blocks, p.w.blocks)};
 }
 
 // Gathered rows are swizzled by their own number and wanted by their place: 8 lanes bring a row's
 // chunks and turn them. Others come as one copy.
 template <int GROUPS>
-static __device__ void wide_produce(const Wide &p, const Entry *table, int tiles,
+static __device__ void wide_produce(const Product &p, const Entry *table, int tiles,
                                     WideStage<GROUPS> *ring, uint64_t *full, uint64_t *empty) {
-    int thread = threadIdx.x, chunk = thread % 8, slot = 0, parity = 1, behind = -LAG, row[8];
-    int scale_row = 0;
+    int thread = threadIdx.x, lane = thread % 32, chunk = thread % 8;
+    int slot = 0, parity = 1, behind = -LAG, row[8], scale_row = 0;
     for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
         WideTile t = wide_tile<GROUPS>(p, table, i);
         if (p.s.gather) {
@@ -1155,15 +1122,13 @@ static __device__ void wide_produce(const Wide &p, const Entry *table, int tiles
         }
         int strips = min(GROUPS * 4, p.w.strips - t.strip);
         int rows = min(WIDE_SLOTS, p.x_stride - t.entry.slot);
-        size_t w_scale = t.entry.expert * p.w.expert_scales +
-                         (t.strip + thread / 2) / p.w.scale_strips * p.w.blocks;
         const uint8_t *w = p.w.data + t.entry.expert * p.w.expert_bytes +
                            (size_t)t.strip * p.w.blocks * UNIT;
         for (int block = t.block; block < t.end; block++) {
             WideStage<GROUPS> *stage = &ring[slot];
             bar_wait(&empty[slot], parity);
             size_t from = (size_t)block * p.x_stride + t.entry.slot;
-            int lane = thread % 32, mine = thread / 32 + lane * 4;  // this lane's strip
+            int mine = thread / 32 + lane * 4;  // this lane's strip
             if (thread == 0)
                 bar_expect(&full[slot], strips * UNIT + (p.s.gather ? 0 : rows * (ROW_BYTES + 4)));
             if (mine < strips)
@@ -1181,27 +1146,26 @@ static __device__ void wide_produce(const Wide &p, const Entry *table, int tiles
                             x + (size_t)row[k] * ROW_BYTES + chunk * 16);
                 }
                 copy_4(&stage->scale[thread], p.x_scale + (size_t)block * p.x_stride + scale_row);
+                copies_commit();
+                copies_wait<LAG>();
+                fence_async();
+                __syncwarp();
+                if (behind >= 0 && lane == 0) bar_arrive(&full[behind]);
+                if (++behind == WIDE_STAGES) behind = 0;
             }
-            if (thread < 2 * strips)
-                copy_4(&stage->w_scale[0][thread], p.w.scale[thread % 2] + w_scale + block);
-            copies_commit();
-            copies_wait<LAG>();
-            fence_async();
-            __syncwarp();
-            if (behind >= 0 && lane == 0) bar_arrive(&full[behind]);
-            if (++behind == WIDE_STAGES) behind = 0;
             if (++slot == WIDE_STAGES) slot = 0, parity ^= 1;
         }
     }
+    if (!p.s.gather) return;
     copies_wait<0>();
     fence_async();
     __syncwarp();
     for (int i = 0; i < LAG; i++, behind = (behind + 1) % WIDE_STAGES)
-        if (behind >= 0 && thread % 32 == 0) bar_arrive(&full[behind]);
+        if (behind >= 0 && lane == 0) bar_arrive(&full[behind]);
 }
 
 // A warp's 16 columns of y for the tile's slots: transposed in shared memory, 32 slots at a time.
-static __device__ void wide_store(const Wide &p, const WideTile &t, int strip, int first,
+static __device__ void wide_store(const Product &p, const WideTile &t, int strip, int first,
                                   uint8_t *staging, const float sum[64]) {
     int lane = threadIdx.x % 32, out = p.w.strips * STRIP, end = t.entry.slot + t.entry.rows;
 #pragma unroll
@@ -1233,7 +1197,7 @@ static __device__ void wide_store(const Wide &p, const WideTile &t, int strip, i
 }
 
 template <int GROUPS>
-static __device__ void wide_consume(const Wide &p, const Entry *table, int tiles,
+static __device__ void wide_consume(const Product &p, const Entry *table, int tiles,
                                     WideStage<GROUPS> *ring, uint64_t *full, uint64_t *empty,
                                     uint8_t *staging) {
     int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, slot = 0, parity = 0;
@@ -1243,15 +1207,18 @@ static __device__ void wide_consume(const Wide &p, const Entry *table, int tiles
         WideTile t = wide_tile<GROUPS>(p, table, i);
         float sum[64] = {}, c[64];
         int own = group * 4 + warp;  // strip of the tile
+        size_t scales = t.entry.expert * p.w.expert_scales +
+                        min(t.strip + own, p.w.strips - 1) / p.w.scale_strips * p.w.blocks;
+        const float *low_at = p.w.scale[0] + scales, *high_at = p.w.scale[1] + scales;
         for (int block = t.block; block < t.end; block++) {
             const WideStage<GROUPS> *stage = &ring[slot];
             uint64_t at = slot * (sizeof *stage >> 4), x = first_x + at, w = first_w + at;
             const float2 *x_scale = (const float2 *)stage->scale + lane % 4;
+            float low = low_at[block], high = high_at[block];  // come while the tensor cores work
             bar_wait(&full[slot], parity);
             wgmma_fence();
             for (int k = 0; k < 4; k++) wgmma_128(c, w + k * 2, x + k * 2, k > 0);
             wgmma_commit();
-            float low = stage->w_scale[own][0], high = stage->w_scale[own][1];
             float2 s = x_scale[0], next = x_scale[4];
             wgmma_wait<0>();
 #pragma unroll
@@ -1273,10 +1240,10 @@ static __device__ void wide_consume(const Wide &p, const Entry *table, int tiles
 }
 
 // Blocks take tiles in turns, those of the same slots one after the other. A full barrier counts
-// what comes as bulk copies, and the four warps whose copies it cannot see.
+// what comes as bulk copies and, where rows are gathered, the four warps whose copies it can't see.
 template <int GROUPS>
 static __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
-wide(const __grid_constant__ Wide p) {
+wide(const __grid_constant__ Product p) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];
     WideStage<GROUPS> *ring = (WideStage<GROUPS> *)smem;
@@ -1284,7 +1251,7 @@ wide(const __grid_constant__ Wide p) {
     Entry *table = (Entry *)(staging + GROUPS * 4 * WARP_STAGING);
     if (threadIdx.x == 0) {
         for (int i = 0; i < WIDE_STAGES; i++)
-            bar_init(&full[i], 1 + 4), bar_init(&empty[i], GROUPS * 4);
+            bar_init(&full[i], p.s.gather ? 1 + 4 : 1), bar_init(&empty[i], GROUPS * 4);
         bar_init_done();
     }
     launch_dependents();
@@ -1302,19 +1269,10 @@ wide(const __grid_constant__ Wide p) {
     }
 }
 
-template <int GROUPS> static void launch_wide(Wide *p) {
+template <int GROUPS> static void launch_wide(Product *p) {
     size_t smem = WIDE_STAGES * sizeof(WideStage<GROUPS>) + GROUPS * 4 * WARP_STAGING +
                   max_entries(&p->s, WIDE_SLOTS) * sizeof(Entry);
     launch(wide<GROUPS>, n_sms, 128 * (GROUPS + 1), smem, *p);
-}
-
-// The larger tile where that leaves no block idle.
-static void run_wide(Wide *p) {
-    p->part_blocks = units(p->w.blocks, p->parts);
-    p->parts = units(p->w.blocks, p->part_blocks);  // none is empty
-    int large = units(p->w.strips, 12) * known_entries(&p->s, WIDE_SLOTS) * p->parts;
-    if (p->s.n_experts || large >= n_sms) launch_wide<3>(p);
-    else launch_wide<2>(p);
 }
 
 // ---- The products: between them -----------------------------------------------------------------
@@ -1341,17 +1299,19 @@ static __device__ float gated(float gate, float up) {
 
 // h = quant(silu(gate) up) from f32 [parts][slots][2 cols], in which 8 columns of gate and 8 of up
 // take turns. A warp makes one scale group of one slot: a lane 4 columns of it. For `wide`, it also
-// notes where each pair's slot is.
+// notes where each pair's slot is. It starts its successor behind its own grid_wait: all that older
+// kernels wrote, the lists say, is then complete.
 static __global__ void gate_quant(uint8_t *q, float *scale, int stride, const float *from,
                                   int parts, int cols, int slots, int *slot_of, const int *pair,
                                   int n) {
-    launch_dependents();
     grid_wait();
+    launch_dependents();
     int unit = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
     int slot = unit / (cols / BLOCK), group = unit % (cols / BLOCK);
     if (slot >= slots) return;
     from += (size_t)slot * 2 * cols + group * 2 * BLOCK + lane / 2 * 16 + lane % 2 * 4;
     float gate[4] = {}, up[4] = {}, h[4], amax = MIN_AMAX;
+#pragma unroll 4
     for (int part = 0; part < parts; part++, from += (size_t)slots * 2 * cols) {
         float4 g = *(const float4 *)from, u = *(const float4 *)(from + 8);
         gate[0] += g.x, gate[1] += g.y, gate[2] += g.z, gate[3] += g.w;
@@ -1504,42 +1464,51 @@ static Weights gate_up_weights(const Mlp *m) {  // interleaved: a strip holds 8 
 
 static Slots all_rows(int n) { return (Slots){n, 0, 0, NULL, NULL, 0, 1, false}; }
 
-static Skinny skinny_of(const Act *a, Weights w, Slots s, DType dtype) {
-    Skinny p = {};
+static Product product_of(const Act *a, Weights w, Slots s, DType dtype) {
+    Product p = {};
     p.w = w, p.s = s, p.parts = 1, p.slots = s.n * (s.top_k + 1);
-    p.x_scale = a->scale, p.x_stride = a->stride, p.x_swizzled = dtype == DTYPE_F8_E4M3;
-    if (dtype == DTYPE_BF16)
-        p.x = (const uint8_t *)a->x, p.x_block = ROW_BYTES, p.x_row = a->cols * sizeof(bf16);
-    else p.x = a->q, p.x_block = (size_t)a->stride * ROW_BYTES, p.x_row = ROW_BYTES;
+    p.fp8 = dtype == DTYPE_F8_E4M3;
+    p.x = p.fp8 ? a->q : (const uint8_t *)a->x, p.x_scale = a->scale, p.x_stride = a->stride;
+    p.x_block = p.fp8 ? (size_t)a->stride * ROW_BYTES : (size_t)ROW_BYTES;
+    p.x_row = p.fp8 ? (size_t)ROW_BYTES : a->cols * sizeof(bf16);
     return p;
 }
 
-static Wide wide_of(const Act *a, Weights w, Slots s) {
-    Wide p = {};
-    p.w = w, p.s = s, p.parts = 1, p.slots = s.n * (s.top_k + 1);
-    p.x = a->q, p.x_scale = a->scale, p.x_stride = a->stride;
-    return p;
+static bool few_rows(const Product *p) {
+    return !p->fp8 || p->s.n <= (p->s.n_experts ? EXPERT_ROWS : SKINNY_ROWS);
 }
 
-// Few tiles would leave most of the chip idle: K is split, each part at least 4 blocks.
-static int k_parts(const Weights *w, int tiles) {
-    return max_int(1, min_int(n_sms / tiles, w->blocks / 4));
+// Few tiles would leave most of the chip idle: K is split, each part at least 4 blocks. For few
+// rows that must be worth another kernel, and up to 8 they have small tiles anyway.
+static int k_parts(const Product *p) {
+    bool few = few_rows(p);
+    if (p->s.n <= 8) return 1;
+    int tiles = few ? units(p->w.strips, 4) * known_entries(&p->s, SKINNY_ROWS)
+                    : units(p->w.strips, 8) * known_entries(&p->s, WIDE_SLOTS);
+    int parts = min_int(n_sms / tiles, p->w.blocks / 4);
+    return parts > (few ? 2 : 1) ? parts : 1;
+}
+
+static void run(Product *p) {
+    p->part_blocks = units(p->w.blocks, p->parts);
+    bool few = few_rows(p), fewest = p->s.n <= 8;
+    int tiles = units(p->w.strips, 12) * known_entries(&p->s, WIDE_SLOTS) * p->parts;
+    if (few && !p->fp8 && fewest) launch_skinny<false, false, 0>(p);
+    else if (few && !p->fp8) launch_skinny<false, false, 2>(p);
+    else if (few && p->weight) launch_skinny<true, true, 2>(p);
+    else if (few && fewest) launch_skinny<true, false, 0>(p);
+    else if (few) launch_skinny<true, false, 2>(p);
+    else if (p->s.n_experts || tiles >= n_sms) launch_wide<3>(p);
+    else launch_wide<2>(p);  // smaller tiles, so that no block is idle
 }
 
 void linear(bf16 *y, const Act *a, const Linear *w, int n) {
     assert(a->cols == w->in);
-    Skinny p = skinny_of(a, weights(w), all_rows(n), w->dtype);
-    Wide q = wide_of(a, p.w, p.s);
-    bool few = w->dtype == DTYPE_BF16 || n <= SKINNY_ROWS;
-    if (n > 8 && few) p.parts = k_parts(&p.w, units(p.w.strips, 4) * units(n, SKINNY_ROWS));
-    q.parts = k_parts(&q.w, units(q.w.strips, 8) * units(n, WIDE_SLOTS));
-    p.y_f32 = p.parts > 1, p.y = p.y_f32 ? (void *)scratch : y;
-    q.y_f32 = q.parts > 1, q.y = q.y_f32 ? (void *)scratch : y;
-    if (few) run_skinny(&p, w->dtype);
-    else run_wide(&q);
-    int parts = few ? p.parts : q.parts;
-    if (parts > 1)
-        launch(add_parts, units(n * w->out, 4 * 256), 256, 0, y, scratch, parts, n * w->out);
+    Product p = product_of(a, weights(w), all_rows(n), w->dtype);
+    p.parts = k_parts(&p), p.y_f32 = p.parts > 1, p.y = p.y_f32 ? (void *)scratch : y;
+    run(&p);
+    if (p.parts == 1) return;
+    launch(add_parts, units((size_t)n * w->out, 4 * 256), 256, 0, y, scratch, p.parts, n * w->out);
 }
 
 // out f32 [parts][n][w.out] = rows of a, unquantised, times a bf16 matrix, to be summed over parts.
@@ -1549,9 +1518,9 @@ static void product_bf16(float *out, const Act *a, const Linear *w, const int *r
     assert(w->dtype == DTYPE_BF16 && a->cols == w->in);
     Slots s = all_rows(n);
     if (rows) s.list = rows, s.gather = true;
-    Skinny p = skinny_of(a, weights(w), s, DTYPE_BF16);
+    Product p = product_of(a, weights(w), s, DTYPE_BF16);
     p.y = out, p.y_f32 = true, p.parts = parts;
-    run_skinny(&p, DTYPE_BF16);
+    run(&p);
 }
 
 // ---- The stages: what is cached -----------------------------------------------------------------
@@ -2395,35 +2364,27 @@ static Weights expert_weights(Weights w, const Linear *first, const Linear *seco
     return w;
 }
 
-// Up to 256 rows the experts' weights are streamed past them.
-static int experts_few_up(const Act *a, Weights up, Slots s) {  // parts that it leaves in scratch
-    Skinny p = skinny_of(a, up, s, DTYPE_F8_E4M3);
-    p.parts = s.n <= SKINNY_ROWS ? 4 : 1;
-    p.y = scratch, p.y_f32 = true;
-    run_skinny(&p, DTYPE_F8_E4M3);
+// f32 [parts][slots][2 cols of h]; returns how many parts.
+static int experts_up(float *products, const Act *a, Weights up, Slots s) {
+    Product p = product_of(a, up, s, DTYPE_F8_E4M3);
+    p.parts = s.n <= SKINNY_ROWS ? 4 : 1, p.y = products, p.y_f32 = true;
+    run(&p);
     return p.parts;
 }
 
-static void experts_few_down(bf16 *y, const Act *h, Weights down, Slots s, const float *weight) {
+// Few rows: y at once. Many: the slots' products go through memory, rounded to bf16, which is half
+// of the bytes that this is bound by.
+static void experts_down(bf16 *y, const Act *h, Weights down, Slots s, const float *weight,
+                         float *products, const int *slot_of) {
     s.gather = false;  // h lies in slots
-    Skinny p = skinny_of(h, down, s, DTYPE_F8_E4M3);
-    p.y = y, p.weight = weight;
-    launch_skinny<true, true, 2>(&p);
-}
-
-// More rows make tiles for each expert. Their products go through memory, f32 on the way to h,
-// rounded to bf16 on the way to y: half of the bytes that this is bound by.
-static void experts_many_up(const Act *a, Weights up, Slots s, float *products) {
-    Wide p = wide_of(a, up, s);
-    p.y = products, p.y_f32 = true;
-    run_wide(&p);
-}
-
-static void experts_many_down(const Act *h, Weights down, Slots s, float *products) {
-    s.gather = false;
-    Wide p = wide_of(h, down, s);
-    p.y = products;
-    run_wide(&p);
+    Product p = product_of(h, down, s, DTYPE_F8_E4M3);
+    bool few = few_rows(&p);
+    int hidden = down.strips * STRIP;
+    p.weight = weight, p.y = few ? (void *)y : products;
+    run(&p);
+    if (!few)
+        launch(combine, units((size_t)s.n * hidden / 8, 256), 256, 0, y, (const bf16 *)products,
+               slot_of, weight, s.top_k, hidden, s.n);
 }
 
 void moe_experts(bf16 *y, Act *h, const Act *a, const Routing *r, const Mlp *experts,
@@ -2435,36 +2396,18 @@ void moe_experts(bf16 *y, Act *h, const Act *a, const Routing *r, const Mlp *exp
     Weights down = expert_weights(weights(&experts->down_proj), &experts->down_proj,
                                   &second->down_proj, &shared->down_proj, n_experts);
     Slots s = {n, n_experts, top_k, r->start, r->pair, n, top_k, true};
-    if (n <= EXPERT_ROWS) {
-        int parts = experts_few_up(a, up, s);
-        launch_gate_quant(h, scratch, parts, n + n * top_k, NULL, NULL, 0);
-        experts_few_down(y, h, down, s, r->weight);
-        return;
-    }
-    int *slot_of = (int *)scratch, hidden = a->cols;
+    int *slot_of = (int *)scratch;
     float *products = scratch + units(n * top_k, 64) * 64;
-    experts_many_up(a, up, s, products);
-    launch_gate_quant(h, products, 1, n + n * top_k, slot_of, r->pair, n);
-    experts_many_down(h, down, s, products);
-    launch(combine, units((size_t)n * hidden / 8, 256), 256, 0, y, (const bf16 *)products, slot_of,
-           r->weight, top_k, hidden, n);
+    int parts = experts_up(products, a, up, s);
+    launch_gate_quant(h, products, parts, n + n * top_k, slot_of, r->pair, n);
+    experts_down(y, h, down, s, r->weight, products, slot_of);
 }
 
 void mlp(bf16 *y, Act *h, const Act *a, const Mlp *m, int n) {
-    Weights w = gate_up_weights(m);
-    int parts = 1;
-    if (n <= SKINNY_ROWS) {
-        Skinny p = skinny_of(a, w, all_rows(n), DTYPE_F8_E4M3);
-        p.y = scratch, p.y_f32 = true;
-        run_skinny(&p, DTYPE_F8_E4M3);
-    } else {
-        Wide p = wide_of(a, w, all_rows(n));
-        p.parts = k_parts(&w, units(w.strips, 8) * units(n, WIDE_SLOTS));
-        p.y = scratch, p.y_f32 = true;
-        run_wide(&p);
-        parts = p.parts;
-    }
-    launch_gate_quant(h, scratch, parts, n, NULL, NULL, 0);
+    Product p = product_of(a, gate_up_weights(m), all_rows(n), DTYPE_F8_E4M3);
+    p.parts = k_parts(&p), p.y = scratch, p.y_f32 = true;
+    run(&p);
+    launch_gate_quant(h, scratch, p.parts, n, NULL, NULL, 0);
     linear(y, h, &m->down_proj, n);
 }
 
@@ -2480,7 +2423,7 @@ static size_t products_room(int rows, const Config *c) {  // floats
     size_t few = min_int(rows, EXPERT_ROWS), slots = c->num_experts_per_tok + 1;
     size_t up = 2 * c->moe_intermediate_size, down = c->hidden_size / 2, pairs = rows * slots;
     size_t sizes[] = {(size_t)n_sms * WIDE_SLOTS * WIDE_SLOTS,
-                      2 * (size_t)rows * c->intermediate_size, 4 * few * slots * up,
+                      2 * (size_t)rows * c->intermediate_size, pairs + 64 + 4 * few * slots * up,
                       pairs + 64 + pairs * (up > down ? up : down)}, most = 0;
     for (size_t size : sizes) most = size > most ? size : most;
     return most;
