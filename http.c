@@ -229,7 +229,7 @@ static int server_state(void) {
 // The JSON of /health. It asks no other thread and waits for nothing.
 static const char *health_json(void) {
     int state = server_state();
-    uint64_t loaded = server.progress.loaded_bytes, total = server.progress.total_bytes;
+    uint64_t loaded = server.progress[0].loaded_bytes, total = server.progress[0].total_bytes;
     const double giga = 1e9, instant = 1e-3;
     double uptime = fmax(now - server.boot, instant), rate = (double)loaded / uptime;
     const char *eta = loaded ? at("%.1f", (double)(total - loaded) / rate) : "null";
@@ -680,8 +680,8 @@ static bool metrics(Conn *c) {
         {"sglang:generation_tokens_total", n, "", "Tokens generated.", tokens_generated},
         {"sglang:num_requests_total", n, "", "Sequences finished.", sequences_finished},
         {"r1:ready", g, "", "1 when requests are answered.", server_state() == STATE_READY},
-        {"r1:load_bytes", g, rank, "Bytes of weights loaded.", s->progress.loaded_bytes},
-        {"r1:load_total_bytes", g, rank, "Bytes of weights to load.", s->progress.total_bytes},
+        {"r1:load_bytes", g, rank, "Bytes of weights loaded.", s->progress[0].loaded_bytes},
+        {"r1:load_total_bytes", g, rank, "Bytes of weights to load.", s->progress[0].total_bytes},
         {"r1:steps_total", n, "", "Runs of the model.", s->steps},
         {"r1:preempted_total", n, "", "Sequences that gave their pages back.", s->preempted},
     };
@@ -1639,8 +1639,8 @@ static bool request_admit(Conn *c) {
         return !respond(c, 204);
     }
     int state = server_state();
-    double total = fmax(1, (double)server.progress.total_bytes);
-    double percent = 100 * (double)server.progress.loaded_bytes / total;
+    double total = fmax(1, (double)server.progress[0].total_bytes);
+    double percent = 100 * (double)server.progress[0].loaded_bytes / total;
     // The page holds no secret, and asks for the key by itself.
     bool open = !server.options.api_key || str_equal(r->path, "/") ||
                 str_begins(r->path, STR("/health"));

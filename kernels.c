@@ -10,12 +10,14 @@
 #include "r1.h"
 
 #include <assert.h>
+#include <errno.h>
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <unistd.h>
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -42,7 +44,7 @@ typedef void Task(void *arg, int unit);
 
 enum { SPINS = 2000 };  // some tens of microseconds
 
-static struct {
+typedef struct {
     int n_threads;  // the caller included
     Task *task;
     void *arg;
@@ -51,7 +53,9 @@ static struct {
     _Atomic unsigned generation;  // counts stages: a waiting thread sees it change
     pthread_mutex_t mutex;
     pthread_cond_t wake;
-} pool = {.n_threads = 1, .mutex = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+} Pool;
+
+static __thread Pool *pool;       // a rank's own; NULL: it works alone
 
 static void spin(int i) {
 #ifdef __x86_64__
@@ -60,43 +64,41 @@ static void spin(int i) {
     if (i % 256 == 255) sched_yield();  // somebody else may need this core to let us go on
 }
 
-static void pool_work(void) {
-    for (int unit; (unit = atomic_fetch_add(&pool.next, 1)) < pool.n_units;)
-        pool.task(pool.arg, unit);
+static void pool_work(Pool *p) {
+    for (int unit; (unit = atomic_fetch_add(&p->next, 1)) < p->n_units;) p->task(p->arg, unit);
 }
 
-static void *pool_thread(void *unused) {
-    (void)unused;
+static void *pool_thread(void *arg) {
+    Pool *p = arg;
     for (unsigned seen = 0;; seen++) {
-        for (int i = 0; i < SPINS && atomic_load(&pool.generation) == seen; i++) spin(i);
-        if (atomic_load(&pool.generation) == seen) {
-            pthread_mutex_lock(&pool.mutex);
-            while (atomic_load(&pool.generation) == seen)
-                pthread_cond_wait(&pool.wake, &pool.mutex);
-            pthread_mutex_unlock(&pool.mutex);
+        for (int i = 0; i < SPINS && atomic_load(&p->generation) == seen; i++) spin(i);
+        if (atomic_load(&p->generation) == seen) {
+            pthread_mutex_lock(&p->mutex);
+            while (atomic_load(&p->generation) == seen) pthread_cond_wait(&p->wake, &p->mutex);
+            pthread_mutex_unlock(&p->mutex);
         }
-        pool_work();
-        atomic_fetch_sub(&pool.running, 1);
+        pool_work(p);
+        atomic_fetch_sub(&p->running, 1);
     }
     return NULL;
 }
 
 // Runs task(arg, 0) .. task(arg, n_units - 1) on all threads and returns when all are done.
 static void parallel(Task *task, void *arg, int n_units) {
-    if (pool.n_threads == 1 || n_units == 1) {
+    Pool *p = pool;
+    if (!p || n_units == 1) {
         for (int unit = 0; unit < n_units; unit++) task(arg, unit);
         return;
     }
-    pool.task = task, pool.arg = arg, pool.n_units = n_units;
-    atomic_store(&pool.next, 0);
-    atomic_store(&pool.running, pool.n_threads - 1);
-    pthread_mutex_lock(
-        &pool.mutex);  // so that no thread falls asleep between its look and its wait
-    atomic_fetch_add(&pool.generation, 1);
-    pthread_cond_broadcast(&pool.wake);
-    pthread_mutex_unlock(&pool.mutex);
-    pool_work();
-    for (int i = 0; atomic_load(&pool.running) > 0; i++) spin(i);
+    p->task = task, p->arg = arg, p->n_units = n_units;
+    atomic_store(&p->next, 0);
+    atomic_store(&p->running, p->n_threads - 1);
+    pthread_mutex_lock(&p->mutex);  // so that no thread falls asleep between its look and its wait
+    atomic_fetch_add(&p->generation, 1);
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->mutex);
+    pool_work(p);
+    for (int i = 0; atomic_load(&p->running) > 0; i++) spin(i);
 }
 
 // The cores that we may use: those of the affinity mask, or fewer where a container has a quota.
@@ -112,12 +114,17 @@ static int core_count(void) {
     return n < 1 ? 1 : n;
 }
 
-void device_init(void) {
-    if (pool.n_threads > 1) return;
-    pool.n_threads = core_count();
-    for (int i = 1; i < pool.n_threads; i++) {
+// A rank's threads end with the program.
+void device_init(int local, int n_local) {
+    int n = core_count() / n_local;
+    (void)local;
+    if (pool || n < 2) return;
+    pool = xcalloc(1, sizeof *pool);
+    *pool = (Pool){.n_threads = n, .mutex = PTHREAD_MUTEX_INITIALIZER,
+                   .wake = PTHREAD_COND_INITIALIZER};
+    for (int i = 1; i < n; i++) {
         pthread_t thread;
-        if (pthread_create(&thread, NULL, pool_thread, NULL) != 0) die("can't start thread %d", i);
+        if (pthread_create(&thread, NULL, pool_thread, pool) != 0) die("can't start thread %d", i);
         pthread_detach(thread);
     }
 }
@@ -137,24 +144,62 @@ void device_memory(size_t *available, size_t *total) {
     *total = (size_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
 }
 
-// Weights stay in the mapped files. Every page is touched once, so that the first answer finds it
-// in memory.
-static size_t touch(const uint8_t *data, size_t bytes) {
+// ---- Weights ------------------------------------------------------------------------------------
+// They stay in the mapped files, and what is not in a file is made. Every page of a rank's part is
+// touched once, so that the first answer finds it in memory.
+
+static __thread struct { void **data; int n; } made;
+
+static size_t dtype_size(DType dtype) {
+    return dtype == DTYPE_F8_E4M3 ? 1 : dtype == DTYPE_BF16 ? 2 : 4;
+}
+
+struct MakeTask { uint8_t *data; const Dummy *dummy; size_t cols, size; };
+
+static void make_row(void *arg, int row) {
+    struct MakeTask *s = arg;
+    const uint8_t *value = s->dummy->value;
+    uint8_t *to = s->data + row * s->cols * s->size;
+    for (size_t i = 0; i < s->cols; i++, to += s->size)
+        memcpy(to, value + s->size * dummy_index(s->dummy, row, i), s->size);
+}
+
+static const uint8_t *make(const Dummy *dummy, size_t rows, size_t cols, size_t size) {
+    uint8_t *data = device_alloc(rows * cols * size);
+    made.data = xrealloc(made.data, (made.n + 1) * sizeof *made.data);
+    made.data[made.n++] = data;
+    parallel(make_row, &(struct MakeTask){data, dummy, cols, size}, rows);
+    return data;
+}
+
+static void touch(const uint8_t *data, size_t rows, size_t bytes, size_t stride) {
     size_t page = sysconf(_SC_PAGESIZE), head = (uintptr_t)data % page;
-    madvise((void *)(data - head), bytes + head, MADV_WILLNEED);
-    for (size_t at = 0; at < bytes; at += page) *(const volatile uint8_t *)(data + at);
-    return bytes;
+    madvise((void *)(data - head), rows * stride + head, MADV_WILLNEED);
+    for (size_t row = 0; row < rows; row++)
+        for (size_t at = 0; at < bytes; at += page)
+            *(const volatile uint8_t *)(data + row * stride + at);
 }
 
 size_t place_vector(Vector *v) {
-    return touch(v->data, (size_t)v->dim * (v->dtype == DTYPE_BF16 ? 2 : 4));
+    size_t bytes = v->dim * dtype_size(v->dtype);
+    touch(v->data, 1, bytes, bytes);
+    return bytes;
 }
 
 size_t place_linear(Linear *w, Place as) {
     (void)as;  // one layout for all: the checkpoint's
-    size_t n = (size_t)w->out * w->in, rows = (w->out + BLOCK - 1) / BLOCK;
-    if (w->dtype != DTYPE_F8_E4M3) return touch(w->data, n * (w->dtype == DTYPE_BF16 ? 2 : 4));
-    return touch(w->data, n) + touch(w->scale, rows * (w->in / BLOCK) * sizeof(float));
+    size_t size = dtype_size(w->dtype), rows = w->out, cols = w->in, bytes = rows * cols * size;
+    size_t blocks = cols / BLOCK, scale_rows = (rows + BLOCK - 1) / BLOCK, f = sizeof(float);
+    bool fp8 = w->dtype == DTYPE_F8_E4M3, dummy = !w->data;
+    if (dummy) {
+        w->data = make(&w->dummy[0], rows, cols, size);
+        w->scale = fp8 ? make(&w->dummy[1], scale_rows, blocks, f) : NULL;
+        w->gap = 0;
+    } else {
+        touch(w->data, rows, cols * size, (cols + w->gap) * size);
+        if (fp8) touch(w->scale, scale_rows, blocks * f, (blocks + w->gap / BLOCK) * f);
+    }
+    return bytes + (fp8 ? scale_rows * blocks * f : 0);
 }
 
 size_t place_mlp(Mlp *m, int n, Mlp *shared) {
@@ -166,7 +211,11 @@ size_t place_mlp(Mlp *m, int n, Mlp *shared) {
     return bytes;
 }
 
-void place_free(void) {}
+void place_free(void) {
+    while (made.n) device_free(made.data[--made.n]);
+    free(made.data);
+    made.data = NULL;
+}
 
 void step_reserve(int rows, const Config *c) { (void)rows, (void)c; }
 
@@ -234,6 +283,116 @@ static inline float load_bf16(const uint8_t *p) {
 
 static float vector_at(const Vector *v, int i) {
     return v->dtype == DTYPE_BF16 ? load_bf16(v->data + 2 * i) : load_f32(v->data + 4 * i);
+}
+
+// ---- Ranks --------------------------------------------------------------------------------------
+// The ranks of a node are threads and see each other's rows. Between nodes rows travel over TCP,
+// all to node 0 and sums back. A sum goes through the ranks in order, so its bits depend on nothing
+// else.
+
+static __thread Group me = {.size = 1, .n_local = 1};
+
+static struct {
+    pthread_mutex_t mutex;
+    pthread_barrier_t barrier;
+    int joined;             // ranks of a new group that are here already
+    const void **rows;      // [size] each rank's, of this node; on node 0 of all nodes
+    void **received;        // [size] node 0's room for other nodes' rows, each of
+    size_t room;            // so many bytes
+} node = {.mutex = PTHREAD_MUTEX_INITIALIZER};
+
+void group_id(uint8_t id[GROUP_ID]) { memset(id, 0, GROUP_ID); }
+
+void group_join(const Group *g) {
+    me = *g;
+    pthread_mutex_lock(&node.mutex);
+    if (node.joined++ == 0) {
+        pthread_barrier_init(&node.barrier, NULL, g->n_local);
+        node.rows = xcalloc(g->size, sizeof *node.rows);
+        node.received = xcalloc(g->size, sizeof *node.received);
+        node.room = 0;
+    }
+    pthread_mutex_unlock(&node.mutex);
+    pthread_barrier_wait(&node.barrier);
+}
+
+void group_leave(void) {
+    pthread_mutex_lock(&node.mutex);
+    if (--node.joined == 0) {
+        for (int i = 0; i < me.size; i++) free(node.received[i]);
+        free(node.rows), free(node.received);
+    }
+    pthread_mutex_unlock(&node.mutex);
+    me = (Group){.size = 1, .n_local = 1};
+}
+
+// Moves n bytes to or from another node. The process ends where it is gone; this thread waits.
+static void travel(int i, bool out, void *data, size_t n) {
+    char *at = data;
+    while (n) {
+        ssize_t moved =
+            out ? send(me.peer[i], at, n, MSG_NOSIGNAL) : recv(me.peer[i], at, n, 0);
+        if (moved < 0 && errno == EINTR) continue;
+        if (moved <= 0) {
+            peer_lost(me.rank ? 0 : i + 1, "%s", moved ? strerror(errno) : "connection closed");
+            for (;;) pause();
+        }
+        at += moved, n -= moved;
+    }
+}
+
+// Node 0 gets the rows of all other nodes' ranks, n bytes each.
+static void rows_gather(size_t n) {
+    if (me.rank) {
+        for (int i = 0; i < me.n_local; i++) travel(0, true, (void *)node.rows[i], n);
+        return;
+    }
+    for (int r = me.n_local; r < me.size; r++) {
+        if (n > node.room) node.received[r] = xrealloc(node.received[r], n);
+        node.rows[r] = node.received[r];
+        travel(r / me.n_local - 1, false, node.received[r], n);
+    }
+    if (n > node.room) node.room = n;
+}
+
+// Each rank of node 0 sums its part of the elements, for all.
+static void rows_sum(size_t n) {
+    size_t first = n * me.local / me.n_local, end = n * (me.local + 1) / me.n_local;
+    for (size_t i = first; i < end; i++) {
+        float sum = 0;
+        for (int r = 0; r < me.size; r++) sum += f32(((const bf16 *)node.rows[r])[i]);
+        for (int r = 0; r < me.n_local; r++) ((bf16 *)node.rows[r])[i] = to_bf16(sum);
+    }
+}
+
+void all_reduce(bf16 *x, size_t n) {
+    if (me.size == 1) return;
+    bool leader = me.rank == me.local;  // node 0's
+    node.rows[me.local] = x;
+    pthread_barrier_wait(&node.barrier);
+    if (me.local == 0 && me.n_peers) rows_gather(n * sizeof *x);
+    if (leader) {
+        pthread_barrier_wait(&node.barrier);
+        rows_sum(n);
+    } else if (me.local == 0) {
+        travel(0, false, x, n * sizeof *x);
+    }
+    pthread_barrier_wait(&node.barrier);
+    if (!leader && me.local) memcpy(x, node.rows[0], n * sizeof *x);
+    for (int i = 0; me.rank == 0 && i < me.n_peers; i++) travel(i, true, x, n * sizeof *x);
+    pthread_barrier_wait(&node.barrier);  // nobody's rows change before all have read them
+}
+
+void all_gather(float *out, const float *in, int cols, int n) {
+    size_t bytes = cols * sizeof *in;
+    node.rows[me.local] = in;
+    pthread_barrier_wait(&node.barrier);
+    if (me.local == 0 && me.n_peers) rows_gather(n * bytes);
+    for (int r = 0; me.rank == 0 && r < me.size; r++)
+        for (int i = 0; i < n; i++)
+            memcpy(out + ((size_t)i * me.size + r) * cols, (const float *)node.rows[r] + i * cols,
+                   bytes);
+    pthread_barrier_wait(&node.barrier);
 }
 
 // ---- Sixteen lanes ------------------------------------------------------------------------------
@@ -396,13 +555,15 @@ static View act_view(const Act *a, const Linear *w, const int *index) {
     return (View){a->x, NULL, a->cols, index};
 }
 
-static size_t row_bytes(const Linear *w) {
-    return (size_t)w->in * (w->dtype == DTYPE_F8_E4M3 ? 1 : w->dtype == DTYPE_BF16 ? 2 : 4);
+static size_t row_bytes(const Linear *w) {  // from one row to the next
+    return (size_t)(w->in + w->gap) * dtype_size(w->dtype);
 }
+
+static size_t scale_blocks(const Linear *w) { return (w->in + w->gap) / BLOCK; }
 
 static float block_scale(const Linear *w, int row, int block) {
     if (w->dtype != DTYPE_F8_E4M3) return 1;
-    return load_f32(w->scale + 4 * ((size_t)(row / BLOCK) * (w->in / BLOCK) + block));
+    return load_f32(w->scale + 4 * (row / BLOCK * scale_blocks(w) + block));
 }
 
 static inline __attribute__((always_inline)) Lanes lanes_weights(const uint8_t *w, int k,
@@ -450,12 +611,12 @@ static void product(float out[ROWS][TILE], const Linear *w, int row, const View 
     const uint8_t *data[TILE], *scales[TILE], *block[TILE];
     Lanes sum[ROWS][TILE];
     int blocks = w->in / BLOCK;
-    size_t bytes = row_bytes(w), block_bytes = bytes / blocks;
+    size_t bytes = row_bytes(w), block_bytes = BLOCK * dtype_size(w->dtype);
     bool fp8 = w->dtype == DTYPE_F8_E4M3, share = n > 1 && w->dtype != DTYPE_F32;
     for (int t = 0; t < TILE; t++) {
         size_t r = min(row + t, w->out - 1);
         data[t] = w->data + bytes * r;
-        scales[t] = fp8 ? w->scale + r / BLOCK * blocks * sizeof(float) : NULL;
+        scales[t] = fp8 ? w->scale + r / BLOCK * scale_blocks(w) * sizeof(float) : NULL;
         for (int i = 0; i < n; i++) sum[i][t] = lanes_zero();
     }
     for (int b = 0; b < blocks; b++) {
@@ -509,10 +670,13 @@ static void rotate(bf16 *out, const bf16 *x, const float *rope) {
     }
 }
 
-void embed(bf16 *x, const Linear *table, const int *id, int n) {
+void embed(bf16 *x, const Linear *table, int first, const int *id, int n) {
     for (int row = 0; row < n; row++) {
-        Vector v = {table->in, table->dtype, table->data + id[row] * row_bytes(table)};
-        for (int i = 0; i < v.dim; i++) x[(size_t)row * v.dim + i] = to_bf16(vector_at(&v, i));
+        bool here = id[row] >= first && id[row] < first + table->out;
+        Vector v = {table->in, table->dtype,
+                    table->data + (here ? id[row] - first : 0) * row_bytes(table)};
+        for (int i = 0; i < v.dim; i++)
+            x[(size_t)row * v.dim + i] = to_bf16(here ? vector_at(&v, i) : 0);
     }
 }
 
@@ -1128,7 +1292,7 @@ static void sample_unit(void *arg, int unit) {
 
 void sample(Choice *out, float *l, const Sampling *s, int vocab, int stride, int n) {
     static SampleRoom *rooms;  // one for each thread
-    if (!rooms) rooms = xcalloc(pool.n_threads, sizeof *rooms);
-    int step = pool.n_threads;
+    int step = pool ? pool->n_threads : 1;
+    if (!rooms) rooms = xcalloc(step, sizeof *rooms);
     parallel(sample_unit, &(struct Sample){out, l, s, rooms, vocab, stride, n, step}, min(n, step));
 }

@@ -204,6 +204,25 @@ Config config_load(const char *dir) {
     return c;
 }
 
+// Whole scale blocks and whole heads go to a rank, so that its part is quantised as the whole is.
+static bool ranks_fit(const Config *c, int size) {
+    int block = c->fp8 ? BLOCK : 1, heads = c->num_attention_heads;
+    return heads % size == 0 && heads / size * QK_DIM % block == 0 && c->vocab_size % size == 0 &&
+           c->intermediate_size % (size * BLOCK) == 0 &&
+           c->moe_intermediate_size % (size * BLOCK) == 0;
+}
+
+void config_check_ranks(char *err, size_t err_size, const Config *c, int size) {
+    *err = 0;
+    if (ranks_fit(c, size)) return;
+    Buf b = {0};
+    for (int i = 1; i <= c->num_attention_heads; i++)
+        if (ranks_fit(c, i)) buf_printf(&b, "%s%d", b.len ? ", " : "", i);
+    snprintf(err, err_size, "got %d, want one of %s: each rank needs whole heads and whole scale "
+             "blocks of 128", size, b.len ? b.data : "none");
+    buf_free(&b);
+}
+
 // ==== Checkpoint =================================================================================
 // A checkpoint is a directory of safetensors files and an index that says which file holds which
 // tensor. A file is eight bytes of length, a JSON header of names, dtypes, shapes and offsets, and
@@ -226,8 +245,15 @@ typedef struct {
     size_t bytes;
     int rank;
     int64_t shape[MAX_RANK];
-    bool used;
+    atomic_bool used;
 } Tensor;
+
+typedef struct Made {  // values that dummy tensors of a kind share, or a dummy vector
+    struct Made *next;
+    int kind;
+    int64_t columns;
+    uint8_t data[];
+} Made;
 
 struct Checkpoint {
     const char *dir;
@@ -237,7 +263,8 @@ struct Checkpoint {
     Tensor *slots;          // open addressing by the name's hash, at most half full
     size_t n_slots;
     char *index_text;
-    Progress *progress;     // told of dummy tensors as they are made
+    pthread_mutex_t mutex;  // of the following: all ranks bind from one checkpoint
+    Made *made;             // values of dummy tensors
 };
 
 static uint64_t hash_bytes(const char *data, size_t len) {  // FNV-1a
@@ -415,7 +442,7 @@ static bool index_read(Checkpoint *c) {
 
 Checkpoint *checkpoint_open(const char *dir, bool dummy) {
     Checkpoint *c = xcalloc(1, sizeof *c);
-    *c = (Checkpoint){.dir = dir, .dummy = dummy};
+    *c = (Checkpoint){.dir = dir, .dummy = dummy, .mutex = PTHREAD_MUTEX_INITIALIZER};
     if (dummy) return c;
     bool indexed = index_read(c);
     if (!indexed) {
@@ -433,11 +460,7 @@ Checkpoint *checkpoint_open(const char *dir, bool dummy) {
 
 void checkpoint_close(Checkpoint *c) {
     if (!c) return;
-    if (c->dummy)
-        for (size_t i = 0; i < c->n_slots; i++) {
-            free((void *)c->slots[i].name.data);
-            free((void *)c->slots[i].data);
-        }
+    for (Made *made = c->made, *next; made; made = next) next = made->next, free(made);
     for (int i = 0; i < c->n_files; i++) {
         munmap((void *)c->files[i].map, c->files[i].size);
         free(c->files[i].name);
@@ -455,17 +478,9 @@ void checkpoint_close(Checkpoint *c) {
 // keeps activations near 1 through all layers, with no NaN code and a router that uses all its
 // experts.
 
-enum { NORMAL_CODES = 4096 };
-
-static uint64_t mix(uint64_t x) {  // splitmix64's finaliser
-    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ x >> 27) * 0x94d049bb133111ebull;
-    return x ^ x >> 31;
-}
-
 // The i-th of 4,096 equally likely values of the standard normal distribution, by bisection.
 static double normal_quantile(int i) {
-    double p = (i + 0.5) / NORMAL_CODES, low = -8, high = 8;
+    double p = (i + 0.5) / DUMMY_VALUES, low = -8, high = 8;
     for (int k = 0; k < 60; k++) {
         double middle = (low + high) / 2;
         if (0.5 * erfc(-middle / sqrt(2)) < p) low = middle;
@@ -488,38 +503,57 @@ static uint8_t e4m3_nearest(double v) {
 // Of the codes: the largest of a block is then near 448, as quantisers leave it.
 #define DUMMY_SIGMA 112.0
 
-// n elements of a tensor with the given name, dtype and shape. There are 4,096 different values.
-static void dummy_fill(uint8_t *data, const Tensor *t, size_t n) {
-    static float normal[NORMAL_CODES];  // made once, as are the codes
-    static uint8_t code[NORMAL_CODES];
-    float value[NORMAL_CODES];
-    uint16_t half[NORMAL_CODES];
-    bool scale = strstr(t->name.data, "_scale_inv"), bias = strstr(t->name.data, "bias");
-    bool embedding = strstr(t->name.data, "embed_tokens");
-    // A row's length is 1, so that it keeps what it makes near 1; an embedding's elements are near
-    // 1.
-    double columns = t->shape[t->rank - 1] * (scale ? (double)BLOCK : 1);
-    for (int i = 0; i < NORMAL_CODES && !normal[NORMAL_CODES - 1]; i++) {
-        normal[i] = normal_quantile(i);
-        code[i] = e4m3_nearest(normal[i] * DUMMY_SIGMA);
-    }
-    for (int i = 0; i < NORMAL_CODES; i++) {
-        if (scale) value[i] = (0.75 + 0.5 * i / NORMAL_CODES) / (DUMMY_SIGMA * sqrt(columns));
-        else if (t->rank == 1) value[i] = bias ? 0.05 * normal[i] : 1 + 0.1 * normal[i];
-        else value[i] = embedding ? normal[i] : normal[i] / sqrt(columns);
+typedef enum { CODES, SCALES, MATRIX, TABLE, GAINS, BIAS } DummyKind;
+
+// The 4,096 different values of a kind's element, as its dtype. A matrix' row has length 1, so that
+// it keeps what it makes near 1; an embedding's elements are near 1.
+static void dummy_values(uint8_t *data, DummyKind kind, int64_t columns) {
+    for (int i = 0; i < DUMMY_VALUES; i++) {
+        float normal = normal_quantile(i), uniform = 0.75 + 0.5 * i / DUMMY_VALUES, v;
+        if (kind == SCALES) v = uniform / (DUMMY_SIGMA * sqrt(columns * BLOCK));
+        else if (kind == GAINS) v = 1 + 0.1 * normal;
+        else v = kind == BIAS ? 0.05 * normal : kind == TABLE ? normal : normal / sqrt(columns);
         uint32_t bits;
-        memcpy(&bits, &value[i], sizeof bits);
-        half[i] = bits >> 16;
+        memcpy(&bits, &v, sizeof bits);
+        uint16_t half = bits >> 16;
+        if (kind == CODES) data[i] = e4m3_nearest(normal * DUMMY_SIGMA);
+        else if (kind == SCALES) memcpy(data + 4 * i, &v, sizeof v);
+        else memcpy(data + 2 * i, &half, sizeof half);
     }
-    uint64_t key = hash_bytes(t->name.data, t->name.len);
+}
+
+static DummyKind dummy_kind(const Tensor *t) {
+    if (str_equal(t->dtype, "F8_E4M3")) return CODES;
+    if (strstr(t->name.data, "_scale_inv")) return SCALES;
+    if (strstr(t->name.data, "_bias")) return BIAS;
+    return t->rank == 1 ? GAINS : strstr(t->name.data, "embed_tokens") ? TABLE : MATRIX;
+}
+
+static uint8_t *made_new(Checkpoint *c, int kind, int64_t columns, size_t bytes) {
+    Made *made = xmalloc(sizeof *made + bytes);
+    made->kind = kind, made->columns = columns, made->next = c->made, c->made = made;
+    return made->data;
+}
+
+// How a tensor that t describes is made up. What tensors share is made once, vectors at once.
+static Dummy dummy_bind(Checkpoint *c, Tensor *t) {
+    DummyKind kind = dummy_kind(t);
+    int64_t columns = kind == SCALES || kind == MATRIX ? t->shape[1] : 0;
     size_t size = dtype_size(t->dtype);
-    for (size_t i = 0; i < n; i++) {
-        size_t random = mix(key + i * 0x9e3779b97f4a7c15ull) % NORMAL_CODES;
-        const void *from = size == 1   ? &code[random]
-                           : size == 2 ? (void *)&half[random]
-                                       : &value[random];
-        memcpy(data + size * i, from, size);
+    pthread_mutex_lock(&c->mutex);
+    const Made *made = c->made;
+    while (made && (made->kind != (int)kind || made->columns != columns)) made = made->next;
+    uint8_t *value = made ? (uint8_t *)made->data
+                          : made_new(c, kind, columns, DUMMY_VALUES * size), *vector;
+    if (!made) dummy_values(value, kind, columns);
+    Dummy d = {value, hash_bytes(t->name.data, t->name.len), 0, t->shape[t->rank - 1]};
+    if (t->rank == 1) {
+        t->data = vector = made_new(c, -1, 0, t->bytes);
+        for (int64_t i = 0; i < t->shape[0]; i++)
+            memcpy(vector + size * i, value + size * dummy_index(&d, 0, i), size);
     }
+    pthread_mutex_unlock(&c->mutex);
+    return d;
 }
 
 // ---- The weights table: which tensor fills which field ------------------------------------------
@@ -530,12 +564,25 @@ typedef enum {
     VECTOR,     // [out]: BF16, or F32
 } Kind;
 
+// What of a matrix a rank has. A product that is cut along `out` gives each rank some columns of
+// the result; the next one, cut along `in`, takes just these, and the ranks' results are summed.
+// So attention and MLP need one all_reduce each. (Megatron-LM, section 3; model.py
+// ColumnParallelLinear and RowParallelLinear)
+typedef enum { WHOLE, OUT, IN } Split;
+
 typedef struct {
     const char *name;  // behind the prefix; a quantised one's ".weight" is added
     Kind kind;
     void *field;       // Linear *, or Vector *
     int out, in;
+    Split split;
 } Weight;
+
+typedef struct {  // what a rank binds from and for
+    Checkpoint *files;
+    const Config *config;   // of the whole model
+    int rank, size;
+} Binding;
 
 // "[256, 128]", malloc'ed, for die().
 static const char *shape_text(int rank, const int64_t *shape) {
@@ -546,23 +593,15 @@ static const char *shape_text(int rank, const int64_t *shape) {
 }
 
 // A tensor by its name, with one of two dtypes (the second may be NULL) and shape [out] or
-// [out][in].
-static const Tensor *checkpoint_find(Checkpoint *c, const char *name, const char *dtype,
-                                     const char *other, int rank, int64_t out, int64_t in) {
+// [out][in]. A dummy one has the first, and no data but a vector's; *dummy says how it is made.
+static Tensor checkpoint_find(Checkpoint *c, Dummy *dummy, const char *name, const char *dtype,
+                              const char *other, int rank, int64_t out, int64_t in) {
     int64_t shape[2] = {out, in};
     if (c->dummy) {
-        c->slots = xrealloc(c->slots, (c->n_slots + 1) * sizeof *c->slots);
-        Tensor *t = &c->slots[c->n_slots++];
-        *t = (Tensor){.name = {format_string("%s", name), strlen(name)},
-                      .dtype = {dtype, strlen(dtype)},
-                      .rank = rank,
-                      .shape = {out, in}};
-        size_t n = rank == 1 ? out : out * in;
-        t->bytes = n * dtype_size(t->dtype);
-        uint8_t *data = xmalloc(t->bytes);
-        dummy_fill(data, t, n);
-        if (c->progress) c->progress->loaded_bytes += t->bytes;
-        t->data = data;
+        Tensor t = {.name = {name, strlen(name)}, .dtype = {dtype, strlen(dtype)}, .rank = rank,
+                    .shape = {out, in}};
+        t.bytes = (rank == 1 ? out : out * in) * dtype_size(t.dtype);
+        *dummy = dummy_bind(c, &t);
         return t;
     }
     Tensor *t = checkpoint_slot(c, (Str){name, strlen(name)});
@@ -574,71 +613,83 @@ static const Tensor *checkpoint_find(Checkpoint *c, const char *name, const char
             t->dtype.data, shape_text(t->rank, t->shape), dtype, other ? " or " : "",
             other ? other : "", shape_text(rank, shape));
     t->used = true;
-    return t;
+    return *t;
 }
 
-// Fills w's field with its tensor, and a quantised one's scale with the tensor beside it. Like all
-// of its kind it returns the bytes that were bound.
-static size_t weight_bind(Checkpoint *c, const Config *config, const char *prefix,
-                          const Weight *w) {
-    bool fp8 = w->kind == QUANTISED && config->fp8;
+// Where in a tensor that lies in a file, or is a dummy, a part with this first element is.
+static const uint8_t *part_data(const Tensor *t, Dummy *dummy, size_t first) {
+    dummy->origin = first;
+    return t->data ? t->data + first * dtype_size(t->dtype) : NULL;
+}
+
+// Fills w's field with this rank's part of its tensor, and a quantised one's scale with that of the
+// tensor beside it. Like all of its kind it returns the bytes of what was bound.
+static size_t weight_bind(const Binding *b, const char *prefix, const Weight *w) {
+    bool fp8 = w->kind == QUANTISED && b->config->fp8;
     const char *dtype = fp8 ? "F8_E4M3" : "BF16", *other = w->kind == QUANTISED ? NULL : "F32";
     char *name = format_string("%s%s%s", prefix, w->name, w->kind == QUANTISED ? ".weight" : "");
-    const Tensor *t =
-        checkpoint_find(c, name, dtype, other, w->kind == VECTOR ? 1 : 2, w->out, w->in);
-    DType got = str_equal(t->dtype, "F32") ? DTYPE_F32 : fp8 ? DTYPE_F8_E4M3 : DTYPE_BF16;
-    size_t bytes = t->bytes;
-    if (w->kind == VECTOR) {
-        *(Vector *)w->field = (Vector){w->out, got, t->data};
-    } else {
-        *(Linear *)w->field = (Linear){w->out, w->in, got, t->data, NULL};
-    }
+    Dummy dummy = {0};
+    Tensor t = checkpoint_find(b->files, &dummy, name, dtype, other, w->kind == VECTOR ? 1 : 2,
+                               w->out, w->in);
+    DType got = str_equal(t.dtype, "F32") ? DTYPE_F32 : fp8 ? DTYPE_F8_E4M3 : DTYPE_BF16;
     free(name);
-    if (fp8) {  // the scale may lie in another file than its weight
-        name = format_string("%s%s.weight_scale_inv", prefix, w->name);
-        t = checkpoint_find(c, name, "F32", NULL, 2, (w->out + BLOCK - 1) / BLOCK, w->in / BLOCK);
-        ((Linear *)w->field)->scale = t->data;
-        bytes += t->bytes;
-        free(name);
+    if (w->kind == VECTOR) {
+        *(Vector *)w->field = (Vector){w->out, got, t.data};
+        return t.bytes;
     }
-    return bytes;
+    Linear *l = w->field;
+    int out = w->split == OUT ? w->out / b->size : w->out;
+    int in = w->split == IN ? w->in / b->size : w->in;
+    size_t row = w->split == OUT ? (size_t)b->rank * out : 0;
+    size_t column = w->split == IN ? (size_t)b->rank * in : 0;
+    const uint8_t *data = part_data(&t, &dummy, row * w->in + column);
+    *l = (Linear){out, in, got, data, NULL, w->in - in, {dummy}};
+    size_t bytes = (size_t)out * in * dtype_size(t.dtype), blocks = w->in / BLOCK;
+    if (!fp8) return bytes;
+    name = format_string("%s%s.weight_scale_inv", prefix, w->name);  // perhaps in another file
+    int height = (w->out + BLOCK - 1) / BLOCK;
+    t = checkpoint_find(b->files, &l->dummy[1], name, "F32", NULL, 2, height, blocks);
+    l->scale = part_data(&t, &l->dummy[1], row / BLOCK * blocks + column / BLOCK);
+    free(name);
+    return bytes + (size_t)((out + BLOCK - 1) / BLOCK) * (in / BLOCK) * sizeof(float);
 }
 
-static size_t weights_bind(Checkpoint *c, const Config *config, const char *prefix, const Weight *w,
-                           size_t n) {
+static size_t weights_bind(const Binding *b, const char *prefix, const Weight *w, size_t n) {
     size_t bytes = 0;
-    for (size_t i = 0; i < n; i++) bytes += weight_bind(c, config, prefix, &w[i]);
+    for (size_t i = 0; i < n; i++) bytes += weight_bind(b, prefix, &w[i]);
     return bytes;
 }
 
 #define COUNT(array) (sizeof(array) / sizeof *(array))
 
-static size_t mlp_bind(Checkpoint *c, const Config *config, const char *prefix, Mlp *m, int width) {
+static size_t mlp_bind(const Binding *b, const char *prefix, Mlp *m, int width) {
+    int hidden = b->config->hidden_size;
     const Weight table[] = {
-        {"gate_proj", QUANTISED, &m->gate_proj, width, config->hidden_size},
-        {"up_proj", QUANTISED, &m->up_proj, width, config->hidden_size},
-        {"down_proj", QUANTISED, &m->down_proj, config->hidden_size, width},
+        {"gate_proj", QUANTISED, &m->gate_proj, width, hidden, OUT},
+        {"up_proj", QUANTISED, &m->up_proj, width, hidden, OUT},
+        {"down_proj", QUANTISED, &m->down_proj, hidden, width, IN},
     };
-    return weights_bind(c, config, prefix, table, COUNT(table));
+    return weights_bind(b, prefix, table, COUNT(table));
 }
 
 // The router, the routed experts by number, and the shared one, whose names differ only in a
 // prefix.
-static size_t moe_bind(Checkpoint *c, const Config *config, const char *prefix, Layer *l) {
+static size_t moe_bind(const Binding *b, const char *prefix, Layer *l) {
+    const Config *config = b->config;
     const Weight table[] = {
-        {"gate.weight", PLAIN, &l->moe_mlp.gate, config->n_routed_experts, config->hidden_size},
+        {"gate.weight", PLAIN, &l->moe_mlp.gate, config->n_routed_experts, config->hidden_size,
+         WHOLE},
         {"gate.e_score_correction_bias", VECTOR, &l->moe_mlp.e_score_correction_bias,
-         config->n_routed_experts, 0},
+         config->n_routed_experts, 0, WHOLE},
     };
-    size_t bytes = weights_bind(c, config, prefix, table, COUNT(table));
+    size_t bytes = weights_bind(b, prefix, table, COUNT(table));
     l->moe_mlp.experts = xcalloc(config->n_routed_experts, sizeof *l->moe_mlp.experts);
     for (int e = 0; e <= config->n_routed_experts; e++) {
         bool shared = e == config->n_routed_experts;
         char *name = shared ? format_string("%sshared_experts.", prefix)
                             : format_string("%sexperts.%d.", prefix, e);
-        bytes +=
-            mlp_bind(c, config, name, shared ? &l->moe_mlp.shared_experts : &l->moe_mlp.experts[e],
-                     config->moe_intermediate_size);
+        bytes += mlp_bind(b, name, shared ? &l->moe_mlp.shared_experts : &l->moe_mlp.experts[e],
+                          config->moe_intermediate_size);
         free(name);
     }
     return bytes;
@@ -646,37 +697,39 @@ static size_t moe_bind(Checkpoint *c, const Config *config, const char *prefix, 
 
 // Layer num_hidden_layers is the multi-token one: a whole layer and six tensors more. It is checked
 // like the others; no step uses it yet.
-static size_t layer_bind(Checkpoint *c, const Config *config, int i, Layer *l) {
+static size_t layer_bind(const Binding *b, int i, Layer *l) {
+    const Config *config = b->config;
     int hidden = config->hidden_size, heads = config->num_attention_heads;
+    int q_lora = config->q_lora_rank, vocab = config->vocab_size;
     const Weight table[] = {
-        {"input_layernorm.weight", VECTOR, &l->input_layernorm, hidden, 0},
-        {"self_attn.q_a_proj", QUANTISED, &l->self_attn.q_a_proj, config->q_lora_rank, hidden},
-        {"self_attn.q_a_layernorm.weight", VECTOR, &l->self_attn.q_a_layernorm, config->q_lora_rank,
-         0},
-        {"self_attn.q_b_proj", QUANTISED, &l->self_attn.q_b_proj, heads * QK_DIM,
-         config->q_lora_rank},
+        {"input_layernorm.weight", VECTOR, &l->input_layernorm, hidden, 0, WHOLE},
+        {"self_attn.q_a_proj", QUANTISED, &l->self_attn.q_a_proj, q_lora, hidden, WHOLE},
+        {"self_attn.q_a_layernorm.weight", VECTOR, &l->self_attn.q_a_layernorm, q_lora, 0, WHOLE},
+        {"self_attn.q_b_proj", QUANTISED, &l->self_attn.q_b_proj, heads * QK_DIM, q_lora, OUT},
         {"self_attn.kv_a_proj_with_mqa", QUANTISED, &l->self_attn.kv_a_proj_with_mqa, CACHE_DIM,
-         hidden},
-        {"self_attn.kv_a_layernorm.weight", VECTOR, &l->self_attn.kv_a_layernorm, LATENT_DIM, 0},
-        {"self_attn.kv_b_proj", QUANTISED, &l->self_attn.kv_b_proj, heads * KV_DIM, LATENT_DIM},
-        {"self_attn.o_proj", QUANTISED, &l->self_attn.o_proj, hidden, heads * V_DIM},
-        {"post_attention_layernorm.weight", VECTOR, &l->post_attention_layernorm, hidden, 0},
+         hidden, WHOLE},
+        {"self_attn.kv_a_layernorm.weight", VECTOR, &l->self_attn.kv_a_layernorm, LATENT_DIM, 0,
+         WHOLE},
+        {"self_attn.kv_b_proj", QUANTISED, &l->self_attn.kv_b_proj, heads * KV_DIM, LATENT_DIM,
+         OUT},
+        {"self_attn.o_proj", QUANTISED, &l->self_attn.o_proj, hidden, heads * V_DIM, IN},
+        {"post_attention_layernorm.weight", VECTOR, &l->post_attention_layernorm, hidden, 0, WHOLE},
     };
     const Weight mtp[] = {
-        {"enorm.weight", VECTOR, &l->mtp.enorm, hidden, 0},
-        {"hnorm.weight", VECTOR, &l->mtp.hnorm, hidden, 0},
-        {"eh_proj.weight", PLAIN, &l->mtp.eh_proj, hidden, 2 * hidden},
-        {"embed_tokens.weight", PLAIN, &l->mtp.embed_tokens, config->vocab_size, hidden},
-        {"shared_head.norm.weight", VECTOR, &l->mtp.shared_head_norm, hidden, 0},
-        {"shared_head.head.weight", PLAIN, &l->mtp.shared_head, config->vocab_size, hidden},
+        {"enorm.weight", VECTOR, &l->mtp.enorm, hidden, 0, WHOLE},
+        {"hnorm.weight", VECTOR, &l->mtp.hnorm, hidden, 0, WHOLE},
+        {"eh_proj.weight", PLAIN, &l->mtp.eh_proj, hidden, 2 * hidden, WHOLE},
+        {"embed_tokens.weight", PLAIN, &l->mtp.embed_tokens, vocab, hidden, OUT},
+        {"shared_head.norm.weight", VECTOR, &l->mtp.shared_head_norm, hidden, 0, WHOLE},
+        {"shared_head.head.weight", PLAIN, &l->mtp.shared_head, vocab, hidden, OUT},
     };
     char *prefix = format_string("model.layers.%d.", i),
          *mlp_prefix = format_string("%smlp.", prefix);
-    size_t bytes = weights_bind(c, config, prefix, table, COUNT(table));
+    size_t bytes = weights_bind(b, prefix, table, COUNT(table));
     l->moe = i >= config->first_k_dense_replace;
-    if (l->moe) bytes += moe_bind(c, config, mlp_prefix, l);
-    else bytes += mlp_bind(c, config, mlp_prefix, &l->mlp, config->intermediate_size);
-    if (i >= config->num_hidden_layers) bytes += weights_bind(c, config, prefix, mtp, COUNT(mtp));
+    if (l->moe) bytes += moe_bind(b, mlp_prefix, l);
+    else bytes += mlp_bind(b, mlp_prefix, &l->mlp, config->intermediate_size);
+    if (i >= config->num_hidden_layers) bytes += weights_bind(b, prefix, mtp, COUNT(mtp));
     free(prefix);
     free(mlp_prefix);
     return bytes;
@@ -697,7 +750,7 @@ static size_t layer_place(Layer *l, int n_experts) {
     return bytes + place_mlp(l->moe_mlp.experts, n_experts, &l->moe_mlp.shared_experts);
 }
 
-// Counts n loaded bytes and tells how it goes, every few seconds.
+// Counts n loaded bytes; rank 0 tells how it goes, every few seconds.
 static void progress_add(Progress *p, size_t n, double start, double *reported) {
     enum { REPORT = 5 };  // seconds
     double now = now_seconds(), done = p->loaded_bytes += n, total = p->total_bytes;
@@ -732,60 +785,64 @@ static void yarn(Model *m) {
     m->softmax_scale = mscale * mscale / sqrt(QK_DIM);
 }
 
-// Binds every tensor that the config asks for, and places those that a step uses. What the
-// checkpoint has beyond that is no error, but a line in the log: it may be a file of another model.
-static void model_bind(Model *m, Progress *p) {
-    const Config *c = &m->config;
-    const Weight table[] = {
-        {"model.embed_tokens.weight", PLAIN, &m->embed_tokens, c->vocab_size, c->hidden_size},
-        {"model.norm.weight", VECTOR, &m->norm, c->hidden_size, 0},
-        {"lm_head.weight", PLAIN, &m->lm_head, c->vocab_size, c->hidden_size},
-    };
-    size_t bytes = weights_bind(m->checkpoint, c, "", table, COUNT(table));
-    int layers = c->num_hidden_layers + c->num_nextn_predict_layers;
-    bool dummy = m->checkpoint->dummy;  // these count as loaded when they are made
-    m->layers = xcalloc(layers, sizeof *m->layers);
-    for (int i = 0; i < layers; i++) {
-        size_t n = layer_bind(m->checkpoint, c, i, &m->layers[i]);
-        bytes += dummy || i < c->num_hidden_layers ? n : 0;
-    }
-    p->total_bytes = bytes;
-    double start = now_seconds(), reported = start;
-    size_t n = place_linear(&m->embed_tokens, PLACE_TABLE) +
-               place_linear(&m->lm_head, PLACE_MATRIX) + place_vector(&m->norm);
-    progress_add(p, dummy ? 0 : n, start, &reported);
-    for (int i = 0; i < c->num_hidden_layers; i++) {
-        n = layer_place(&m->layers[i], c->n_routed_experts);
-        progress_add(p, dummy ? 0 : n, start, &reported);
-    }
+// What the checkpoint has beyond what the config asks for is no error, but a line in the log: it may
+// be a file of another model.
+static void checkpoint_log_unused(const Checkpoint *c) {
     size_t unused = 0;
     Str first = {0};
-    for (size_t i = 0; i < m->checkpoint->n_slots && !m->checkpoint->dummy; i++)
-        if (m->checkpoint->slots[i].file && !m->checkpoint->slots[i].used && !unused++)
-            first = m->checkpoint->slots[i].name;
+    for (size_t i = 0; i < c->n_slots; i++)
+        if (c->slots[i].file && !c->slots[i].used && !unused++) first = c->slots[i].name;
     if (unused)
         log_line(0, "%zu tensors of the checkpoint have no place in this model, the first is %.*s",
                  unused, (int)first.len, first.data);
 }
 
-Model *model_load(const char *dir, bool dummy, int max_rows, int max_out, int n_pages,
-                  Progress *p) {
+// Binds every tensor that the config asks for, so that all are checked before one is read, and
+// places this rank's part of those that a step uses.
+static void model_bind(Model *m, Checkpoint *files, const Config *c, Progress *p) {
+    const Weight table[] = {
+        {"model.embed_tokens.weight", PLAIN, &m->embed_tokens, c->vocab_size, c->hidden_size, OUT},
+        {"model.norm.weight", VECTOR, &m->norm, c->hidden_size, 0, WHOLE},
+        {"lm_head.weight", PLAIN, &m->lm_head, c->vocab_size, c->hidden_size, OUT},
+    };
+    const Binding b = {files, c, m->rank, m->size};
+    size_t bytes = weights_bind(&b, "", table, COUNT(table));
+    int layers = c->num_hidden_layers + c->num_nextn_predict_layers;
+    m->layers = xcalloc(layers, sizeof *m->layers);
+    for (int i = 0; i < layers; i++) {
+        size_t n = layer_bind(&b, i, &m->layers[i]);
+        bytes += i < c->num_hidden_layers ? n : 0;
+    }
+    p->total_bytes = bytes;
+    if (!m->rank) checkpoint_log_unused(files);
+    double start = now_seconds(), reported = m->rank ? INFINITY : start;
+    size_t n = place_linear(&m->embed_tokens, PLACE_TABLE) +
+               place_linear(&m->lm_head, PLACE_MATRIX) + place_vector(&m->norm);
+    progress_add(p, n, start, &reported);
+    for (int i = 0; i < c->num_hidden_layers; i++)
+        progress_add(p, layer_place(&m->layers[i], c->n_routed_experts), start, &reported);
+}
+
+Model *model_load(const Config *config, Checkpoint *files, int rank, int size, int max_rows,
+                  int max_out, int n_pages, Progress *p) {
     Model *m = xcalloc(1, sizeof *m);
     Progress unwatched = {0};
-    m->config = config_load(dir);
-    m->checkpoint = checkpoint_open(dir, dummy);
-    m->checkpoint->progress = p;
-    model_bind(m, p ? p : &unwatched);
+    m->config = *config, m->rank = rank, m->size = size;
+    Config *c = &m->config;
+    c->num_attention_heads /= size;
+    c->intermediate_size /= size, c->moe_intermediate_size /= size;
+    model_bind(m, files, config, p ? p : &unwatched);
     yarn(m);
-    const Config *c = &m->config;
     size_t rows = max_rows, half = sizeof(bf16);
+    size_t logits = (size_t)max_out * c->vocab_size * sizeof(float);
     int heads = c->num_attention_heads, k = c->num_experts_per_tok;
     m->max_rows = max_rows, m->max_out = max_out;
     m->cache = xcalloc(c->num_hidden_layers, sizeof *m->cache);
     for (int i = 0; i < c->num_hidden_layers; i++)
         m->cache[i] = device_alloc((size_t)n_pages * PAGE * CACHE_DIM * half);
     m->rope = device_alloc(rows * ROPE_DIM * sizeof(float));
-    m->logits = device_alloc((size_t)max_out * c->vocab_size * sizeof(float));
+    m->logits = rank ? NULL : device_alloc(logits);
+    m->part = size > 1 ? device_alloc(logits / size) : NULL;
     m->x = device_alloc(rows * c->hidden_size * half);
     m->y = device_alloc(rows * c->hidden_size * half);
     m->q_a = device_alloc(rows * c->q_lora_rank * half);
@@ -808,20 +865,21 @@ void model_free(Model *m) {
     for (int i = 0; i < m->config.num_hidden_layers; i++) device_free(m->cache[i]);
     for (int i = 0; i < m->config.num_hidden_layers + m->config.num_nextn_predict_layers; i++)
         free(m->layers[i].moe_mlp.experts);
-    void *device[] = {m->rope, m->logits, m->x, m->y, m->q_a, m->kv_a, m->q, m->query, m->u};
+    void *device[] = {m->rope, m->logits, m->part, m->x, m->y, m->q_a, m->kv_a, m->q, m->query,
+                      m->u};
     for (size_t i = 0; i < COUNT(device); i++) device_free(device[i]);
     Act *acts[] = {m->normed, m->q_latent, m->heads_out, m->dense_hidden, m->expert_hidden};
     for (size_t i = 0; i < COUNT(acts); i++) act_free(acts[i]);
     routing_free(&m->routing);
     place_free();
-    checkpoint_close(m->checkpoint);
     free(m->cache);
     free(m->layers);
     free(m);
 }
 
 void model_embed(Model *m, const Batch *b) {
-    embed(m->x, &m->embed_tokens, b->id, b->n);
+    embed(m->x, &m->embed_tokens, m->rank * m->embed_tokens.out, b->id, b->n);
+    all_reduce(m->x, (size_t)b->n * m->config.hidden_size);
     rope_angles(m->rope, m->inv_freq, b->position, b->n);
 }
 
@@ -846,28 +904,38 @@ void model_layer(Model *m, int layer, const Batch *b) {
     mla_attend(m->u, m->query, cache, m->softmax_scale, heads, b);
     mla_value(m->heads_out, m->u, &l->self_attn.kv_b_proj, heads, n);
     linear(m->y, m->heads_out, &l->self_attn.o_proj, n);
+    all_reduce(m->y, (size_t)n * c->hidden_size);
 
     // The MLP: a plain one in the first layers, then the 8 experts that the router chooses and a
     // shared one.
     add_norm(m->x, m->normed, m->y, &l->post_attention_layernorm, eps, n);
-    if (!l->moe) {
+    if (l->moe) {
+        moe_route(&m->routing, m->normed, &l->moe_mlp.gate, &l->moe_mlp.e_score_correction_bias, c,
+                  n);
+        moe_experts(m->y, m->expert_hidden, m->normed, &m->routing, l->moe_mlp.experts,
+                    &l->moe_mlp.shared_experts, c, n);
+    } else {
         mlp(m->y, m->dense_hidden, m->normed, &l->mlp, n);
-        return;
     }
-    moe_route(&m->routing, m->normed, &l->moe_mlp.gate, &l->moe_mlp.e_score_correction_bias, c, n);
-    moe_experts(m->y, m->expert_hidden, m->normed, &m->routing, l->moe_mlp.experts,
-                &l->moe_mlp.shared_experts, c, n);
+    all_reduce(m->y, (size_t)n * c->hidden_size);
+}
+
+// Each rank makes the logits of its part of the vocabulary.
+static void logits_of(Model *m, const int *rows, int n) {
+    float *part = m->size > 1 ? m->part : m->logits;
+    logits(part, m->normed, &m->lm_head, rows, n);
+    if (m->size > 1) all_gather(m->logits, part, m->lm_head.out, n);
 }
 
 void model_logits(Model *m, const Batch *b) {
     add_norm(m->x, m->normed, m->y, &m->norm, m->config.rms_norm_eps, b->n);
     int n = b->n_out < m->max_out ? b->n_out : m->max_out;
-    logits(m->logits, m->normed, &m->lm_head, b->out, n);
+    logits_of(m, b->out, n);
 }
 
 void model_more_logits(Model *m, int first, int n) {
     assert(first + n <= m->batch.n_out && n <= m->max_out);
-    logits(m->logits, m->normed, &m->lm_head, m->batch.out + first, n);
+    logits_of(m, m->batch.out + first, n);
 }
 
 void model_step(Model *m, const Batch *b) {
@@ -880,6 +948,129 @@ void model_step(Model *m, const Batch *b) {
     step_end();
 }
 
+Server server = {.wake_fd = -1};
+
+// ==== Ranks ======================================================================================
+// R1 is too large for one GPU, so a group of ranks shares it: each one holds a part of every large
+// matrix, all take the same steps with the same rows, and twice a layer they sum what they have
+// (model_layer). A rank is a thread; what all of them do next is an order, which rank 0's thread
+// gives, the engine's.
+
+typedef struct {
+    enum { ORDER_JOIN, ORDER_STEP, ORDER_MORE_LOGITS, ORDER_END } kind;
+    Batch batch;            // of a step
+    int first, n;           // of model_more_logits
+} Order;
+
+// ---- The threads of a node
+
+static struct {
+    Group group;            // its first rank's
+    const Config *config;
+    Checkpoint *files;
+    int max_rows, max_out, n_pages;
+    Model **model;          // [n_local]
+    pthread_t *thread;      // [n_local] but for the first, which gives the orders
+    pthread_mutex_t mutex;
+    pthread_cond_t change;
+    const Order *order;     // the last one
+    unsigned given;         // how many there were
+    int busy;               // ranks that have not done it
+} ranks = {.group = {.size = 1, .n_local = 1},
+           .mutex = PTHREAD_MUTEX_INITIALIZER,
+           .change = PTHREAD_COND_INITIALIZER};
+
+static void rank_load(int local) {
+    const Group *g = &ranks.group;
+    int rank = g->rank + local;
+    device_init(local, g->n_local);
+    ranks.model[local] = model_load(ranks.config, ranks.files, rank, g->size, ranks.max_rows,
+                                    ranks.max_out, ranks.n_pages, &server.progress[rank]);
+}
+
+static void rank_obey(int local, const Order *o) {
+    Model *m = ranks.model[local];
+    Group g = ranks.group;
+    g.rank += local, g.local = local;
+    switch (o->kind) {
+    case ORDER_JOIN: if (g.size > 1) group_join(&g); break;
+    case ORDER_STEP: model_step(m, &o->batch); break;
+    case ORDER_MORE_LOGITS: model_more_logits(m, o->first, o->n); break;
+    case ORDER_END:
+        if (g.size > 1) group_leave();
+        model_free(m);
+    }
+}
+
+static void rank_done(void) {
+    pthread_mutex_lock(&ranks.mutex);
+    ranks.busy--;
+    pthread_cond_broadcast(&ranks.change);
+    pthread_mutex_unlock(&ranks.mutex);
+}
+
+static void *rank_main(void *local) {
+    const Order *o = NULL;
+    rank_load((int)(intptr_t)local);
+    rank_done();
+    for (unsigned seen = 0; !o || o->kind != ORDER_END; rank_done()) {
+        pthread_mutex_lock(&ranks.mutex);
+        while (ranks.given == seen) pthread_cond_wait(&ranks.change, &ranks.mutex);
+        seen = ranks.given, o = ranks.order;
+        pthread_mutex_unlock(&ranks.mutex);
+        rank_obey((int)(intptr_t)local, o);
+    }
+    return NULL;
+}
+
+static void ranks_wait(void) {
+    pthread_mutex_lock(&ranks.mutex);
+    while (ranks.busy) pthread_cond_wait(&ranks.change, &ranks.mutex);
+    pthread_mutex_unlock(&ranks.mutex);
+}
+
+// Returns when all ranks of this node have done it, or on a GPU have told it to.
+static void order_here(const Order *o) {
+    pthread_mutex_lock(&ranks.mutex);
+    ranks.order = o, ranks.given++, ranks.busy = ranks.group.n_local - 1;
+    pthread_cond_broadcast(&ranks.change);
+    pthread_mutex_unlock(&ranks.mutex);
+    rank_obey(0, o);
+    ranks_wait();
+}
+
+static void order_give(const Order *o) { order_here(o); }
+
+// Loads all ranks of this node, side by side, and lets them meet those of other nodes.
+static void ranks_load(const Config *c, Checkpoint *files, int max_rows, int max_out, int n_pages) {
+    int n = ranks.group.n_local;
+    ranks.config = c, ranks.files = files;
+    ranks.max_rows = max_rows, ranks.max_out = max_out, ranks.n_pages = n_pages;
+    ranks.model = xcalloc(n, sizeof *ranks.model), ranks.thread = xcalloc(n, sizeof *ranks.thread);
+    ranks.busy = n - 1, ranks.given = 0;
+    for (int i = 1; i < n; i++)
+        if (pthread_create(&ranks.thread[i], NULL, rank_main, (void *)(intptr_t)i) != 0)
+            die("can't start the thread of rank %d", ranks.group.rank + i);
+    rank_load(0);
+    ranks_wait();
+    order_here(&(Order){.kind = ORDER_JOIN});
+}
+
+static void ranks_end(void) {
+    order_give(&(Order){.kind = ORDER_END});
+    for (int i = 1; i < ranks.group.n_local; i++) pthread_join(ranks.thread[i], NULL);
+    free(ranks.model), free(ranks.thread);
+}
+
+void peer_lost(int lost, const char *format, ...) {
+    va_list args;
+    Buf why = {0};
+    va_start(args, format);
+    buf_vprintf(&why, format, args);
+    va_end(args);
+    die("node %d was lost: %s", lost, why.data);
+}
+
 // ==== Many at once ===============================================================================
 // Steps are shared: each one takes a row of every sequence that decodes and, up to a chunk, rows of
 // the prompts that are not through yet. Sequences join and leave between two steps. The cache is
@@ -887,8 +1078,6 @@ void model_step(Model *m, const Batch *b) {
 // reserved for tokens that may never come. When pages run out, the youngest sequence gives its own
 // back, waits, and is computed again later. On the CPU a row's bits never depend on the rows beside
 // it, so none of this can be seen in an answer.
-
-Server server = {.wake_fd = -1};
 
 // A full page has a name: a number for "these 64 tokens behind the page that has that name". So a
 // name stands for everything from the first token on, and equal beginnings have equal names. Names
@@ -909,7 +1098,8 @@ typedef struct {  // what a step does, for the log: sequences that decode; of pr
 } Plan;
 
 static struct {
-    Model *model;
+    Checkpoint *files;
+    Model *model;               // rank 0's
     int chunk, max_running;     // prompt rows in a step; sequences in a step, one probe not counted
     int n_pages, n_free, max_pages;  // of the cache; of one sequence
     Page *pages;                // [n_pages + 1] the last one is head and tail of the free list
@@ -1372,14 +1562,14 @@ static void step_compute(void) {
     Batch *b = &engine.batch;
     Model *m = engine.model;
     int n_out = b->n_out;
-    model_step(m, b);
+    order_give(&(Order){.kind = ORDER_STEP, .batch = *b});
     server.steps++;
     for (int i = 0; i < engine.n_running; i++) seq_computed(engine.running[i]);
     for (int first = 0; first < n_out; first += MAX_OUT) {
         int n = n_out - first < MAX_OUT ? n_out - first : MAX_OUT;
         Seq **s = engine.out_seq + first;
         const int **given = engine.out_given + first;
-        if (first) model_more_logits(m, first, n);
+        if (first) order_give(&(Order){.kind = ORDER_MORE_LOGITS, .first = first, .n = n});
         for (int i = 0; i < n; i++) sampling[i] = seq_sampling(s[i], given[i]);
         sample(choice, m->logits, sampling, tokenizer_vocab(server.tokenizer),
                server.config.vocab_size, n);
@@ -1485,10 +1675,28 @@ static int running_limit(void) {
     return n < LEAST ? LEAST : n > MOST ? MOST : (int)n;
 }
 
+// How many tokens the cache holds: as asked for, or --mem-fraction-static of the memory, in pages.
+static int pool_size(const Config *c, const Options *o) {
+    double bytes = (double)c->num_hidden_layers * CACHE_DIM * sizeof(bf16);
+    size_t available, memory;
+    device_memory(&available, &memory);
+    double tokens = o->max_total_tokens ? o->max_total_tokens
+                                        : o->mem_fraction_static * memory / bytes;
+    return (int)fmax(1, fmin(tokens / PAGE, 1 << 24)) * PAGE;
+}
+
+// The engine's thread is the first rank's: takes its device, and how much of the memory is the
+// cache's.
+static void engine_open(void) {
+    device_init(0, ranks.group.n_local);
+    server.max_total_tokens = pool_size(&server.config, &server.options);
+}
+
 // All memory that steps need; none is allocated later, but for tokens, texts and events.
 static void engine_load(int max_running) {
     const Options *o = &server.options;
     bool dummy = !strcmp(o->load_format, "dummy"), chunked = o->chunked_prefill_size > 0;
+    Checkpoint *files = checkpoint_open(server.model_dir, dummy);
     engine.chunk = o->max_prefill_tokens;
     if (chunked && o->chunked_prefill_size < engine.chunk) engine.chunk = o->chunked_prefill_size;
     engine.max_running = max_running;
@@ -1496,8 +1704,8 @@ static void engine_load(int max_running) {
     engine.max_pages = pages_for(max_req_len());
     int rows = engine.chunk + max_running + 1, seqs = max_running + 1;
     int max_out = rows < MAX_OUT ? rows : MAX_OUT;
-    engine.model = model_load(server.model_dir, dummy, rows, max_out, engine.n_pages,
-                              &server.progress);
+    ranks_load(&server.config, files, rows, max_out, engine.n_pages);
+    engine.model = ranks.model[0], engine.files = files;
     engine.pages = xcalloc(engine.n_pages + 1, sizeof *engine.pages);
     engine.n_buckets = 2 * engine.n_pages;
     engine.bucket = xcalloc(engine.n_buckets, sizeof *engine.bucket);
@@ -1518,7 +1726,8 @@ static void engine_load(int max_running) {
 }
 
 static void engine_free(void) {
-    model_free(engine.model);
+    ranks_end();
+    checkpoint_close(engine.files);
     free(engine.pages), free(engine.bucket), free(engine.table), free(engine.free_rows);
     free(engine.running), free(engine.id), free(engine.position), free(engine.seq);
     free(engine.out), free(engine.out_seq), free(engine.out_given);
@@ -1552,6 +1761,7 @@ static void *engine_main(void *unused) {
     (void)unused;
     int from = STATE_STARTING;  // a signal may have made it draining meanwhile, and that stays
     atomic_compare_exchange_strong(&server.state, &from, STATE_LOADING);
+    engine_open();
     log_line(0, "Load weight begin. avail mem=%.2f GB", free_memory());
     engine_load(running_limit());
     log_line(0,
@@ -1568,6 +1778,7 @@ static void *engine_main(void *unused) {
         log_line(-1, "The server is fired up and ready to roll!");
     engine.serving = true;
     while (inbox_take()) outbox_add(engine_step());
+    engine_free();
     return NULL;
 }
 
@@ -1644,7 +1855,8 @@ static const Flag flags[] = {
     {"--ids", TOKENIZE, SWITCH, AT(ids), 0, 0, NULL, "the ids on one line"},
     {"--chat", TOKENIZE, SWITCH, AT(chat), 0, 0, NULL, "the text as a user's message"},
     {"--decode", TOKENIZE, SWITCH, AT(decode), 0, 0, NULL, "the text is ids; print their text"},
-    {"--tensor-parallel-size --tp --tp-size", SERVE, ONLY, 0, 0, 0, "1", "ranks"},
+    {"--tensor-parallel-size --tp --tp-size", MODEL, INTEGER, AT(tensor_parallel_size), 1, 4096,
+     "1", "ranks that share the model"},
     {"--nnodes", SERVE, ONLY, 0, 0, 0, "1", "nodes"},
     {"--node-rank", SERVE, ONLY, 0, 0, 0, "0", "which of them this is"},
     {"--dist-init-addr --nccl-init-addr", SERVE, ONLY, 0, 0, 0, NULL, "the leader's HOST:PORT"},
@@ -1857,16 +2069,6 @@ static const char *model_directory(const char *path) {
     return directory;
 }
 
-// How many tokens the cache holds: as asked for, or --mem-fraction-static of the memory, in pages.
-static int pool_size(const Config *c, const Options *o) {
-    double bytes = (double)c->num_hidden_layers * CACHE_DIM * sizeof(bf16);
-    size_t available, memory;
-    device_memory(&available, &memory);
-    double tokens = o->max_total_tokens ? o->max_total_tokens
-                                        : o->mem_fraction_static * memory / bytes;
-    return (int)fmax(1, fmin(tokens / PAGE, 1 << 24)) * PAGE;
-}
-
 // Everything but the weights: config, tokenizer, template, sizes.
 static void server_setup(Options *o) {
     if (!o->model_path) o->model_path = default_model();
@@ -1896,8 +2098,7 @@ static uint64_t fingerprint(void) {
     return hash;
 }
 
-// The config, and the two sizes that bound a request: how long a sequence can be, and how much
-// fits.
+// The config, and what must fit it: how long a sequence can be, the tokenizer, the ranks.
 static void server_size(const Options *o) {
     server.config = config_load(server.model_dir);
     int longest = server.config.max_position_embeddings, ids = tokenizer_vocab(server.tokenizer);
@@ -1906,8 +2107,13 @@ static void server_size(const Options *o) {
             server.model_dir, ids - 1, server.config.vocab_size);
     server.context_len =
         o->context_length && o->context_length < longest ? o->context_length : longest;
-    server.max_total_tokens = pool_size(&server.config, o);
     server.fingerprint = fingerprint();
+    char err[256];
+    int tp = o->tensor_parallel_size;
+    config_check_ranks(err, sizeof err, &server.config, tp);
+    if (*err) die("--tensor-parallel-size: %s", err);
+    server.progress = xcalloc(tp, sizeof *server.progress);
+    ranks.group.size = ranks.group.n_local = tp;
 }
 
 // What every flag of serve came to, as name=value: for the log as Python writes it, or as JSON. The
@@ -1965,7 +2171,6 @@ static int serve_main(char **argv) {
     sigaction(SIGINT, &stop, NULL);
     int listener = http_listen(o.host, o.port);
     server_setup(&o);
-    device_init();
     server_size(&o);
     engine.quiet = strcmp(o.log_level, "info") && strcmp(o.log_level, "debug");
     log_options(&server.options);
@@ -1980,7 +2185,6 @@ static int serve_main(char **argv) {
     // All is answered or given up; a step or a load that still runs is not waited for.
     if (engine.abort_all || !engine.serving) _exit(engine.abort_all ? 130 : 0);
     pthread_join(thread, NULL);
-    engine_free();
     tokenizer_free(server.tokenizer);
     return 0;
 }
@@ -2062,9 +2266,9 @@ static int run_main(char **argv) {
     Options o = {.max_tokens = -1, .temperature = -1, .top_p = -1};
     const char *argument = flags_parse(&command, &o, argv);
     server_setup(&o);
-    device_init();
     server_size(&o);
     Buf text = text_or_stdin(argument);
+    engine_open();
     engine_load(1);
     Seq *s = seq_new();
     encode_prompt(&s->tokens, o.system, (Str){text.data, text.len}, !o.raw, true);

@@ -203,11 +203,21 @@ typedef struct {  // a vector of a checkpoint, as it lies there (perhaps not ali
     const uint8_t *data;
 } Vector;
 
-typedef struct {  // a matrix of a checkpoint: y = x W^T
+typedef struct {  // elements that no file holds: one at (row, column) of a matrix's part is
+    const void *value;      // value[dummy_index()], one of DUMMY_VALUES of its dtype
+    uint64_t key;           // the hash of the tensor's name
+    size_t origin, stride;  // in the whole tensor: which element the part begins with; of a row
+} Dummy;
+
+enum { DUMMY_VALUES = 4096 };
+
+typedef struct {  // a matrix of a checkpoint, or the part that a rank has of it: y = x W^T
     int out, in;
     DType dtype;
     const uint8_t *data;    // [out][in], the twin's own layout
     const uint8_t *scale;   // F8_E4M3 only: f32 [ceil(out/128)][ceil(in/128)], multiplies
+    int gap;                // elements of other ranks between two rows of data; a 128th in scale
+    Dummy dummy[2];         // where data and scale come from while data is NULL
 } Linear;
 
 typedef struct {
@@ -237,21 +247,41 @@ typedef struct {  // the checkpoint's names behind "model.layers.{i}."
 // Dies with one line, naming the key, what was got and what is wanted.
 Config config_load(const char *dir);
 
+// "": a group of `size` ranks can hold this model; else what is wrong, and which sizes it can have.
+void config_check_ranks(char *err, size_t err_size, const Config *c, int size);
+
 typedef struct Checkpoint Checkpoint;
 
-typedef struct {  // watched by other threads while a checkpoint is read
+typedef struct {  // of one rank; watched by other threads while it reads its part of a checkpoint
     _Atomic uint64_t loaded_bytes, total_bytes;
 } Progress;
 
-// Opens config's tensors in `dir`: through model.safetensors.index.json where there is one, else
-// one model.safetensors. Checks every offset and length; maps the files and copies nothing.
-// `dummy`: makes every tensor from a hash of its name and the element's index instead; reads no
-// file.
+// Opens the tensors in `dir`: through model.safetensors.index.json where there is one, else one
+// model.safetensors. Checks every offset and length; maps the files and copies nothing. `dummy`:
+// every tensor is made from a hash of its name and the element's index instead; reads no file.
 Checkpoint *checkpoint_open(const char *dir, bool dummy);
 void checkpoint_close(Checkpoint *c);
 
 // -------------------------------------------------------------------------------------------------
 // kernels.c: the stages. What is declared here is all that a version for a GPU has to implement.
+
+#ifdef __CUDACC__
+#define HOST_AND_DEVICE __host__ __device__
+#else
+#define HOST_AND_DEVICE
+#endif
+
+HOST_AND_DEVICE static inline uint64_t mix(uint64_t x) {  // splitmix64's finaliser
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebull;
+    return x ^ x >> 31;
+}
+
+// Depends on the element's place in the whole tensor, so all ranks and twins make the same ones.
+HOST_AND_DEVICE static inline size_t dummy_index(const Dummy *d, size_t row, size_t column) {
+    size_t i = d->origin + row * d->stride + column;
+    return mix(d->key + i * 0x9e3779b97f4a7c15ull) % DUMMY_VALUES;
+}
 
 // A bf16 in memory. Built with -DEXACT (tests only) it is a float and nothing is rounded or
 // quantised, so that the maths can be compared with an oracle in f32 to 2e-5.
@@ -312,7 +342,9 @@ typedef struct {
     float top_logprob[MAX_TOP_LOGPROBS];
 } Choice;
 
-void device_init(void);                          // threads or streams; once, before anything else
+// Every rank is a thread, and calls device_init before anything else: it takes GPU `local` of this
+// node, or its part of the cores. With n_local ranks here, local is 0 .. n_local - 1.
+void device_init(int local, int n_local);
 void device_memory(size_t *available, size_t *total);  // bytes
 void *device_alloc(size_t bytes);                // zeroed; dies where there is none
 void device_free(void *p);
@@ -330,7 +362,24 @@ size_t place_linear(Linear *w, Place as);
 size_t place_mlp(Mlp *m, int n, Mlp *shared);    // n of equal size and perhaps one more
 void place_free(void);           // gives back all that was placed, and what was reserved
 
-// What the stages of a step of so many rows keep to themselves.
+enum { GROUP_ID = 128 };
+
+typedef struct {            // who computes together: ranks, the same number on each node
+    int rank, size;         // this one; of how many
+    int local, n_local;     // the same among those of this node
+    const uint8_t *id;      // [GROUP_ID] rank 0's group_id()
+    const int *peer;        // sockets: node 0 has one to each other node, those have one to it
+    int n_peers;
+} Group;
+
+// What others need to find rank 0 (NCCL's id; nothing on the CPU).
+void group_id(uint8_t id[GROUP_ID]);
+// All ranks at the same time, each in its thread. Before that, and with one rank, the collectives
+// do nothing. They don't return where a peer is gone: peer_lost() is told, and ends the process.
+void group_join(const Group *g);
+void group_leave(void);
+
+// What the stages of a step of so many rows keep to themselves. c: of a rank.
 void step_reserve(int rows, const Config *c);
 // A step's arrays are placed, too. Between the two calls stand the stages of one step, always the
 // same ones; false where they need not be called, since the twin has recorded them at an equal
@@ -346,8 +395,16 @@ void routing_free(Routing *r);
 // cos, sin [n][32][2] f32 of the rows' rotary angles: f32(position) x inv_freq. (YaRN's inv_freq)
 void rope_angles(float *rope, const float *inv_freq, const int *position, int n);
 
-// x [n][hidden] = table[id]. (model.py ParallelEmbedding)
-void embed(bf16 *x, const Linear *table, const int *id, int n);
+// x [n][hidden] = table[id - first], or 0 where the id is in another rank's rows. (model.py
+// ParallelEmbedding)
+void embed(bf16 *x, const Linear *table, int first, const int *id, int n);
+
+// x [n] = the sum of all ranks' x, in f32, rounded once: the same bits on all of them. (Megatron-LM,
+// section 3)
+void all_reduce(bf16 *x, size_t n);
+
+// out [n][ranks x cols] f32, on rank 0, of each rank's in [n][cols].
+void all_gather(float *out, const float *in, int cols, int n);
 
 // x [n][hidden] += y (NULL: nothing), rounded; a = quant(x rsqrt(mean x^2 + eps) gain). (RMSNorm)
 void add_norm(bf16 *x, Act *a, const bf16 *y, const Vector *gain, float eps, int n);
@@ -406,9 +463,9 @@ void sample(Choice *out, float *l, const Sampling *s, int vocab, int stride, int
 // -------------------------------------------------------------------------------------------------
 // r1.c, chapters "One step" and "Many at once"
 
-typedef struct {
-    Config config;
-    Checkpoint *checkpoint;
+typedef struct {  // one rank's part
+    int rank, size;
+    Config config;          // as a rank has it: heads and intermediate sizes are divided by size
     Linear embed_tokens, lm_head;
     Vector norm;
     Layer *layers;          // [num_hidden_layers + num_nextn_predict_layers]
@@ -418,15 +475,18 @@ typedef struct {
     int max_rows, max_out;
     Batch batch;            // as the twin placed it
     bf16 **cache;           // [layers] of [n_pages][64][576]
-    float *rope, *logits;
+    float *rope;
+    float *logits;          // [max_out][vocab_size], on rank 0 only
+    float *part;            // [max_out][vocab_size / size], where there are several ranks
     bf16 *x, *y, *q_a, *kv_a, *q, *query, *u;
     Act *normed, *q_latent, *heads_out, *dense_hidden, *expert_hidden;
     Routing routing;
 } Model;
 
-// Maps the checkpoint and allocates for steps of max_rows rows, max_out of them with logits, and a
-// cache of n_pages pages. progress may be NULL.
-Model *model_load(const char *dir, bool dummy, int max_rows, int max_out, int n_pages, Progress *p);
+// Places a rank's part of the checkpoint and allocates for steps of max_rows rows, max_out of them
+// with logits, and a cache of n_pages pages. The checkpoint must stay open. progress may be NULL.
+Model *model_load(const Config *c, Checkpoint *files, int rank, int size, int max_rows, int max_out,
+                  int n_pages, Progress *p);
 void model_free(Model *m);
 void model_embed(Model *m, const Batch *b);              // x = the tokens' embeddings
 void model_layer(Model *m, int layer, const Batch *b);   // x, y: one decoder layer
@@ -495,7 +555,7 @@ typedef struct {  // the flags by their long names
     const char *schedule_policy;
     int port, context_length, max_total_tokens, max_running_requests, max_queued_requests;
     int chunked_prefill_size, max_prefill_tokens, random_seed, stream_interval;
-    int decode_log_interval, watchdog_timeout;
+    int decode_log_interval, watchdog_timeout, tensor_parallel_size;
     double mem_fraction_static;
     bool allow_auto_truncate, disable_radix_cache, enable_cache_report, log_requests;
     bool skip_server_warmup;
@@ -520,7 +580,7 @@ typedef struct {  // what both threads see; no lock but the two queues'
     long created;           // Unix time at start
     _Atomic int state;      // State
     uint64_t fingerprint;   // of config.json, the weight index and r1's version
-    Progress progress;
+    Progress *progress;     // [tensor_parallel_size]
     // What the engine tells of itself. Probes and the warm-up don't count, but for their steps.
     _Atomic uint64_t steps, preempted;      // since boot
     _Atomic uint64_t prompt_tokens, cached_tokens;  // prefilled; those that were in the cache
@@ -533,6 +593,9 @@ typedef struct {  // what both threads see; no lock but the two queues'
 } Server;
 
 extern Server server;
+// A rank of another node can't be reached: why, for the log, /health and open requests. Any thread;
+// the first one counts. The process ends with 1 soon.
+void peer_lost(int node, const char *format, ...) __attribute__((format(printf, 2, 3)));
 long max_req_len(void);  // tokens of the longest sequence: the model's limit, or the cache's
 void engine_submit(Seq *s);          // any thread; ownership passes until its finish event
 Event *engine_events(void);  // the waiting events, oldest first, a list to free; never blocks

@@ -47,7 +47,7 @@ static int ascending(const void *a, const void *b) {
 }
 
 int main(void) {
-    device_init();
+    device_init(0, 1);
     n_threads = sysconf(_SC_NPROCESSORS_ONLN);
     if (n_threads > MAX_THREADS) n_threads = MAX_THREADS;
     uint8_t *data = device_alloc((size_t)OUT * IN);

@@ -80,7 +80,12 @@ static void put_tensors(const char *name, const char *header, size_t data) {
 
 static void open_checkpoint(void) { checkpoint_close(checkpoint_open(dir, false)); }
 static void open_config(void) { config_load(dir); }
-static void open_model(void) { model_free(model_load(dir, false, 4, 4, 2, NULL)); }
+static void open_model(void) {
+    Config config = config_load(dir);
+    Checkpoint *files = checkpoint_open(dir, false);
+    model_free(model_load(&config, files, 0, 1, 4, 4, 2, NULL));
+    checkpoint_close(files);
+}
 
 typedef struct {
     int status;  // as waitpid gives it
@@ -625,7 +630,9 @@ static void run_model(float *out, bool dummy) {
     static const int id[] = {5, 9, 200, 3}, position[] = {0, 1, 2, 3}, seq[TOKENS], page = 1,
                      last = TOKENS - 1;
     Progress p = {0};
-    Model *m = model_load(dir, dummy, TOKENS, 1, 2, &p);
+    Config config = config_load(dir);
+    Checkpoint *files = checkpoint_open(dir, dummy);
+    Model *m = model_load(&config, files, 0, 1, TOKENS, 1, 2, &p);
     Batch b = {.n = TOKENS,
                .id = id,
                .position = position,
@@ -638,6 +645,7 @@ static void run_model(float *out, bool dummy) {
     memcpy(out, m->logits, m->config.vocab_size * sizeof *out);
     CHECK(p.loaded_bytes == p.total_bytes && p.total_bytes > 0, "all is loaded");
     model_free(m);
+    checkpoint_close(files);
 }
 
 static bool all_finite(const float *v, int n) {

@@ -789,8 +789,8 @@ static void test_states(void) {
         {STATE_WARMUP, "r1 is not ready: warmup", "warmup"},
         {STATE_FAILED, "r1 is not ready: failed", "failed"},
     };
-    server.progress.loaded_bytes = 1000000000;
-    server.progress.total_bytes = 4000000000;
+    server.progress[0].loaded_bytes = 1000000000;
+    server.progress[0].total_bytes = 4000000000;
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         char want[300];
         server.state = rows[i].state;
@@ -2076,6 +2076,7 @@ int main(int argc, char **argv) {
     server.think = true;
     server.context_len = 1000, server.max_total_tokens = 2000;
     server.fingerprint = 0xab;
+    server.progress = xcalloc(1, sizeof *server.progress);
     server.boot = now_seconds();
     server.created = time(NULL);
     server.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);

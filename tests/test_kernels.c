@@ -54,7 +54,7 @@ static Linear linear_new(int out, int in, DType dtype) {
         else store(data, i, dtype, noise() * sqrt(3.0 / in));
     for (size_t i = 0; scale && i < blocks; i++)
         store(scale, i, DTYPE_F32, (1 + 0.5 * noise()) / (94 * sqrt(in)));
-    return (Linear){out, in, dtype, data, scale};
+    return (Linear){.out = out, .in = in, .dtype = dtype, .data = data, .scale = scale};
 }
 
 static Mlp mlp_new(int width) {
@@ -263,15 +263,20 @@ enum { MOST_THREADS = 4 };
 // One thread from now on, or four, whatever cores the machine has. (All or none: each thread that
 // was started takes part in a stage, and is waited for.)
 static void threads(int n) {
+    static Pool all = {.n_threads = MOST_THREADS, .mutex = PTHREAD_MUTEX_INITIALIZER,
+                       .wake = PTHREAD_COND_INITIALIZER};
     static bool started;
     for (int i = 1; i < MOST_THREADS && !started; i++) {
         pthread_t thread;
-        if (pthread_create(&thread, NULL, pool_thread, NULL) != 0) die("can't start a thread");
+        if (pthread_create(&thread, NULL, pool_thread, &all) != 0) die("can't start a thread");
         pthread_detach(thread);
     }
     started = true;
-    pool.n_threads = n;
+    pool = n > 1 ? &all : NULL;
 }
+
+// Only the collectives of several nodes call it, which are tested with the whole program.
+void peer_lost(int lost, const char *format, ...) { die("node %d: %s", lost, format); }
 
 // One matrix with every number of rows, against the reference; and each row alone, to the bit.
 static void check_linear(int out, int in, DType dtype) {
@@ -341,7 +346,7 @@ static void test_embed(void) {
         Linear table = linear_new(VOCAB, HIDDEN, dtype);
         bf16 x[4 * HIDDEN];
         Tally t = {0};
-        embed(x, &table, id, 4);
+        embed(x, &table, 0, id, 4);
         for (int i = 0; i < 4 * HIDDEN; i++)
             compare(&t, f32(x[i]), rounded_bf16(weight_at(&table, id[i / HIDDEN], i % HIDDEN)), 0);
         CHECK_TALLY(t, "embed, dtype %d", dtype);
@@ -858,7 +863,7 @@ static void net_step(RowOut *out, const int *row, int n) {
     Routing r = routing_new(n, &net.c);
     for (int i = 0; i < n; i++) id[i] = row[i], position[i] = FIRST_POSITION + row[i], all[i] = i;
     Batch b = {.n = n, .position = position, .seq = seq, .pages = pages, .max_pages = BIT_PAGES};
-    embed(&x[0][0], &net.embed, id, n);
+    embed(&x[0][0], &net.embed, 0, id, n);
     rope_angles(&rope[0][0], mla.inv_freq, position, n);
     add_norm(&x[0][0], a, NULL, &net.gain[0], 1e-6f, n);
     linear(&q_a[0][0], a, &net.q_a, n), linear(&kv_a[0][0], a, &net.kv_a, n);

@@ -105,6 +105,7 @@ static int wanted_index(const Golden *g, int position) {
 // ---- Running the tokens -------------------------------------------------------------------------
 
 typedef struct {
+    Checkpoint *files;
     Model *m;
     const Golden *g;
     int done[SEQUENCES], end[SEQUENCES];  // tokens that are computed; that will be
@@ -189,7 +190,9 @@ static void run_all(Run *r) {
 static void run_start(Run *r, const char *dir, const Golden *g) {
     int max_pages = (g->tokens + PAGE - 1) / PAGE, n_pages = SEQUENCES * max_pages + 1;
     while (n_pages % 29 == 0) n_pages++;
-    *r = (Run){.m = model_load(dir, false, MAX_ROWS, 2 * g->wanted, n_pages, NULL), .g = g};
+    Config config = config_load(dir);
+    *r = (Run){.files = checkpoint_open(dir, false), .g = g};
+    r->m = model_load(&config, r->files, 0, 1, MAX_ROWS, 2 * g->wanted, n_pages, NULL);
     const Config *c = &r->m->config;
     if (c->num_hidden_layers != g->layers || c->hidden_size != g->hidden ||
         c->vocab_size != g->vocab || c->num_experts_per_tok != g->top_k)
@@ -403,13 +406,14 @@ static void test_checkpoint(const char *name, const char *dir, const char *golde
     compare_sequences(name, r);
     for (int s = 0; s < SEQUENCES; s++) answers_free(&r->out[s]);
     model_free(r->m);
+    checkpoint_close(r->files);
     free(r->pages);
     free(r);
     golden_free(&g);
 }
 
 int main(void) {
-    device_init();
+    device_init(0, 1);
     test_checkpoint("nasty", "tests/golden/nasty", "tests/golden/nasty.bin");
     test_checkpoint("tiny-r1", "tiny-r1", "tests/golden/tiny-r1.bin");
     return test_end();

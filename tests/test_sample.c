@@ -475,7 +475,7 @@ static void test_rows(void) {
 }
 
 int main(void) {
-    device_init();
+    device_init(0, 1);
     test_philox();
     test_draw();
     test_seeds();

@@ -8,7 +8,8 @@
 #include "test.h"
 
 static Options options = {.load_format = "dummy", .chunked_prefill_size = 8192,
-                          .max_prefill_tokens = 16384, .decode_log_interval = 40};
+                          .max_prefill_tokens = 16384, .decode_log_interval = 40,
+                          .tensor_parallel_size = 1};
 
 // A model of two layers with tiny-r1's vocabulary, in a directory of its own.
 static void write_model(const char *dir) {
@@ -33,7 +34,9 @@ static void boot(int max_tokens, int chunk, int max_running, bool cache) {
     server.options = options;
     server.preempted = server.cached_tokens = server.prompt_tokens = 0;
     server.context_len = 4096;
+    free(server.progress);
     server_size(&options);
+    engine_open();
     engine_load(max_running);
 }
 
@@ -383,7 +386,6 @@ int main(void) {
     char dir[] = "/tmp/r1-scheduler-XXXXXX";
     if (!mkdtemp(dir)) die("%s: %s", dir, strerror(errno));
     write_model(dir);
-    device_init();
     server.model_dir = dir;
     server.tokenizer = tokenizer_load("tiny-r1");
     check_equality();
