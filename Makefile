@@ -45,7 +45,7 @@ $(shell mkdir -p $(BUILD); echo '$(CC) $(CFLAGS) $(NVCCFLAGS)' | cmp -s - $(FLAG
 SOURCES := r1 $(TWIN) tokenizer json http bench
 TESTS := json tokenizer kernels checkpoint slices slices_exact sample scheduler http bench oracle oracle_exact end_to_end
 ifeq ($(TWIN),kernels_cuda)
-TESTS += cuda gemm mla
+TESTS += cuda gemm mla slices_cuda
 endif
 
 ifeq ($(SAN),1)
@@ -100,6 +100,10 @@ REF := $(patsubst %,$(BUILD)/%.o,ref r1_test tokenizer json http bench)
 $(BUILD)/test_cuda $(BUILD)/test_gemm $(BUILD)/test_mla: $(BUILD)/test_%: tests/test_%.cu \
     tests/test_cuda.h tests/test.h kernels.cu r1.h $(REF)
 	$(NVCC) $(NVCCFLAGS) $< $(REF) -o $@ $(LIBS)
+
+$(BUILD)/test_slices_cuda: tests/test_slices.c tests/test.h r1.h $(BUILD)/kernels_cuda.o $(PARTS)
+	$(CC) $(CFLAGS) -DCUDA -c $< -o $@.o
+	$(LINK) $@.o $(filter-out %/kernels.o,$(PARTS)) $(BUILD)/kernels_cuda.o -o $@ $(LIBS)
 
 # It includes bench.c.
 $(BUILD)/test_bench: tests/test_bench.c tests/test.h bench.c r1.h $(PARTS)

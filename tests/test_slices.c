@@ -9,6 +9,21 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+// Built with -DCUDA the ranks are as many as there are GPUs, all in one process.
+#ifdef CUDA
+int cudaGetDeviceCount(int *n);
+int cudaDeviceSynchronize(void);
+int cudaMemcpy(void *to, const void *from, size_t n, int kind);
+
+static void read_logits(float *to, const float *from, size_t n) {
+    enum { DEVICE_TO_HOST = 2 };
+    if (cudaDeviceSynchronize() || cudaMemcpy(to, from, n * sizeof *to, DEVICE_TO_HOST))
+        die("CUDA: can't read logits");
+}
+#else
+static void read_logits(float *to, const float *from, size_t n) { memcpy(to, from, n * sizeof *to); }
+#endif
+
 enum { ROWS = 40, SEQUENCES = 2, PAGES = 3, MOST_RANKS = 8, MOST_VOCAB = 1024 };
 
 typedef float Logits[ROWS][MOST_VOCAB];
@@ -18,6 +33,7 @@ typedef struct {  // a group, as one process sees it
     Checkpoint *files;
     int size, n_local, node, n_peers;
     const int *peer;
+    uint8_t id[GROUP_ID];
     Logits *out;            // rank 0's
     Progress progress[MOST_RANKS];
 } Ranks;
@@ -43,9 +59,8 @@ static void run_steps(Model *m, Logits *out) {
             int n = b.n - first < m->max_out ? b.n - first : m->max_out;
             if (first) model_more_logits(m, first, n);
             for (int i = 0; i < n && m->rank == 0; i++)
-                memcpy((*out)[total + first + i],
-                       m->logits + (size_t)i * m->config.vocab_size,
-                       m->config.vocab_size * sizeof(float));
+                read_logits((*out)[total + first + i],
+                            m->logits + (size_t)i * m->config.vocab_size, m->config.vocab_size);
         }
         total += b.n;
     }
@@ -58,7 +73,7 @@ static void *rank_main(void *arg) {
     int rank = g->node * g->n_local + r->local;
     device_init(r->local, g->n_local);
     Model *m = model_load(g->config, g->files, rank, g->size, ROWS, 16, PAGES, &g->progress[rank]);
-    Group group = {rank, g->size, r->local, g->n_local, NULL, g->peer, g->n_peers};
+    Group group = {rank, g->size, r->local, g->n_local, g->id, g->peer, g->n_peers};
     if (g->size > 1) group_join(&group);
     run_steps(m, g->out);
     if (g->size > 1) group_leave();
@@ -66,11 +81,11 @@ static void *rank_main(void *arg) {
     return NULL;
 }
 
-static void ranks_run(Ranks *g) {
+static void ranks_run(Ranks *g, void *(*body)(void *)) {
     Rank rank[MOST_RANKS];
     for (int i = 0; i < g->n_local; i++) {
         rank[i] = (Rank){.ranks = g, .local = i};
-        if (pthread_create(&rank[i].thread, NULL, rank_main, &rank[i]) != 0) die("no thread");
+        if (pthread_create(&rank[i].thread, NULL, body, &rank[i]) != 0) die("no thread");
     }
     for (int i = 0; i < g->n_local; i++) pthread_join(rank[i].thread, NULL);
 }
@@ -90,12 +105,13 @@ static uint64_t group_run(Logits *out, const Config *c, Checkpoint *files, int s
             test_failed = 0;
             g.node = i, g.peer = &there[i - 1], g.n_peers = 1;
             alarm(60);
-            ranks_run(&g);
+            ranks_run(&g, rank_main);
             _exit(test_failed != 0);
         }
     }
     g.peer = here, g.n_peers = nodes - 1;
-    ranks_run(&g);
+    if (size > 1) group_id(g.id);
+    ranks_run(&g, rank_main);
     for (int i = 1; i < nodes; i++) {
         waitpid(child[i], &status, 0);
         CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0, "node %d ends with %d", i, status);
@@ -104,6 +120,8 @@ static uint64_t group_run(Logits *out, const Config *c, Checkpoint *files, int s
     for (int i = 0; i < size / nodes; i++) bytes += g.progress[i].loaded_bytes;
     return bytes;
 }
+
+static int most_ranks = MOST_RANKS, most_nodes = MOST_RANKS;
 
 static int best(const float *l, int n) {
     int at = 0;
@@ -127,6 +145,7 @@ static double difference(const Logits *a, const Logits *b, int vocab, int *equal
 
 static void check_model(const char *name, const Config *c, Checkpoint *files, int most,
                         double bound, int least_equal) {
+    if (most > most_ranks) most = most_ranks;
     static Logits one, parts, nodes;
     uint64_t whole = group_run(&one, c, files, 1, 1);
     for (int size = 2; size <= most; size *= 2) {
@@ -141,13 +160,48 @@ static void check_model(const char *name, const Config *c, Checkpoint *files, in
               bytes, whole);
         group_run(&nodes, c, files, size, 1);
         CHECK(!memcmp(nodes, parts, sizeof parts), "%s, %d ranks: other bits again", name, size);
-        for (int n = 2; n <= size; n *= 2) {
+        for (int n = 2; n <= size && most_nodes > 1; n *= 2) {
             group_run(&nodes, c, files, size, n);
             CHECK(!memcmp(nodes, parts, sizeof parts), "%s, %d ranks: other bits on %d nodes", name,
                   size, n);
         }
     }
 }
+
+#ifdef CUDA
+// The time of one all_reduce, called one by one and recorded in a graph, as steps do.
+static void *bench_rank(void *arg) {
+    enum { TIMES = 50 };
+    static const struct { const char *what; size_t n; } rows[] = {
+        {"1 row, 14 KB", 7168}, {"32 rows, 459 KB", 32 * 7168}, {"4096 rows, 59 MB", 4096 * 7168}};
+    Rank *r = arg;
+    device_init(r->local, r->ranks->n_local);
+    group_join(&(Group){r->local, r->ranks->size, r->local, r->ranks->n_local, r->ranks->id});
+    bf16 *x = device_alloc(rows[2].n * sizeof *x);
+    int zero[3] = {0};
+    for (int i = 0; i < 3; i++) {
+        Batch placed, b = {.n = i + 1, .id = zero, .position = zero, .seq = (int[]){0, 1, 2},
+                           .pages = zero, .max_pages = 1, .out = zero, .n_out = i + 1};
+        double us[2];
+        for (int way = 0; way < 2; way++)
+            for (int again = 0; again < 3; again++) {  // the last one counts
+                cudaDeviceSynchronize();
+                double start = now_seconds();
+                if (way == 0 || step_begin(&placed, &b))
+                    for (int k = 0; k < TIMES; k++) all_reduce(x, rows[i].n);
+                if (way == 1) step_end();
+                cudaDeviceSynchronize();
+                us[way] = 1e6 * (now_seconds() - start) / TIMES;
+            }
+        if (r->local == 0)
+            printf("note: all_reduce over %d GPUs, %s: %.1f us, in a graph %.1f us\n",
+                   r->ranks->size, rows[i].what, us[0], us[1]);
+    }
+    device_free(x);
+    group_leave();
+    return NULL;
+}
+#endif
 
 static void check_sizes(const Config *c) {
     static const struct { int size; const char *want; } rows[] = {
@@ -179,6 +233,14 @@ int main(void) {
     c.hidden_size = 512, c.num_hidden_layers = 3, c.first_k_dense_replace = 1, c.vocab_size = 1024;
     c.intermediate_size = c.moe_intermediate_size = 8 * BLOCK, c.num_attention_heads = 16;
     check_sizes(&c);
+#ifdef CUDA
+    if (cudaGetDeviceCount(&most_ranks) != 0) die("CUDA: no GPU");
+    most_nodes = 1;
+    if (most_ranks > MOST_RANKS) most_ranks = MOST_RANKS;
+    if (most_ranks == 1) SKIP("several ranks: this machine has one GPU");
+    Ranks all = {.size = most_ranks, .n_local = most_ranks};
+    if (most_ranks > 1) group_id(all.id), ranks_run(&all, bench_rank);
+#endif
     Checkpoint *dummy = checkpoint_open("none", true), *files = checkpoint_open("tiny-r1", false);
     check_model("R1 made narrow", &c, dummy, MOST_RANKS, bound, LEAST);
     check_model("tiny-r1", &tiny, files, 2, tiny_bound, TINY_LEAST);
