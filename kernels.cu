@@ -50,7 +50,7 @@ static __host__ __device__ int units(size_t n, int per_unit) {
 // stream takes all work in order, so nothing but the host ever waits.
 
 static thread_local cudaStream_t stream;
-static thread_local int n_sms;
+static thread_local int n_sms, local_rank, n_local_ranks;
 static thread_local float *scratch;  // between the kernels of one stage
 
 static void step_forget(void);
@@ -62,6 +62,7 @@ static void check(cudaError_t error, const char *what) {
 void device_init(int local, int n_local) {
     int major = 0, minor = 0, n = 0;
     if (stream) return;
+    local_rank = local, n_local_ranks = n_local;
     // All kernels are loaded now: while a graph is recorded, a first call could not load its own.
     if (!local) setenv("CUDA_MODULE_LOADING", "EAGER", 0);
     check(cudaGetDeviceCount(&n), "GPUs");
@@ -565,51 +566,47 @@ enum {
 
 typedef uint4 Brick[BRICK_STRIPS][BRICK_STEPS];
 
-static __device__ uint32_t weight_bits(const uint8_t *w, bool fp8, size_t i) {  // as bf16
-    if (!fp8) return w[2 * i] | w[2 * i + 1] << 8;
-    // e4m3 in the place of f32's bits is the value x 2^-120, as in kernels.c.
-    float v = __int_as_float((int)(int8_t)w[i] << 20 & (int)0x87f00000) * 0x1p120f;
-    return __float_as_uint(v) >> 16;
-}
-
-// bricks [heads][16] of w [heads * 256][512], e4m3 or bf16 at any byte: of each head W_UK^T's eight
-// bricks (brick b: latent dims 64 b ..), then W_UV's (brick 2 k + h: values 64 h .., latent dims
-// 128 k ..). Once, at load: a thread makes one lane's 16 bytes.
-static __global__ void kv_b_repack_kernel(uint4 *bricks, const uint8_t *w, bool fp8) {
-    int head = blockIdx.x, brick = blockIdx.y, fragment = threadIdx.x / 32, lane = threadIdx.x % 32;
-    int step = fragment % BRICK_STEPS, m = 8 * (lane / 4) + 2 * (fragment / BRICK_STEPS);
-    int k = 32 * (step / 2) + 8 * (lane % 4) + 4 * (step % 2);
-    uint32_t out[4];
-    for (int i = 0; i < 4; i++) {  // rows m and m + 1 at k, then at k + 2
-        uint32_t pair = 0;
-        for (int j = 0; j < 2; j++) {
-            int mi = m + i % 2, kj = k + i / 2 * 2 + j, value = brick - UK_BRICKS;
-            size_t row = (size_t)head * KV_DIM + (value < 0 ? kj : NOPE_DIM + value % 2 * 64 + mi);
-            int col = value < 0 ? brick * BRICK_ROWS + mi : value / 2 * BLOCK + kj;
-            pair |= weight_bits(w, fp8, row * LATENT_DIM + col) << 16 * j;
-        }
-        out[i] = pair;
-    }
-    bricks[((size_t)head * BRICKS + brick) * FRAGMENTS * 32 + threadIdx.x] =
-        make_uint4(out[0], out[1], out[2], out[3]);
+// Where the value at a row (of all heads) and column of kv_b_proj stands in bricks [heads][16]: of
+// each head W_UK^T's eight (brick b: latent dims 64 b ..), then W_UV's (brick 2 k + h: values 64 h
+// .., latent dims 128 k ..).
+static __device__ size_t brick_at(int row, int col) {
+    int head = row / KV_DIM, value = row % KV_DIM - NOPE_DIM;  // below 0: W_UK's
+    int brick = value < 0 ? col / BRICK_ROWS : UK_BRICKS + col / BLOCK * 2 + value / BRICK_ROWS;
+    int m = (value < 0 ? col : value) % BRICK_ROWS, k = value < 0 ? value + NOPE_DIM : col % BLOCK;
+    int fragment = m % 8 / 2 * BRICK_STEPS + k / 32 * 2 + k % 8 / 4;
+    int lane = m / 8 * 4 + k % 32 / 8, pair = k % 4 / 2 * 2 + m % 2;
+    return ((((size_t)head * BRICKS + brick) * FRAGMENTS + fragment) * WARP + lane) * CHUNK +
+           pair * 2 + k % 2;
 }
 
 // ---- Placing weights ----------------------------------------------------------------------------
-// A weight's bytes are read into one of two pinned buffers, copied to one on the device, and
-// repacked from there, while the next ones are read into the other. What is not read and not copied
-// is a layout: a matrix is strips of 16 rows, [out/16][in bytes/128][16 rows][128 bytes], in which
-// the 16-byte chunk c of row r stands at c ^ (r mod 8). That is the order in which a tensor core's
-// operand of 8 rows by 128 bytes is free of bank conflicts.
+// What lies in a file is only noted when it is placed. Then place_next goes through the pieces that
+// r1.c reads from the disk (reading_want): kernels take from pinned memory, over PCIe, just the
+// bytes that this rank wants, however short the runs are, and store them where they belong.
+//
+// What is not read and not copied is a layout: a matrix is strips of 16 rows,
+// [out/16][in bytes/128][16 rows][128 bytes], in which the 16-byte chunk c of row r stands at
+// c ^ (r mod 8). That is the order in which a tensor core's operand of 8 rows by 128 bytes is free
+// of bank conflicts.
 
-enum { UPLOAD_BYTES = 32 << 20 };
+typedef struct {            // a matrix' part as it lies in a file, or a dummy, and where it goes
+    const uint8_t *data;    // NULL: a dummy
+    size_t rows, cols, stride;  // stride: bytes from row to row
+    int size, placed_size;  // bytes of an element: 4 becomes 2 (rounded), 2 becomes 4, or equal
+    Dummy dummy;
+    Place as;
+    int group, offset;      // of a matrix: see chunk_place
+    uint8_t *to;
+} Source;
 
 static thread_local struct {
-    uint8_t *host[2], *device[2], *value[2];
-    cudaEvent_t used[2];
-    int turn;
-} upload;
+    Source *want;           // in the order of the maps, from place_next on
+    size_t n, first;        // want[first]: the first one that may not be complete
+    Piece *pieces;
+    int n_pieces, next;
+} taking;
 
-static thread_local struct { void **data; int n; } placed;
+static thread_local struct { void **data; int n; uint8_t *values; } placed;  // values: a dummy's
 
 static uint8_t *place_alloc(size_t bytes) {
     placed.data = (void **)xrealloc(placed.data, (placed.n + 1) * sizeof *placed.data);
@@ -621,128 +618,184 @@ void place_free(void) {
     step_forget();
     while (placed.n) device_free(placed.data[--placed.n]);
     free(placed.data);
-    placed.data = NULL, step.heads = 0;
+    placed.data = NULL, placed.values = NULL, step.heads = 0;
 }
 
 static size_t dtype_size(DType dtype) {
     return dtype == DTYPE_F8_E4M3 ? 1 : dtype == DTYPE_BF16 ? 2 : 4;
 }
 
-static float value_at(const uint8_t *data, DType dtype, size_t i) {  // bf16 or f32, at any byte
-    size_t size = dtype_size(dtype);
-    float f = 0;
-    memcpy((uint8_t *)&f + 4 - size, data + i * size, size);
-    return f;
-}
-
 // To bf16 as kernels.c rounds, for the few matrices that some copies of R1 store in f32.
-static bf16 round_half(float f) {
+static inline __host__ __device__ bf16 round_half(float f) {
     uint32_t bits;
     memcpy(&bits, &f, sizeof bits);
     return f != f ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-typedef struct {  // a matrix' part as it lies in a file, or a dummy
-    const uint8_t *data;
-    const Dummy *dummy;     // where data is NULL
-    size_t rows, cols, gap, size;  // size: bytes of an element; the others as in Linear
-    bool round;             // from f32 to bf16
-} Source;
+// 16 bytes of dummy values, from the element at (row, col) on.
+static __device__ uint4 chunk_make(const Dummy *d, size_t row, size_t col, int size) {
+    uint4 v;
+    for (int i = 0; i < 16 / size; i++)
+        memcpy((uint8_t *)&v + i * size,
+               (const uint8_t *)d->value + dummy_index(d, row, col + i) * size, size);
+    return v;
+}
 
-// A thread makes an element, from the row first on.
-static __global__ void make_kernel(void *data, const void *value, Dummy d, size_t first, size_t n,
-                                   size_t cols, int size) {
+// 16 bytes from any address. Words around them are read, too.
+static __device__ uint4 chunk_read(const uint8_t *data) {
+    const uint32_t *word = (const uint32_t *)((uintptr_t)data & ~(uintptr_t)3);
+    int bits = (uintptr_t)data % 4 * 8;
+    uint32_t w[5];
+    for (int i = 0; i < 5; i++) w[i] = __ldg(word + i);
+    return make_uint4(__funnelshift_r(w[0], w[1], bits), __funnelshift_r(w[1], w[2], bits),
+                      __funnelshift_r(w[2], w[3], bits), __funnelshift_r(w[3], w[4], bits));
+}
+
+static __device__ uint32_t halves(uint32_t a, uint32_t b) {  // two f32
+    return round_half(__uint_as_float(a)) | (uint32_t)round_half(__uint_as_float(b)) << 16;
+}
+
+// Stores chunk c of a row. In a matrix row r goes to row r / group x 16 + r mod group + offset: all
+// 16 rows of a strip (group 16), or 8 rows of gate_proj (offset 0) and 8 of up_proj (offset 8), so
+// that values that belong together come out side by side.
+static __device__ void chunk_place(const Source *s, int row, int c, uint4 v) {
+    size_t row_bytes = s->cols * s->placed_size;
+    if (s->as == PLACE_MATRIX) {
+        int to = row / s->group * STRIP + row % s->group + s->offset;
+        uint8_t *line = s->to + (size_t)(to / STRIP) * STRIP * row_bytes +
+                        (size_t)(c / 8) * STRIP * ROW_BYTES + to % STRIP * ROW_BYTES;
+        ((uint4 *)line)[c % 8 ^ to % 8] = v;
+    } else if (s->as == PLACE_TABLE) {
+        if (row_bytes % 16 == 0) *(uint4 *)(s->to + row * row_bytes + c * 16) = v;
+        else *(uint32_t *)(s->to + row * row_bytes + c * 4) = v.x;
+    } else {
+        // e4m3 in the place of f32's bits is the value x 2^-120, as in kernels.c.
+        for (int i = 0; i < 16; i++) {
+            int code = ((const int8_t *)&v)[i];
+            float f = __int_as_float(code << 20 & (int)0x87f00000) * 0x1p120f;
+            ((bf16 *)s->to)[brick_at(row, c * 16 + i)] = __float_as_uint(f) >> 16;
+        }
+    }
+}
+
+static __host__ __device__ int source_chunk(const Source *s) {  // bytes that a thread stores
+    return s->cols * s->placed_size % 16 ? 4 : 16;
+}
+
+// From the row first on: what begins in `data`, `bytes` long, which lie at `from` in the map.
+static __global__ void take_kernel(Source s, const uint8_t *data, const uint8_t *from, size_t bytes,
+                                   size_t first, size_t n) {
+    int values = source_chunk(&s) / s.placed_size, per_row = s.cols / values;
     size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    size_t k = dummy_index(&d, first + i / cols, i % cols);
-    if (size == 1) ((uint8_t *)data)[i] = ((const uint8_t *)value)[k];
-    else if (size == 2) ((uint16_t *)data)[i] = ((const uint16_t *)value)[k];
-    else ((uint32_t *)data)[i] = ((const uint32_t *)value)[k];
+    size_t row = first + i / per_row, c = i % per_row;
+    if (i >= n * per_row) return;
+    uint4 v;
+    if (s.data) {
+        size_t at = s.data + row * s.stride + c * values * s.size - from;
+        if (at >= bytes) return;  // or it begins before: at has wrapped
+        v = chunk_read(data + at);
+        if (s.size < s.placed_size)
+            v = make_uint4(v.x << 16, v.x & 0xffff0000, v.y << 16, v.y & 0xffff0000);
+        if (s.size > s.placed_size) {
+            uint4 w = chunk_read(data + at + 16);
+            v = make_uint4(halves(v.x, v.y), halves(v.z, v.w), halves(w.x, w.y), halves(w.z, w.w));
+        }
+    } else {
+        v = chunk_make(&s.dummy, row, c * values, s.size);
+    }
+    chunk_place(&s, row, c, v);
 }
 
-// Brings n rows to the device and returns which buffer holds them. When all that reads it is in the
-// stream, its event `used` has to be recorded.
-static int upload_next(const Source *s, size_t first, size_t n) {
+static void take(const Source *s, const uint8_t *data, const uint8_t *from, size_t bytes) {
     enum { THREADS = 256 };
-    size_t row_bytes = s->cols * s->size, bytes = n * row_bytes;
-    int i = upload.turn ^= 1;
-    if (!upload.host[i]) {
-        check(cudaMallocHost(&upload.host[i], UPLOAD_BYTES), "pinned memory");
-        upload.device[i] = (uint8_t *)device_alloc(UPLOAD_BYTES);
-        upload.value[i] = (uint8_t *)device_alloc(DUMMY_VALUES * sizeof(float));
-        check(cudaEventCreateWithFlags(&upload.used[i], cudaEventDisableTiming), "event");
+    size_t first = 0, n = s->rows;
+    if (s->data) {
+        if (from > s->data) first = (from - s->data) / s->stride;
+        size_t end = (from + bytes - s->data + s->stride - 1) / s->stride;
+        n = (end < s->rows ? end : s->rows) - first;
     }
-    check(cudaEventSynchronize(upload.used[i]), "copy");
-    uint8_t *to = upload.host[i];
-    if (!s->data) {
-        memcpy(to, s->dummy->value, DUMMY_VALUES * s->size);
-        check(cudaMemcpyAsync(upload.value[i], to, DUMMY_VALUES * s->size, cudaMemcpyHostToDevice,
-                              stream), "copy");
-        make_kernel<<<units(n * s->cols, THREADS), THREADS, 0, stream>>>(
-            upload.device[i], upload.value[i], *s->dummy, first, n * s->cols, s->cols, s->size);
-        return i;
-    }
-    for (size_t r = 0; r < n; r++) {
-        const uint8_t *row = s->data + (first + r) * (s->cols + s->gap) * s->size;
-        if (!s->round) memcpy(to + r * row_bytes, row, row_bytes);
-        for (size_t c = 0; c < s->cols && s->round; c++)
-            ((bf16 *)to)[r * s->cols + c] = round_half(value_at(row, DTYPE_F32, c));
-    }
-    check(cudaMemcpyAsync(upload.device[i], to, s->round ? bytes / 2 : bytes,
-                          cudaMemcpyHostToDevice, stream), "copy");
-    return i;
+    size_t threads = n * (s->cols * s->placed_size / source_chunk(s));
+    take_kernel<<<units(threads, THREADS), THREADS, 0, stream>>>(*s, data, from, bytes, first, n);
+    check(cudaGetLastError(), "taking weights");
 }
 
-// Row r of a matrix goes to row r / group x 16 + r mod group + offset of dst: all 16 rows of a
-// strip (group 16), or 8 rows of gate_proj (offset 0) and 8 of up_proj (offset 8), so that values
-// that belong together come out side by side. A thread moves 16 bytes; bound by memory, once.
-static __global__ void repack_kernel(uint8_t *dst, const uint8_t *src, int first, int n,
-                                     int row_bytes, int group, int offset) {
-    int per_row = row_bytes / 16;
-    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
-    int row = i / per_row, c = i % per_row;
-    if (row >= n) return;
-    int to = (first + row) / group * STRIP + (first + row) % group + offset;
-    uint8_t *line = dst + (size_t)(to / STRIP) * STRIP * row_bytes +
-                    (size_t)(c / 8) * STRIP * ROW_BYTES + to % STRIP * ROW_BYTES;
-    ((uint4 *)line)[c % 8 ^ to % 8] = ((const uint4 *)src)[i];
+static const uint8_t *source_end(const Source *s) {
+    return s->data + (s->rows - 1) * s->stride + s->cols * s->size;
 }
 
-// Takes a matrix to dst, some rows at a time, and returns the bytes that the checkpoint has for it.
-static size_t place_rows(uint8_t *dst, const Source *s, Place as, int group, int offset) {
-    enum { THREADS = 256 };
-    size_t row_bytes = s->cols * (s->round ? 2 : s->size);
-    size_t whole = as == PLACE_KV_B ? KV_DIM : 1;  // rows that stay together
-    size_t most = UPLOAD_BYTES / (s->cols * s->size * whole) * whole;
-    for (size_t first = 0, n; first < s->rows; first += n) {
-        n = s->rows - first < most ? s->rows - first : most;
-        int i = upload_next(s, first, n);
-        if (as == PLACE_TABLE)
-            check(cudaMemcpyAsync(dst + first * row_bytes, upload.device[i], n * row_bytes,
-                                  cudaMemcpyDeviceToDevice, stream), "copy");
-        else if (as == PLACE_MATRIX)
-            repack_kernel<<<units(n * row_bytes / 16, THREADS), THREADS, 0, stream>>>(
-                dst, upload.device[i], first, n, row_bytes, group, offset);
-        else
-            kv_b_repack_kernel<<<dim3(n / KV_DIM, BRICKS), FRAGMENTS * WARP, 0, stream>>>(
-                (uint4 *)(dst + first / KV_DIM * HEAD_BRICKS), upload.device[i], true);
-        check(cudaGetLastError(), "repack");
-        check(cudaEventRecord(upload.used[i], stream), "event");
+// Makes a dummy, takes what lies in this process' memory, or notes what a file holds. Returns the
+// bytes that it took.
+static size_t source_place(Source s) {
+    enum { BEHIND = 64 };   // bytes that chunk_read may reach
+    size_t bytes = s.data ? source_end(&s) - s.data : DUMMY_VALUES * s.size;
+    if (s.data && reading_want(s.data, bytes)) {
+        taking.want = (Source *)xrealloc(taking.want, (taking.n + 1) * sizeof s);
+        taking.want[taking.n++] = s;
+        return 0;
     }
-    return s->rows * s->cols * s->size;
+    if (!s.data && !placed.values) placed.values = place_alloc(DUMMY_VALUES * sizeof(float));
+    uint8_t *copy = s.data ? (uint8_t *)device_alloc(bytes + BEHIND) : placed.values;
+    check(cudaMemcpyAsync(copy, s.data ? s.data : s.dummy.value, bytes, cudaMemcpyHostToDevice,
+                          stream), "copy");
+    s.dummy.value = copy;
+    take(&s, copy, s.data, bytes);
+    if (s.data) check(cudaStreamSynchronize(stream), "stream"), device_free(copy);
+    return s.rows * s.cols * s.size;
+}
+
+static int by_data(const void *a, const void *b) {
+    const Source *x = (const Source *)a, *y = (const Source *)b;
+    return (x->data > y->data) - (x->data < y->data);
+}
+
+static void taking_begin(void) {
+    uint8_t *ring = NULL;
+    qsort(taking.want, taking.n, sizeof *taking.want, by_data);
+    if (local_rank == 0)
+        check(cudaMallocHost(&ring, (size_t)READ_AHEAD * (PIECE_BYTES + SECTOR)), "pinned memory");
+    taking.pieces = reading_begin(&taking.n_pieces, ring, n_local_ranks);
+}
+
+static void taking_end(void) {
+    check(cudaStreamSynchronize(stream), "taking weights");
+    check(cudaFreeHost(reading_end()), "free");
+    free(taking.want);
+    memset(&taking, 0, sizeof taking);
+}
+
+// A piece is released when the GPU has taken what it wants, in the stream's order. A matrix counts
+// when its end was taken.
+size_t place_next(void) {
+    size_t bytes = 0;
+    if (!taking.n) return 0;
+    if (!taking.pieces) taking_begin();
+    while (!bytes && taking.next < taking.n_pieces) {
+        Piece *p = &taking.pieces[taking.next++];
+        const Source *s = &taking.want[taking.first], *last = taking.want + taking.n;
+        if (s == last || s->data >= p->end) {
+            reading_release(p);
+            continue;
+        }
+        const uint8_t *data = reading_wait(p);
+        for (; s < last && s->data < p->end; s++) {
+            take(s, data, p->from, p->end - p->from);
+            if (source_end(s) > p->end) break;  // the next piece has more of it
+            bytes += s->rows * s->cols * s->size, taking.first++;
+        }
+        check(cudaLaunchHostFunc(stream, reading_release, p), "release");
+    }
+    if (!bytes) taking_end();
+    return bytes;
 }
 
 // Vectors are f32 on the device, whatever they were.
 size_t place_vector(Vector *v) {
-    size_t bytes = v->dim * sizeof(float), from = v->dim * dtype_size(v->dtype);
-    float *values = (float *)xmalloc(bytes);
-    uint8_t *data = place_alloc(bytes);
-    for (int i = 0; i < v->dim; i++) values[i] = value_at(v->data, v->dtype, i);
-    Source s = {(uint8_t *)values, NULL, 1, (size_t)v->dim, 0, sizeof(float), false};
-    place_rows(data, &s, PLACE_TABLE, 0, 0);
-    free(values);
+    size_t dim = v->dim, size = dtype_size(v->dtype);
+    uint8_t *data = place_alloc(dim * sizeof(float));
+    Source s = {v->data, 1, dim, dim * size, (int)size, sizeof(float)};
+    s.as = PLACE_TABLE, s.to = data;
     *v = (Vector){v->dim, DTYPE_F32, data};
-    return from;
+    return source_place(s);
 }
 
 // Bytes of a matrix on the device, whole strips, and of its scales, which stay as they are.
@@ -757,13 +810,15 @@ static size_t scale_bytes(const Linear *w) {
 // Places a matrix and its scales there, and lets w point to them.
 static size_t linear_move(Linear *w, uint8_t *data, uint8_t *scale, Place as, int group,
                           int offset) {
-    size_t rows = w->out, cols = w->in, gap = w->gap, blocks = cols / BLOCK;
-    bool full = w->dtype == DTYPE_F32;
-    Source s = {w->data, &w->dummy[0], rows, cols, gap, dtype_size(w->dtype), full};
-    Source scales = {w->scale, &w->dummy[1], (size_t)units(rows, BLOCK), blocks, gap / BLOCK,
-                     sizeof(float), false};
-    size_t bytes = place_rows(data, &s, as, group, offset);
-    if (w->dtype == DTYPE_F8_E4M3) bytes += place_rows(scale, &scales, PLACE_TABLE, 0, 0);
+    size_t rows = w->out, cols = w->in, all = cols + w->gap, size = dtype_size(w->dtype);
+    bool fp8 = w->dtype == DTYPE_F8_E4M3, full = w->dtype == DTYPE_F32;
+    int placed_size = fp8 ? 1 : 2;
+    size_t bytes = source_place((Source){w->data, rows, cols, all * size, (int)size, placed_size,
+                                         w->dummy[0], as, group, offset, data});
+    if (fp8)
+        bytes += source_place((Source){w->scale, (size_t)units(rows, BLOCK), cols / BLOCK,
+                                       all / BLOCK * sizeof(float), sizeof(float), sizeof(float),
+                                       w->dummy[1], PLACE_TABLE, 0, 0, scale});
     w->data = data, w->scale = scale, w->gap = 0, w->dtype = full ? DTYPE_BF16 : w->dtype;
     return bytes;
 }

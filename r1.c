@@ -236,6 +236,7 @@ typedef struct {
     char *name, *header;    // file name; the header's text, into which tensor names point
     const uint8_t *map;
     size_t size;
+    int fd;                 // while weights are read
 } File;
 
 typedef struct {
@@ -470,6 +471,172 @@ void checkpoint_close(Checkpoint *c) {
     free(c->slots);
     free(c->index_text);
     free(c);
+}
+
+// ---- Reading: each byte once, for all ranks of a node -------------------------------------------
+// What a GPU wants is not copied out of the maps: page faults are slow, and a file that is cut
+// meanwhile would end in a signal. Instead each rank says which spans of the maps it wants. They
+// are sorted and cut into pieces, which threads read past the page cache into a ring of buffers,
+// and every rank goes through the pieces in the files' order and takes what it wants. So what
+// several ranks want leaves the disk once, and no order of tensors has to be agreed on.
+
+enum { READERS = 16 };     // requests in flight
+
+typedef struct { const uint8_t *from, *end; } Span;
+
+static struct {
+    Checkpoint *_Atomic files;
+    pthread_mutex_t mutex;
+    pthread_cond_t change;
+    Span *spans;            // of all ranks
+    size_t n_spans, room;
+    Piece *pieces;          // NULL: not all ranks have come
+    int n_pieces, next;     // next: the first one that no thread has taken
+    uint8_t *ring;          // piece i is read into buffer i mod READ_AHEAD
+    int ranks;              // that have come and not left
+    bool cached;            // a file system refused O_DIRECT
+    double start;
+    pthread_t thread[READERS];
+} reading = {.mutex = PTHREAD_MUTEX_INITIALIZER, .change = PTHREAD_COND_INITIALIZER};
+
+static File *file_of(const uint8_t *p) {  // in whose map it lies, or NULL
+    Checkpoint *c = reading.files;
+    for (int i = 0; c && i < c->n_files; i++)
+        if (p >= c->files[i].map && p < c->files[i].map + c->files[i].size) return &c->files[i];
+    return NULL;
+}
+
+bool reading_want(const uint8_t *from, size_t bytes) {
+    if (!file_of(from)) return false;
+    pthread_mutex_lock(&reading.mutex);
+    if (!reading.n_spans) reading.start = now_seconds();
+    if (reading.n_spans == reading.room) {
+        reading.room = 2 * reading.room + 1024;
+        reading.spans = xrealloc(reading.spans, reading.room * sizeof *reading.spans);
+    }
+    reading.spans[reading.n_spans++] = (Span){from, from + bytes};
+    pthread_mutex_unlock(&reading.mutex);
+    return true;
+}
+
+static int by_from(const void *a, const void *b) {
+    const Span *x = a, *y = b;
+    return (x->from > y->from) - (x->from < y->from);
+}
+
+// What of a span no piece has yet goes on the last one, where that has room and ends near enough.
+static void pieces_cut(int n_local) {
+    enum { NEAR = 8 * SECTOR, STEP = 1024 };
+    const File *f = NULL;
+    Piece *p = NULL;
+    qsort(reading.spans, reading.n_spans, sizeof *reading.spans, by_from);
+    for (const Span *s = reading.spans; s < reading.spans + reading.n_spans; s++) {
+        const uint8_t *at = p && p->end > s->from ? p->end : s->from;
+        for (; at < s->end; at = p->from + PIECE_BYTES) {
+            if (!p || at >= f->map + f->size || at > p->end + NEAR ||
+                at >= p->from + PIECE_BYTES) {
+                if (reading.n_pieces % STEP == 0)
+                    reading.pieces = xrealloc(reading.pieces,
+                                              (reading.n_pieces + STEP) * sizeof *p);
+                f = file_of(at), p = &reading.pieces[reading.n_pieces++];
+                *p = (Piece){.from = at - (at - f->map) % SECTOR, .left = n_local};
+            }
+            p->end = s->end < p->from + PIECE_BYTES ? s->end : p->from + PIECE_BYTES;
+        }
+    }
+}
+
+// With the sector behind it, so that a value across two pieces' border is whole in the first.
+static void piece_read(const Piece *p, uint8_t *to) {
+    const File *f = file_of(p->from);
+    size_t offset = p->from - f->map, bytes = p->end - p->from + SECTOR, done = 0;
+    if (bytes > f->size - offset) bytes = f->size - offset;
+    size_t asked = (bytes + SECTOR - 1) / SECTOR * SECTOR;
+    for (bool direct = true; done < bytes;) {
+        ssize_t n = pread(f->fd, to + done, asked - done, offset + done);
+        if (n > 0) done += n;
+        else if (n < 0 && errno == EINVAL && direct) direct = fcntl(f->fd, F_SETFL, 0) != 0;
+        else if (n == 0 || errno != EINTR)
+            die("%s/%s: reading weights at byte %zu of %zu: %s", reading.files->dir, f->name,
+                offset + done, f->size, n ? strerror(errno) : "the file ends here now");
+    }
+}
+
+static void *reader_main(void *unused) {
+    (void)unused;
+    for (;;) {
+        pthread_mutex_lock(&reading.mutex);
+        int i = reading.next++;
+        while (i < reading.n_pieces && i >= READ_AHEAD && reading.pieces[i - READ_AHEAD].left)
+            pthread_cond_wait(&reading.change, &reading.mutex);
+        pthread_mutex_unlock(&reading.mutex);
+        if (i >= reading.n_pieces) return NULL;
+        uint8_t *to = reading.ring + (size_t)(i % READ_AHEAD) * (PIECE_BYTES + SECTOR);
+        piece_read(&reading.pieces[i], to);
+        pthread_mutex_lock(&reading.mutex);
+        reading.pieces[i].data = to;
+        pthread_cond_broadcast(&reading.change);
+        pthread_mutex_unlock(&reading.mutex);
+    }
+}
+
+static void readers_start(void) {
+    for (File *f = reading.files->files; f < reading.files->files + reading.files->n_files; f++) {
+        char *path = format_string("%s/%s", reading.files->dir, f->name);
+        f->fd = open(path, O_RDONLY | O_CLOEXEC);
+        if (f->fd < 0) die("%s: %s", path, strerror(errno));
+        reading.cached |= fcntl(f->fd, F_SETFL, O_DIRECT) != 0;
+        free(path);
+    }
+    for (int i = 0; i < READERS; i++)
+        if (pthread_create(&reading.thread[i], NULL, reader_main, NULL) != 0)
+            die("can't start a thread that reads weights");
+}
+
+Piece *reading_begin(int *n, uint8_t *ring, int n_local) {
+    pthread_mutex_lock(&reading.mutex);
+    if (ring) reading.ring = ring;
+    if (++reading.ranks == n_local) {
+        pieces_cut(n_local);
+        readers_start();
+        pthread_cond_broadcast(&reading.change);
+    }
+    while (!reading.pieces) pthread_cond_wait(&reading.change, &reading.mutex);
+    pthread_mutex_unlock(&reading.mutex);
+    *n = reading.n_pieces;
+    return reading.pieces;
+}
+
+const uint8_t *reading_wait(const Piece *p) {
+    pthread_mutex_lock(&reading.mutex);
+    while (!p->data) pthread_cond_wait(&reading.change, &reading.mutex);
+    pthread_mutex_unlock(&reading.mutex);
+    return p->data;
+}
+
+void reading_release(void *piece) {
+    pthread_mutex_lock(&reading.mutex);
+    if (!--((Piece *)piece)->left) pthread_cond_broadcast(&reading.change);
+    pthread_mutex_unlock(&reading.mutex);
+}
+
+uint8_t *reading_end(void) {
+    pthread_mutex_lock(&reading.mutex);
+    bool last = !--reading.ranks;
+    pthread_mutex_unlock(&reading.mutex);
+    if (!last) return NULL;
+    double bytes = 0, seconds = now_seconds() - reading.start;
+    for (int i = 0; i < READERS; i++) pthread_join(reading.thread[i], NULL);
+    for (int i = 0; i < reading.files->n_files; i++) close(reading.files->files[i].fd);
+    for (int i = 0; i < reading.n_pieces; i++)
+        bytes += reading.pieces[i].end - reading.pieces[i].from;
+    log_line(0, "Load weight: read %.2f GB in %.2f s, %.2f GB/s%s", bytes / 1e9, seconds,
+             bytes / 1e9 / seconds, reading.cached ? ", through the page cache" : "");
+    free(reading.spans), free(reading.pieces);
+    reading.spans = NULL, reading.pieces = NULL;
+    reading.n_spans = reading.room = 0;
+    reading.n_pieces = reading.next = 0, reading.cached = false;
+    return reading.ring;
 }
 
 // ---- Dummy weights: any geometry without its 688 GB ---------------------------------------------
@@ -816,11 +983,13 @@ static void model_bind(Model *m, Checkpoint *files, const Config *c, Progress *p
     p->total_bytes = bytes;
     if (!m->rank) checkpoint_log_unused(files);
     double start = now_seconds(), reported = m->rank ? INFINITY : start;
+    reading.files = files;
     size_t n = place_linear(&m->embed_tokens, PLACE_TABLE) +
                place_linear(&m->lm_head, PLACE_MATRIX) + place_vector(&m->norm);
     progress_add(p, n, start, &reported);
     for (int i = 0; i < c->num_hidden_layers; i++)
         progress_add(p, layer_place(&m->layers[i], c->n_routed_experts), start, &reported);
+    for (size_t more; (more = place_next());) progress_add(p, more, start, &reported);
 }
 
 Model *model_load(const Config *config, Checkpoint *files, int rank, int size, int max_rows,

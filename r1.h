@@ -262,6 +262,30 @@ typedef struct {  // of one rank; watched by other threads while it reads its pa
 Checkpoint *checkpoint_open(const char *dir, bool dummy);
 void checkpoint_close(Checkpoint *c);
 
+// Reading, for a twin that does not compute from the maps: the same bytes from the disk, once for
+// all ranks of a node. A rank says what it wants, then goes through all pieces in their order:
+// waits for one, takes what it wants from it, releases it; or releases it at once.
+
+enum {
+    PIECE_BYTES = 8 << 20,  // at most
+    SECTOR = 4096,          // O_DIRECT wants multiples of it: addresses, offsets, lengths
+    READ_AHEAD = 32,        // pieces that are read and not yet released, or being read
+};
+
+typedef struct {
+    const uint8_t *from, *end;  // where it lies in a file's map
+    const uint8_t *data;    // what lies there, and SECTOR bytes more where the file has them
+    int left;               // ranks that have not released it
+} Piece;
+
+// False where no file holds it. What several ranks want may overlap.
+bool reading_want(const uint8_t *from, size_t bytes);
+// Waits for all n_local ranks. One of them has ring [READ_AHEAD][PIECE_BYTES + SECTOR], others NULL.
+Piece *reading_begin(int *n, uint8_t *ring, int n_local);
+const uint8_t *reading_wait(const Piece *p);     // its data
+void reading_release(void *piece);
+uint8_t *reading_end(void);      // the last rank to leave gets the ring, to free it; others NULL
+
 // -------------------------------------------------------------------------------------------------
 // kernels.c: the stages. What is declared here is all that a version for a GPU has to implement.
 
@@ -350,7 +374,8 @@ void *device_alloc(size_t bytes);                // zeroed; dies where there is 
 void device_free(void *p);
 
 // Weights are placed before a stage reads them: the twin takes them to where its stages want them,
-// in its own layout, and turns the pointers there. Returns the bytes that it took.
+// in its own layout, and turns the pointers there. Returns the bytes that it took; what it has to
+// read comes later, with place_next.
 typedef enum {
     PLACE_MATRIX,
     PLACE_TABLE,  // rows are taken one by one: the embedding
@@ -360,6 +385,7 @@ typedef enum {
 size_t place_vector(Vector *v);
 size_t place_linear(Linear *w, Place as);
 size_t place_mlp(Mlp *m, int n, Mlp *shared);    // n of equal size and perhaps one more
+size_t place_next(void);         // takes more of what was placed; 0: all of it is there
 void place_free(void);           // gives back all that was placed, and what was reserved
 
 enum { GROUP_ID = 128 };
