@@ -1,4 +1,4 @@
-"""tests/test_group.py: the group of k8s/r1.yaml as two processes on one machine. Run by `make test`.
+"""tests/test_group.py: k8s/r1.yaml's group as two processes on one machine. Run by `make test`.
 
 Needs what test_k8s.py needs, and an r1 that takes --tp 2; it skips, saying so, without. Command
 line and environment are the manifest's, with LeaderWorkerSet's variables. Only the model, --tp (16
@@ -51,7 +51,9 @@ class Group:
         return argv, env
 
     def start(self, rank):
-        argv, env = self.argv(rank)
+        self.launch(rank, *self.argv(rank))
+
+    def launch(self, rank, argv, env):
         self.logs[rank] = tempfile.TemporaryFile("w+")
         self.nodes[rank] = subprocess.Popen(argv, env={**os.environ, **env},
                                             stderr=self.logs[rank], start_new_session=True)
@@ -166,8 +168,29 @@ def check_loss(group, lost, pool):
     check(lost == 0 or '"error"' in text, f"the leader doesn't tell the stream: {text[-300:]}")
 
 
+def check_tiny(group):
+    """tiny.yaml's container, which is one process on any machine."""
+    deployment = parse(sent("k8s/tiny")["tiny.yaml"])[0]
+    container = deployment["spec"]["template"]["spec"]["containers"][0]
+    argv = [R1, *argv_of(container, environment(container, {}))[1:], "--model-path", "tiny-r1"]
+    argv[argv.index("--host") + 1] = "127.0.0.1"
+    argv[argv.index("--port") + 1] = str(group.ports[0])
+    group.launch(0, argv, {})
+    check(group.until(200, 0, 60)[0], f"tiny.yaml: not ready: {group.log(0)}")
+    status, text = group.chat()
+    check(status == 200 and "**3** times" in text, f"tiny.yaml: {status} {text}")
+    group.nodes[0].terminate()
+    status = group.status(0, 30)
+    check(status == 0, f"tiny.yaml: ends with {status} after SIGTERM: {group.log(0)}")
+
+
 def main():
-    if "cuda" in R1:
+    tiny = Group()
+    try:
+        check_tiny(tiny)
+    finally:
+        tiny.end()
+    if os.path.basename(os.path.dirname(R1)) == "cuda":
         skip("two nodes on one machine: this build wants a GPU for each rank")
         finish()
     first = Group()
