@@ -125,8 +125,9 @@ def check_drain(group, pool):
     group.start(0)
     for rank in (0, 1):
         ok, seen = group.until(200, rank, 60)
-        check(ok and seen <= {0, 503},
-              f"rank {rank} gets ready: {seen}\n{group.log(0)}{group.log(1)}")
+        if not check(ok and seen <= {0, 503},
+                     f"rank {rank} isn't ready: {seen}\n{group.log(0)}{group.log(1)}"):
+            return
     status, text = group.chat()
     check(status == 200 and "**3** times" in text and '"finish_reason":"stop"' in text,
           f"chat: {status} {text}")
@@ -153,8 +154,9 @@ def check_loss(group, lost, pool):
           f"the leader's health before the worker is there: {seen}")
     group.start(1)
     for rank in (0, 1):
-        check(group.until(200, rank, 60)[0],
-              f"rank {rank} gets ready\n{group.log(0)}{group.log(1)}")
+        if not check(group.until(200, rank, 60)[0],
+                     f"rank {rank} isn't ready: {group.log(0)}{group.log(1)}"):
+            return
     stream = pool.submit(group.chat, stream=True, max_tokens=100000, ignore_eos=True)
     time.sleep(0.3)
     check(not stream.done(), "the stream was over before the kill")
@@ -176,7 +178,8 @@ def check_tiny(group):
     argv[argv.index("--host") + 1] = "127.0.0.1"
     argv[argv.index("--port") + 1] = str(group.ports[0])
     group.launch(0, argv, {})
-    check(group.until(200, 0, 60)[0], f"tiny.yaml: not ready: {group.log(0)}")
+    if not check(group.until(200, 0, 60)[0], f"tiny.yaml: not ready: {group.log(0)}"):
+        return
     status, text = group.chat()
     check(status == 200 and "**3** times" in text, f"tiny.yaml: {status} {text}")
     group.nodes[0].terminate()
