@@ -44,8 +44,10 @@ $(shell mkdir -p $(BUILD); echo '$(CC) $(CFLAGS) $(NVCCFLAGS)' | cmp -s - $(FLAG
 
 SOURCES := r1 $(TWIN) tokenizer json http bench
 TESTS := json tokenizer kernels checkpoint reading slices slices_exact sample scheduler http bench oracle oracle_exact end_to_end
+# In Python, where there is one: the manifests, the fetch of the weights, two nodes on one machine.
+SCRIPTS := k8s fetch group
 ifeq ($(TWIN),kernels_cuda)
-TESTS += cuda gemm mla slices_cuda
+TESTS += cuda gemm mla slices_cuda oracle_cuda
 endif
 
 ifeq ($(SAN),1)
@@ -76,7 +78,7 @@ $(BUILD)/%_exact.o: %.c r1.h Makefile $(FLAGS)
 
 PARTS := $(BUILD)/r1_test.o $(patsubst %,$(BUILD)/%.o,kernels tokenizer json http bench)
 
-$(BUILD)/test_%: tests/test_%.c tests/test.h r1.h $(PARTS)
+$(BUILD)/test_%: tests/test_%.c tests/test.h tests/test_device.h r1.h $(PARTS)
 	$(CC) $(CFLAGS) $< $(PARTS) -o $@ $(LIBS)
 
 $(BUILD)/test_http: tests/test_http.c tests/test.h r1.h $(patsubst %,$(BUILD)/%.o,tokenizer json http)
@@ -101,7 +103,8 @@ $(BUILD)/test_cuda $(BUILD)/test_gemm $(BUILD)/test_mla: $(BUILD)/test_%: tests/
     tests/test_cuda.h tests/test.h kernels.cu r1.h $(REF)
 	$(NVCC) $(NVCCFLAGS) $< $(REF) -o $@ $(LIBS)
 
-$(BUILD)/test_slices_cuda: tests/test_slices.c tests/test.h r1.h $(BUILD)/kernels_cuda.o $(PARTS)
+$(BUILD)/test_%_cuda: tests/test_%.c tests/test.h tests/test_device.h r1.h $(BUILD)/kernels_cuda.o \
+    $(PARTS)
 	$(CC) $(CFLAGS) -DCUDA -c $< -o $@.o
 	$(LINK) $@.o $(filter-out %/kernels.o,$(PARTS)) $(BUILD)/kernels_cuda.o -o $@ $(LIBS)
 
@@ -109,7 +112,7 @@ $(BUILD)/test_slices_cuda: tests/test_slices.c tests/test.h r1.h $(BUILD)/kernel
 $(BUILD)/test_bench: tests/test_bench.c tests/test.h bench.c r1.h $(PARTS)
 	$(CC) $(CFLAGS) $< $(filter-out %/bench.o,$(PARTS)) -o $@ $(LIBS)
 
-$(BUILD)/test_%_exact: tests/test_%.c tests/test.h r1.h $(BUILD)/r1_exact.o $(BUILD)/kernels_exact.o $(PARTS)
+$(BUILD)/test_%_exact: tests/test_%.c tests/test.h tests/test_device.h r1.h $(BUILD)/r1_exact.o $(BUILD)/kernels_exact.o $(PARTS)
 	$(CC) $(CFLAGS) -DEXACT $< $(BUILD)/r1_exact.o $(BUILD)/kernels_exact.o \
 	    $(patsubst %,$(BUILD)/%.o,tokenizer json http bench) -o $@ $(LIBS)
 
@@ -117,7 +120,7 @@ $(BUILD)/bench_linear: tests/bench_linear.c r1.h $(PARTS)
 	$(CC) $(CFLAGS) $< $(PARTS) -o $@ $(LIBS)
 
 test: $(BUILD)/r1 $(TESTS:%=$(BUILD)/test_%)
-	@R1=$(BUILD)/r1 sh tests/run.sh $(TESTS:%=$(BUILD)/test_%)
+	@R1=$(BUILD)/r1 sh tests/run.sh $(TESTS:%=$(BUILD)/test_%) $(SCRIPTS:%=tests/test_%.py)
 ifneq ($(TWIN),kernels_cuda)
 	@echo "test_cuda: skipped: this build is for the CPU"
 endif

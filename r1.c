@@ -489,7 +489,7 @@ static struct {
     pthread_mutex_t mutex;
     pthread_cond_t change;
     Span *spans;            // of all ranks
-    size_t n_spans, room;
+    size_t n_spans;
     Piece *pieces;          // NULL: not all ranks have come
     int n_pieces, next;     // next: the first one that no thread has taken
     uint8_t *ring;          // piece i is read into buffer i mod READ_AHEAD
@@ -510,10 +510,7 @@ bool reading_want(const uint8_t *from, size_t bytes) {
     if (!file_of(from)) return false;
     pthread_mutex_lock(&reading.mutex);
     if (!reading.n_spans) reading.start = now_seconds();
-    if (reading.n_spans == reading.room) {
-        reading.room = 2 * reading.room + 1024;
-        reading.spans = xrealloc(reading.spans, reading.room * sizeof *reading.spans);
-    }
+    reading.spans = xrealloc(reading.spans, (reading.n_spans + 1) * sizeof *reading.spans);
     reading.spans[reading.n_spans++] = (Span){from, from + bytes};
     pthread_mutex_unlock(&reading.mutex);
     return true;
@@ -526,7 +523,7 @@ static int by_from(const void *a, const void *b) {
 
 // What of a span no piece has yet goes on the last one, where that has room and ends near enough.
 static void pieces_cut(int n_local) {
-    enum { NEAR = 8 * SECTOR, STEP = 1024 };
+    enum { NEAR = 8 * SECTOR };
     const File *f = NULL;
     Piece *p = NULL;
     qsort(reading.spans, reading.n_spans, sizeof *reading.spans, by_from);
@@ -535,9 +532,7 @@ static void pieces_cut(int n_local) {
         for (; at < s->end; at = p->from + PIECE_BYTES) {
             if (!p || at >= f->map + f->size || at > p->end + NEAR ||
                 at >= p->from + PIECE_BYTES) {
-                if (reading.n_pieces % STEP == 0)
-                    reading.pieces = xrealloc(reading.pieces,
-                                              (reading.n_pieces + STEP) * sizeof *p);
+                reading.pieces = xrealloc(reading.pieces, (reading.n_pieces + 1) * sizeof *p);
                 f = file_of(at), p = &reading.pieces[reading.n_pieces++];
                 *p = (Piece){.from = at - (at - f->map) % SECTOR, .left = n_local};
             }
@@ -633,8 +628,7 @@ uint8_t *reading_end(void) {
     log_line(0, "Load weight: read %.2f GB in %.2f s, %.2f GB/s%s", bytes / 1e9, seconds,
              bytes / 1e9 / seconds, reading.cached ? ", through the page cache" : "");
     free(reading.spans), free(reading.pieces);
-    reading.spans = NULL, reading.pieces = NULL;
-    reading.n_spans = reading.room = 0;
+    reading.spans = NULL, reading.pieces = NULL, reading.n_spans = 0;
     reading.n_pieces = reading.next = 0, reading.cached = false;
     return reading.ring;
 }

@@ -1,28 +1,14 @@
 // tests/test_slices.c: a model in parts is the same model. A group of ranks, each with its part of
 // every large matrix, must give the whole model's logits, but for the rounding of what the ranks
-// sum, and the same bits on one node or several.
-#include "../r1.h"
+// sum, and the same bits on one node or several. Built with -DCUDA the ranks are as many as there
+// are GPUs, all in one process.
 #include "test.h"
+#include "test_device.h"
 
 #include <pthread.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-// Built with -DCUDA the ranks are as many as there are GPUs, all in one process.
-#ifdef CUDA
-int cudaGetDeviceCount(int *n);
-int cudaDeviceSynchronize(void);
-int cudaMemcpy(void *to, const void *from, size_t n, int kind);
-
-static void read_logits(float *to, const float *from, size_t n) {
-    enum { DEVICE_TO_HOST = 2 };
-    if (cudaDeviceSynchronize() || cudaMemcpy(to, from, n * sizeof *to, DEVICE_TO_HOST))
-        die("CUDA: can't read logits");
-}
-#else
-static void read_logits(float *to, const float *from, size_t n) { memcpy(to, from, n * sizeof *to); }
-#endif
 
 enum { ROWS = 40, SEQUENCES = 2, PAGES = 3, MOST_RANKS = 8, MOST_VOCAB = 1024 };
 
@@ -59,8 +45,9 @@ static void run_steps(Model *m, Logits *out) {
             int n = b.n - first < m->max_out ? b.n - first : m->max_out;
             if (first) model_more_logits(m, first, n);
             for (int i = 0; i < n && m->rank == 0; i++)
-                read_logits((*out)[total + first + i],
-                            m->logits + (size_t)i * m->config.vocab_size, m->config.vocab_size);
+                device_read((*out)[total + first + i],
+                            m->logits + (size_t)i * m->config.vocab_size,
+                            m->config.vocab_size * sizeof(float));
         }
         total += b.n;
     }
