@@ -2,7 +2,8 @@
 # Everything that only a GPU can tell, in one call: builds both twins, runs each part of test_cuda,
 # test_gemm and test_mla in a process of its own under a timeout, compares answers of tiny-r1 with
 # the C twin's, runs the same on few rows under compute-sanitizer, and the benches. The table stands
-# last; logs are in build/cuda/logs. tests/gpu.sh PART.. does only those.
+# last; logs are in build/cuda/logs. tests/gpu.sh PART.. does only those. Loading is timed with files
+# of 7 GB, in build/load.
 cd "$(dirname "$0")/.." || exit 1
 logs=build/cuda/logs
 table= failed=0
@@ -32,6 +33,23 @@ for question in "How many r are there in strawberry ?" "How many e are there in 
 done
 echo "7 answers are the same $ranks"'
 
+# Loading from a disk, whose speed changes: in turns with a plain read of the same files. And from
+# memory, which shows what the rest could do.
+loads='
+dir=build/load memory=/dev/shm/r1-load
+load() {
+    build/cuda/r1 run --model-path $1 --tokenizer-path tiny-r1 --max-total-tokens 256 \
+        --max-tokens 1 Hello 2>&1 >build/cuda/logs/load_answer | sed -n "s/.*Load weight: //p"
+}
+trap "rm -rf $memory" EXIT
+python3 tests/load.py write $dir || exit 1
+for turn in 1 2 3; do
+    echo "note: plainly, 16 threads: $(python3 tests/load.py read $dir)"
+    echo "note: r1 from the disk:    $(load $dir)"
+done
+cp -r $dir $memory && echo "note: r1 from memory:      $(load $memory)"
+[ "$(grep -c "r1 from.*GB/s" build/cuda/logs/loads)" = 4 ] && echo "4 loads"'
+
 only="$*"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 part build 400 make CUDA=1 -j"$(nproc)" build/cuda/r1 build/cuda/test_cuda build/cuda/test_gemm \
@@ -44,6 +62,9 @@ done
 part oracle 60 build/cuda/test_oracle_cuda
 part slices 60 build/cuda/test_slices_cuda
 part answers 60 sh -c "$answers"
+part loads 120 sh -c "$loads"
+part cuda_files 60 build/cuda/test_cuda files
+rm -rf build/load
 part memcheck_run 60 compute-sanitizer --error-exitcode 9 build/cuda/r1 run --model-path tiny-r1 \
     --max-total-tokens 1024 --max-tokens 3 "How many r are there in strawberry ?"
 for test in cuda_place cuda_steps cuda_rows cuda_routes cuda_sample mla_query mla_value mla_attend \
@@ -56,6 +77,6 @@ for name in rows routes; do
         build/cuda/test_cuda $name 1
 done
 for name in cuda gemm mla; do part bench_$name 60 build/cuda/test_$name bench; done
-grep -h "^note" $logs/cuda_model $logs/cuda_talks $logs/slices $logs/bench_*
+grep -h "^note" $logs/cuda_model $logs/cuda_talks $logs/cuda_files $logs/loads $logs/slices $logs/bench_*
 echo "$table"
 exit $failed

@@ -3,6 +3,8 @@
 // it is compared for the values that are equal, and those must be nearly all.
 #include "test_cuda.h"
 
+#include <unistd.h>
+
 static Vector vector_noise(int dim, DType dtype, double middle, double spread) {
     uint8_t *data = (uint8_t *)xmalloc((size_t)dim * 4 + 1) + 1;  // at an odd address
     for (int i = 0; i < dim; i++) {
@@ -671,6 +673,116 @@ static void test_talks(void) {
     tokenizer_free(tokenizer), checkpoint_close(files);
 }
 
+// ---- Weights from files -------------------------------------------------------------------------
+// What place_next takes from pieces that were read, at odd addresses, across pieces' borders and
+// out of rows that several ranks share, is what placing the C twin's weights from memory gives.
+
+static uint8_t *rows_copy(const uint8_t *data, size_t rows, size_t bytes, size_t stride) {
+    uint8_t *copy = (uint8_t *)xmalloc(rows * bytes);
+    for (size_t i = 0; i < rows; i++) memcpy(copy + i * bytes, data + i * stride, bytes);
+    return copy;
+}
+
+static Linear linear_copy(const Linear *w) {
+    Linear p = *w;
+    size_t size = dtype_size(w->dtype), all = w->in + w->gap, blocks = w->in / BLOCK * 4;
+    p.data = rows_copy(w->data, w->out, w->in * size, all * size);
+    if (w->dtype == DTYPE_F8_E4M3)
+        p.scale = rows_copy(w->scale, units(w->out, BLOCK), blocks, all / BLOCK * 4);
+    p.gap = 0;
+    return p;
+}
+
+static size_t compared, unequal;  // arrays
+
+static void compare(const void *data, const void *want, size_t bytes) {
+    void *a = fetch(data, bytes), *b = fetch(want, bytes);
+    compared++, unequal += memcmp(a, b, bytes) != 0;
+    free(a), free(b);
+}
+
+static void compare_vector(const Vector *v, const Vector *ref) {
+    Vector p = *ref;
+    p.data = rows_copy(ref->data, 1, ref->dim * dtype_size(ref->dtype), 0);
+    const uint8_t *copy = p.data;
+    place_vector(&p);
+    compare(v->data, p.data, v->dim * sizeof(float));
+    free((void *)copy);
+}
+
+static void compare_linear(const Linear *w, const Linear *ref, Place as) {
+    Linear copy = linear_copy(ref), p = copy;
+    place_linear(&p, as);
+    compare(w->data, p.data, as == PLACE_KV_B    ? w->out / KV_DIM * HEAD_BRICKS
+                             : as == PLACE_TABLE ? (size_t)w->out * w->in * 2
+                                                 : matrix_bytes(w));
+    if (scale_bytes(w)) compare(w->scale, p.scale, scale_bytes(w));
+    linear_free(&copy);
+}
+
+static void compare_mlp(const Mlp *m, const Mlp *ref, int n, const Mlp *shared,
+                        const Mlp *ref_shared) {
+    Mlp *copy = (Mlp *)xcalloc(n + 1, sizeof *copy), *p = (Mlp *)xcalloc(n + 1, sizeof *p);
+    int all = n + (shared != NULL);
+    for (int e = 0; e < all; e++)
+        for (int i = 0; i < 3; i++)
+            (&copy[e].gate_proj)[i] = linear_copy(&(e < n ? ref + e : ref_shared)->gate_proj + i);
+    memcpy(p, copy, (n + 1) * sizeof *p);
+    place_mlp(p, n, shared ? &p[n] : NULL);
+    for (int e = 0; e < all; e++)
+        for (int i = 0; i < 3; i++) {
+            const Linear *w = &(e < n ? m + e : shared)->gate_proj + i, *want = &p[e].gate_proj + i;
+            if (i != 1) compare(w->data, want->data, matrix_bytes(w) * (i == 0 ? 2 : 1));
+            compare(w->scale, want->scale, scale_bytes(w));
+            linear_free(&copy[e].gate_proj + i);
+        }
+    free(copy), free(p);
+}
+
+static void test_files_of(const char *dir, int rank, int size) {
+    Config c = config_load(dir);
+    Checkpoint *files = checkpoint_open(dir, false);
+    Progress told = {};
+    compared = unequal = 0;
+    Model *m = model_load(&c, files, rank, size, 4, 4, 1, &told);
+    Model *ref = ref_model_load(&c, files, rank, size, 4, 4, 1, NULL);
+    compare_linear(&m->embed_tokens, &ref->embed_tokens, PLACE_TABLE);
+    compare_linear(&m->lm_head, &ref->lm_head, PLACE_MATRIX);
+    compare_vector(&m->norm, &ref->norm);
+    for (int i = 0; i < c.num_hidden_layers; i++) {
+        const Layer *l = &m->layers[i], *r = &ref->layers[i];
+        compare_vector(&l->input_layernorm, &r->input_layernorm);
+        compare_vector(&l->self_attn.kv_a_layernorm, &r->self_attn.kv_a_layernorm);
+        compare_linear(&l->self_attn.kv_b_proj, &r->self_attn.kv_b_proj, PLACE_KV_B);
+        compare_linear(&l->self_attn.q_a_proj, &r->self_attn.q_a_proj, PLACE_MATRIX);
+        compare_linear(&l->self_attn.q_b_proj, &r->self_attn.q_b_proj, PLACE_MATRIX);
+        compare_linear(&l->self_attn.o_proj, &r->self_attn.o_proj, PLACE_MATRIX);
+        if (l->moe) {
+            compare_linear(&l->moe_mlp.gate, &r->moe_mlp.gate, PLACE_MATRIX);
+            compare_mlp(l->moe_mlp.experts, r->moe_mlp.experts, c.n_routed_experts,
+                        &l->moe_mlp.shared_experts, &r->moe_mlp.shared_experts);
+        } else {
+            compare_mlp(&l->mlp, &r->mlp, 1, NULL, NULL);
+        }
+    }
+    CHECK(unequal == 0, "%s, rank %d of %d: %zu of %zu arrays differ", dir, rank, size, unequal,
+          compared);
+    CHECK(told.loaded_bytes == told.total_bytes, "%s, rank %d of %d: told %zu of %zu bytes", dir,
+          rank, size, (size_t)told.loaded_bytes, (size_t)told.total_bytes);
+    printf("note: %s, rank %d of %d: %zu arrays, %.2f GB\n", dir, rank, size, compared,
+           told.loaded_bytes / 1e9);
+    model_free(m), ref_model_free(ref);
+    checkpoint_close(files);
+}
+
+static void test_files(void) {
+    test_files_of("tiny-r1", 0, 1), test_files_of("tiny-r1", 1, 2);
+    test_files_of("tests/golden/nasty", 0, 1);
+    if (access("build/load/config.json", R_OK) != 0)
+        SKIP("R1's own sizes: tests/load.py write build/load makes them");
+    else test_files_of("build/load", 5, 8), test_files_of("build/load", 0, 1);
+}
+
 // ---- Times --------------------------------------------------------------------------------------
 
 // What these kernels read was written just before in a step, too, so it may lie in L2.
@@ -787,7 +899,8 @@ int main(int argc, char **argv) {
     static const Part parts[] = {{"place", test_place},   {"steps", test_steps},
                                  {"rows", test_rows},     {"routes", test_routes},
                                  {"sample", test_sample}, {"model", test_model},
+                                 {"files", test_files},
                                  {"talks", test_talks},
                                  {"bench", bench}};
-    return run_parts(parts, 8, argc, argv);
+    return run_parts(parts, 9, argc, argv);
 }
