@@ -703,12 +703,9 @@ static void bench_rows(int n) {
         microseconds([&] { mla_latent(qa, cache, x, y, &gain, &gain, 1e-6f, rope, &b); }),
         microseconds([&] { route(&r, &gain, &c, n, 1); }),
     };
-    RouteDims dims = {256, 32, 4, 8, 1, 2.5};
-    float alone = microseconds(
-        [&] { launch(route_kernel<8>, n, WARP, 0, r, r.sum, (float *)gain.data, dims); });
     printf("note: %5d rows: rope %.2f us, embed %.2f, add_norm %.2f (%.0f GB/s), mla_latent %.2f, "
-           "route %.2f, with lists %.2f\n",
-           n, t[0], t[1], t[2], 8.5 * n * HIDDEN / t[2] / 1e3, t[3], alone, t[4]);
+           "route and lists %.2f\n",
+           n, t[0], t[1], t[2], 8.5 * n * HIDDEN / t[2] / 1e3, t[3], t[4]);
     check(cudaStreamSynchronize(stream), "bench");
     rooms_close();
     place_free();
@@ -748,7 +745,7 @@ static void bench(void) {
     }
 }
 
-// ---- The time of a layer -------------------------------------------------------------------------
+// ---- The time of a layer ------------------------------------------------------------------------
 // MoE layers as one of eight ranks has them, 1,024 tokens into each sequence, with random weights
 // that route evenly. The layer as a whole, then what it saves to leave a stage out (edges between
 // kernels included, and what overlaps not), and a chain of this stage alone.
@@ -848,8 +845,8 @@ static void layer_stage(Model *m, int layer, int stage, const Batch *b) {  // mo
     switch (stage) {
     case 0: add_norm(m->x, m->normed, m->y, &l->input_layernorm, 1e-6f, n); break;
     case 1:
-        linear(m->q_a, m->normed, &l->self_attn.q_a_proj, n);
-        linear(m->kv_a, m->normed, &l->self_attn.kv_a_proj_with_mqa, n);
+        linear_pair(m->q_a, m->kv_a, m->normed, &l->self_attn.q_a_proj,
+                    &l->self_attn.kv_a_proj_with_mqa, n);
         break;
     case 2:
         mla_latent(m->q_latent, cache, m->q_a, m->kv_a, &l->self_attn.q_a_layernorm,

@@ -21,6 +21,7 @@ decltype(rope_angles) ref_rope_angles;
 decltype(embed) ref_embed;
 decltype(add_norm) ref_add_norm;
 decltype(linear) ref_linear;
+decltype(linear_pair) ref_linear_pair;
 decltype(mla_latent) ref_mla_latent;
 decltype(mla_query) ref_mla_query;
 decltype(mla_attend) ref_mla_attend;
