@@ -4,16 +4,21 @@
 #include "r1.h"
 
 #include <assert.h>
+#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <math.h>
+#include <netdb.h>
+#include <netinet/tcp.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -753,12 +758,19 @@ static size_t layer_place(Layer *l, int n_experts) {
 // Counts n loaded bytes; rank 0 tells how it goes, every few seconds.
 static void progress_add(Progress *p, size_t n, double start, double *reported) {
     enum { REPORT = 5 };  // seconds
-    double now = now_seconds(), done = p->loaded_bytes += n, total = p->total_bytes;
-    if (now - *reported < REPORT) return;
+    double now = now_seconds(), done = p->loaded_bytes += n, total = p->total_bytes, least = 1;
+    int first = server.node * server.n_local, slowest = first;
+    if (now - *reported < REPORT || p != &server.ranks[first].progress) return;
+    for (int i = 0; i < server.n_ranks; i++) {
+        const Progress *other = &server.ranks[i].progress;
+        double part = other->loaded_bytes / fmax(1, other->total_bytes);
+        if (part < least) least = part, slowest = i;
+    }
     *reported = now;
     double speed = done / (now - start);
-    log_line(0, "Load weight: %.1f %%, %.1f of %.1f GB, %.2f GB/s, %.0f s left",
-             100 * done / total, done / 1e9, total / 1e9, speed / 1e9, (total - done) / speed);
+    log_line(first, "Load weight: %.1f %%, %.1f of %.1f GB, %.2f GB/s, %.0f s left; slowest rank "
+             "%d at %.1f %%", 100 * done / total, done / 1e9, total / 1e9, speed / 1e9,
+             (total - done) / speed, slowest, 100 * least);
 }
 
 // ==== One layer, one step ========================================================================
@@ -985,7 +997,7 @@ static void rank_load(int local) {
     int rank = g->rank + local;
     device_init(local, g->n_local);
     ranks.model[local] = model_load(ranks.config, ranks.files, rank, g->size, ranks.max_rows,
-                                    ranks.max_out, ranks.n_pages, &server.progress[rank]);
+                                    ranks.max_out, ranks.n_pages, &server.ranks[rank].progress);
 }
 
 static void rank_obey(int local, const Order *o) {
@@ -1039,7 +1051,13 @@ static void order_here(const Order *o) {
     ranks_wait();
 }
 
-static void order_give(const Order *o) { order_here(o); }
+static void nodes_send(const Order *o);
+static void nodes_loaded(void);
+
+static void order_give(const Order *o) {
+    nodes_send(o);
+    order_here(o);
+}
 
 // Loads all ranks of this node, side by side, and lets them meet those of other nodes.
 static void ranks_load(const Config *c, Checkpoint *files, int max_rows, int max_out, int n_pages) {
@@ -1053,6 +1071,7 @@ static void ranks_load(const Config *c, Checkpoint *files, int max_rows, int max
             die("can't start the thread of rank %d", ranks.group.rank + i);
     rank_load(0);
     ranks_wait();
+    nodes_loaded();
     order_here(&(Order){.kind = ORDER_JOIN});
 }
 
@@ -1062,13 +1081,681 @@ static void ranks_end(void) {
     free(ranks.model), free(ranks.thread);
 }
 
-void peer_lost(int lost, const char *format, ...) {
+// ---- Nodes
+// Node 0 leads, the others are its workers. Each worker opens two TCP connections to the leader.
+// Over "control" both ends say once a second how they are, from a thread of its own, whatever the
+// engines do: who is silent for five seconds is lost, and with it the group. Over "engine" come the
+// leader's orders and, behind an order, what kernels.c exchanges in its sums. Everything is sent in
+// frames, a Frame and one of the structs below, little-endian as both ends are:
+//   worker   HELLO     first on each connection: who it is, and all that must be equal
+//   leader   WELCOME   its boot's nonce, which the second HELLO repeats; a stale one is refused
+//            REFUSAL   or why not, and then it hangs up
+//   both     STATUS    control: how this node and its ranks are. The leader's is the whole group's
+//   leader   GO        engine: all are there
+//            ORDER     engine: what to compute
+// Until all are there a node may leave and come again, and nobody who just knocks does any harm.
+// From then on nobody else is let in. Nothing that comes is believed: not a length, not an index.
+
+enum { FRAME_HELLO = 1, FRAME_WELCOME, FRAME_REFUSAL, FRAME_STATUS, FRAME_GO, FRAME_ORDER };
+enum {
+    FRAME_MAGIC = 0x646e3172,  // "r1nd"
+    PROTOCOL = 1,
+    GUESTS = 16,               // connections that have not said HELLO yet
+    MAX_ORDER = 1 << 28,       // bytes
+    STATE_OVER = STATE_FAILED + 1,  // the leader's last word when all went well
+};
+static const double beat_s = 1, silence_s = 5, report_s = 5, farewell_s = 3;
+
+typedef struct { uint32_t magic, protocol, kind, bytes; } Frame;
+
+typedef struct {
+    uint64_t nonce;            // of the boot that the worker takes part in; 0: of none yet
+    uint32_t node, engine;     // engine: this is to be the second connection
+    uint32_t tokens, unused;   // that the cache could hold on this node
+    char facts[4096];          // lines of name=value
+} Hello;
+
+typedef struct { uint64_t nonce; uint32_t http_port, unused; } Welcome;
+typedef struct { uint32_t for_good; char text[508]; } Refusal;  // for_good: don't ask again
+typedef struct { uint32_t tokens; uint8_t id[GROUP_ID]; } Go;
+
+typedef struct {
+    uint64_t steps;
+    uint32_t state, stops, running, queued;
+    char failure[248];
+    struct { uint32_t state, unused; uint64_t loaded, total; } rank[MAX_RANKS];
+} NodeStatus;
+
+typedef struct { uint32_t kind, first, n, rows, n_out, n_pages; } OrderHead;  // then arrays of ints
+
+static const uint32_t frame_bytes[] = {
+    [FRAME_HELLO] = sizeof(Hello), [FRAME_WELCOME] = sizeof(Welcome),
+    [FRAME_REFUSAL] = sizeof(Refusal), [FRAME_STATUS] = sizeof(NodeStatus), [FRAME_GO] = sizeof(Go)};
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "frames are sent as they lie in memory");
+
+typedef struct {               // one end of a connection
+    int fd;                    // -1: none
+    double heard;              // when it opened or its last frame came
+    char address[INET6_ADDRSTRLEN + 8];
+    size_t n_in;               // how much of a frame has come
+    _Alignas(8) uint8_t in[sizeof(Frame) + sizeof(Hello)];
+} Line;
+
+static struct {
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+    Line control[MAX_RANKS];   // by node; a worker has [0] only, the leader all but that
+    int engine[MAX_RANKS];     // their other sockets
+    uint32_t tokens[MAX_RANKS];
+    Line guest[GUESTS];
+    int listener, wake_fd;     // wake_fd: the watch is to say at once how this node is
+    Hello hello;               // what this node says of itself
+    char host[256], port[6];   // --dist-init-addr
+    char why[512];             // a worker's: why it has no leader yet
+    bool complete;             // all are there
+    atomic_bool closing;       // this node has done its work: nobody is missed from now on
+    Go go;
+    int peer[MAX_RANKS];
+    Buf out, in, seq, pages;   // of orders
+} nodes = {.mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER, .listener = -1, .wake_fd = -1};
+
+static void options_agree(Buf *b);
+
+static void nodes_wake(void) { (void)!write(nodes.wake_fd, &(uint64_t){1}, 8); }
+
+// "node 1 (rank 8-15)" when it is waited for, "rank 8-15 (node 1)" when it is spoken of.
+static const char *node_name(char out[48], int node, bool node_first) {
+    int first = node * server.n_local, last = first + server.n_local - 1;
+    char range[24], number[16];
+    snprintf(range, sizeof range, first < last ? "rank %d-%d" : "rank %d", first, last);
+    snprintf(number, sizeof number, "node %d", node);
+    snprintf(out, 48, "%s (%s)", node_first ? number : range, node_first ? range : number);
+    return out;
+}
+
+static void node_state(int node, int state) {
+    for (int i = 0; i < server.n_local; i++) server.ranks[node * server.n_local + i].state = state;
+}
+
+// The group can't go on: the text goes to the log, to all who wait, and to the other nodes.
+__attribute__((format(printf, 1, 2))) static void group_fail(const char *format, ...) {
     va_list args;
+    Buf b = {0};
+    va_start(args, format);
+    buf_vprintf(&b, format, args);
+    va_end(args);
+    char *copy = format_string("%s", b.data);
+    if (http_fail(b.data)) log_line(-1, "%s", copy);
+    free(copy);
+    nodes_wake();
+}
+
+void peer_lost(int node, const char *format, ...) {
+    va_list args;
+    char name[48];
     Buf why = {0};
+    if (nodes.closing || server.over || server.stops > 1) return;
     va_start(args, format);
     buf_vprintf(&why, format, args);
     va_end(args);
-    die("node %d was lost: %s", lost, why.data);
+    node_state(node, STATE_FAILED);
+    group_fail("%s was lost: %s", node_name(name, node, false), why.data);
+    buf_free(&why);
+}
+
+// Control frames are small and few: if one doesn't fit into the socket, the other end is gone.
+static bool frame_send(int fd, int kind, const void *payload) {
+    uint8_t out[sizeof(Frame) + sizeof(Hello)];
+    size_t n = frame_bytes[kind];
+    memcpy(out, &(Frame){FRAME_MAGIC, PROTOCOL, kind, n}, sizeof(Frame));
+    memcpy(out + sizeof(Frame), payload, n);
+    n += sizeof(Frame);
+    return send(fd, out, n, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)n;
+}
+
+// The kind of the next frame, whose payload then lies in l->in; 0: it is not complete; -1: there
+// will be none, and `why` says the reason.
+static int frame_take(Line *l, int flags, const char **why) {
+    Frame f;
+    for (size_t whole = sizeof f;; whole = sizeof f) {
+        if (l->n_in >= sizeof f) {
+            memcpy(&f, l->in, sizeof f);
+            if (f.magic != FRAME_MAGIC) return *why = "it does not speak r1's protocol", -1;
+            if (f.protocol != PROTOCOL) return *why = "it speaks another version's protocol", -1;
+            if (f.kind < FRAME_HELLO || f.kind > FRAME_GO || f.bytes != frame_bytes[f.kind])
+                return *why = "it sent a malformed frame", -1;
+            whole += f.bytes;
+        }
+        if (l->n_in == whole) {
+            memmove(l->in, l->in + sizeof f, f.bytes);
+            return l->n_in = 0, l->heard = now_seconds(), (int)f.kind;
+        }
+        ssize_t n = recv(l->fd, l->in + l->n_in, whole - l->n_in, flags);
+        if (n < 0 && errno == EAGAIN) return *why = "it does not answer", 0;
+        if (n <= 0) return *why = n ? strerror(errno) : "connection closed", -1;
+        l->n_in += n;
+    }
+}
+
+static void line_close(Line *l) {
+    if (l->fd >= 0) close(l->fd);
+    l->fd = -1, l->n_in = 0;
+}
+
+static void address_text(char *out, size_t size, int fd) {
+    struct sockaddr_storage a;
+    char host[INET6_ADDRSTRLEN] = "", port[8] = "";
+    getpeername(fd, (void *)&a, &(socklen_t){sizeof a});
+    getnameinfo((void *)&a, sizeof a, host, sizeof host, port, sizeof port,
+                NI_NUMERICHOST | NI_NUMERICSERV);
+    snprintf(out, size, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
+}
+
+// Without its control connection a node is gone. Before all are there it may come again.
+static void node_gone(int node, const char *why) {
+    char name[48];
+    line_close(&nodes.control[node]);
+    if (nodes.complete) peer_lost(node, "%s", why);
+    if (nodes.complete || nodes.closing || server.over) return;
+    log_line(-1, "%s has left: %s", node_name(name, node, true), why);
+    node_state(node, STATE_CONNECTING);
+    // A worker's engine thread waits at the other socket, and closes it itself.
+    if (server.node) { shutdown(nodes.engine[0], SHUT_RDWR); return; }
+    if (nodes.engine[node] >= 0) close(nodes.engine[node]);
+    nodes.engine[node] = -1;
+}
+
+// ---- What each node knows of the others
+
+static bool all_loaded(void) {
+    for (int i = 0; i < server.n_ranks; i++)
+        if (server.ranks[i].state != STATE_READY) return false;
+    return true;
+}
+
+static void status_send(void) {
+    static NodeStatus s;
+    const char *failure = server.failure;
+    s.steps = server.steps, s.running = server.running, s.queued = server.queued;
+    s.stops = server.stops;
+    s.state = failure ? STATE_FAILED : nodes.closing ? (int)STATE_OVER : server.state;
+    snprintf(s.failure, sizeof s.failure, "%s", failure ? failure : "");
+    for (int i = 0; i < server.n_ranks; i++) {
+        const RankStatus *r = &server.ranks[i];
+        s.rank[i].state = r->state, s.rank[i].loaded = r->progress.loaded_bytes;
+        s.rank[i].total = r->progress.total_bytes;
+    }
+    for (int i = 0; i < server.options.nnodes; i++)
+        if (nodes.control[i].fd >= 0 && !frame_send(nodes.control[i].fd, FRAME_STATUS, &s))
+            node_gone(i, strerror(errno));
+}
+
+static void leader_over(void) {
+    server.over = true;
+    http_stop(1);
+}
+
+// The leader believes a worker what it says of its own ranks, a worker the leader all but that.
+static bool status_take(int from, NodeStatus *s) {
+    s->failure[sizeof s->failure - 1] = 0;
+    if (s->state > STATE_OVER) return false;
+    for (int i = 0; i < server.n_ranks; i++) {
+        RankStatus *r = &server.ranks[i];
+        if (s->rank[i].state > STATE_FAILED) return false;
+        if (from ? i / server.n_local != from : i / server.n_local == server.node) continue;
+        r->state = s->rank[i].state;
+        r->progress.loaded_bytes = s->rank[i].loaded;
+        r->progress.total_bytes = s->rank[i].total;
+    }
+    pthread_cond_broadcast(&nodes.changed);
+    if (from && s->stops && nodes.complete) http_stop(s->stops > 1 ? 2 : 1);
+    if (from) return true;
+    server.steps = s->steps;
+    server.running = s->running;
+    server.queued = s->queued;
+    if (s->state == STATE_OVER) leader_over();
+    else if (s->state == STATE_FAILED) group_fail("%s", s->failure);
+    else server.state = s->state;
+    return true;
+}
+
+static void control_take(int node) {
+    Line *l = &nodes.control[node];
+    const char *why = "it sent a frame out of turn";
+    int kind;
+    while (l->fd >= 0 && (kind = frame_take(l, MSG_DONTWAIT, &why)))
+        if (kind != FRAME_STATUS || !status_take(node, (void *)l->in)) node_gone(node, why);
+}
+
+// ---- Who comes to the leader
+
+// The first of the facts that differs: "--tp-size: got 4, want 2". NULL: none.
+static char *facts_differ(const char *got, const char *want) {
+    for (size_t n, m; *want; got += n + !!got[n], want += m + 1) {
+        n = strcspn(got, "\n"), m = strcspn(want, "\n");
+        size_t name = strcspn(want, "=") + 1;
+        if (n == m && !memcmp(got, want, n)) continue;
+        bool same = n >= name && !memcmp(got, want, name);
+        return format_string("%.*s: got %.*s, want %.*s", (int)name - 1, want,
+                             (int)(same ? n - name : n), same ? got + name : got, (int)(m - name),
+                             want + name);
+    }
+    return NULL;
+}
+
+// Why a HELLO is refused, malloc'ed; NULL: it is not. What differs is not worth waiting for.
+static char *hello_refuse(const Hello *h, bool *differs) {
+    const Hello *own = &nodes.hello;
+    char name[48];
+    if (h->nonce != (h->engine ? own->nonce : 0))
+        return format_string("boot nonce: got %016lx, want %016lx: it belongs to another boot",
+                             h->nonce, own->nonce);
+    char *difference = facts_differ(h->facts, own->facts);
+    *differs = difference;
+    if (difference) return difference;
+    if (h->node < 1 || h->node >= (uint32_t)server.options.nnodes || h->engine > 1)
+        return format_string("it says that it is node %u", h->node);
+    const Line *control = &nodes.control[h->node];
+    if (h->engine ? nodes.engine[h->node] >= 0 : control->fd >= 0)
+        return format_string("%s is there already, from %s", node_name(name, h->node, true),
+                             control->address);
+    return h->engine && control->fd < 0 ? format_string("its control connection is gone") : NULL;
+}
+
+static void guest_refuse(Line *g, const char *why) {
+    log_line(-1, "Refused %s at --dist-init-addr: %s", g->address, why);
+    line_close(g);
+}
+
+static void guest_hello(Line *g) {
+    Hello *h = (void *)g->in;
+    char name[48];
+    bool differs = false;
+    h->facts[sizeof h->facts - 1] = 0;
+    char *refusal = hello_refuse(h, &differs);
+    if (refusal) {
+        // A stale nonce, as a difference, will be the same next time; another node may leave.
+        Refusal r = {.for_good = differs || h->nonce};
+        snprintf(r.text, sizeof r.text, "node %u: %s", h->node, refusal);
+        frame_send(g->fd, FRAME_REFUSAL, &r);
+        guest_refuse(g, r.text);
+        if (differs) group_fail("%s", r.text);
+        free(refusal);
+        return;
+    }
+    frame_send(g->fd, FRAME_WELCOME, &(Welcome){nodes.hello.nonce, server.port, 0});
+    if (h->engine) {
+        nodes.engine[h->node] = g->fd;
+    } else {
+        nodes.control[h->node] = *g;
+        nodes.tokens[h->node] = h->tokens;
+        log_line(-1, "%s has come from %s", node_name(name, h->node, true), g->address);
+    }
+    g->fd = -1;
+}
+
+static void guest_accept(void) {
+    Line *g = nodes.guest;  // an empty place, or that of the one who is silent for longest
+    int fd = accept4(nodes.listener, NULL, NULL, SOCK_CLOEXEC);
+    if (fd < 0) return;
+    for (Line *i = g; i < nodes.guest + GUESTS; i++)
+        if (g->fd >= 0 && (i->fd < 0 || i->heard < g->heard)) g = i;
+    if (g->fd >= 0) guest_refuse(g, "too many came at once");
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
+    *g = (Line){.fd = fd, .heard = now_seconds()};
+    address_text(g->address, sizeof g->address, fd);
+}
+
+static void guest_take(Line *g) {
+    const char *why;
+    int kind = frame_take(g, MSG_DONTWAIT, &why);
+    if (kind == FRAME_HELLO) guest_hello(g);
+    else if (kind) guest_refuse(g, kind < 0 ? why : "it did not say HELLO");
+}
+
+// All are there: the door closes. A node of the next boot finds it so, and tries until its own
+// leader has come.
+static void nodes_count(void) {
+    for (int i = 1; i < server.options.nnodes; i++)
+        if (nodes.control[i].fd < 0 || nodes.engine[i] < 0) return;
+    for (Line *g = nodes.guest; g < nodes.guest + GUESTS; g++) line_close(g);
+    close(nodes.listener);
+    nodes.listener = -1;
+    nodes.complete = true;
+    pthread_cond_broadcast(&nodes.changed);
+}
+
+// ---- The watch: a thread that never computes
+
+// Who is waited for, every five seconds; and after --dist-timeout that it was in vain.
+static void watch_wait(double now, double *report) {
+    const Options *o = &server.options;
+    int waited = (int)(now - server.boot), own = server.node * server.n_local;
+    bool late = waited >= o->dist_timeout, tell = now >= *report;
+    if (tell) *report = now + report_s;
+    // While this node loads nobody waits for the others.
+    if (!late && (!tell || (nodes.complete && server.ranks[own].state != STATE_READY))) return;
+    for (int i = 0; i < o->nnodes; i++) {
+        char name[48], percent[32];
+        int first = i * server.n_local, slow = first;
+        for (int r = first; r < first + server.n_local; r++)
+            if (server.ranks[r].state < server.ranks[slow].state) slow = r;
+        const Progress *p = &server.ranks[slow].progress;
+        int state = server.ranks[slow].state;
+        if (state == STATE_READY || (!late && i == server.node)) continue;
+        snprintf(percent, sizeof percent, "loading, %.1f %%",
+                 100.0 * p->loaded_bytes / fmax(1, p->total_bytes));
+        const char *why = state == STATE_LOADING ? percent : *nodes.why ? nodes.why : "not connected";
+        node_name(name, i, true);
+        if (late) group_fail("%s: %s after %d s (--dist-timeout)", name, why, waited);
+        else log_line(-1, "Waiting for %s: %s, %d s of %d s", name, why, waited, o->dist_timeout);
+        if (server.node && nodes.control[0].fd < 0) break;  // what of the others, nobody knows
+    }
+}
+
+// What a thread does that waits until the program ends.
+static _Noreturn void wait_for_end(void) { for (;;) pause(); }
+
+static void watch_round(double now, double *beat, double *report) {
+    static double failed;
+    for (int i = 0; i < server.options.nnodes; i++)
+        if (nodes.control[i].fd >= 0 && now - nodes.control[i].heard >= silence_s)
+            node_gone(i, format_string("no heartbeat for %.1f s", now - nodes.control[i].heard));
+    for (Line *g = nodes.guest; g < nodes.guest + GUESTS; g++)
+        if (g->fd >= 0 && now - g->heard >= silence_s) guest_refuse(g, "it said nothing");
+    if (nodes.listener >= 0) nodes_count();
+    if (server.stops && !nodes.complete && server.node) leader_over();  // it is not missed yet
+    if (!server.failure && !all_loaded()) watch_wait(now, report);
+    if (now >= *beat) status_send(), *beat = now + beat_s;
+    // The HTTP thread ends the program. Should it not get there, this one does.
+    if (server.failure && !failed) failed = now;
+    if (failed && now - failed > farewell_s) _exit(1);
+}
+
+static void *watch_main(void *unused) {
+    double beat = 0, report = now_seconds() + report_s;
+    for (;;) {
+        struct pollfd p[2 + MAX_RANKS + GUESTS];
+        pthread_mutex_lock(&nodes.mutex);
+        double now = now_seconds(), wake = beat;
+        p[0] = (struct pollfd){nodes.wake_fd, POLLIN, 0};
+        p[1] = (struct pollfd){nodes.listener, POLLIN, 0};
+        for (int i = 0; i < MAX_RANKS + GUESTS; i++) {
+            const Line *l = i < MAX_RANKS ? &nodes.control[i] : &nodes.guest[i - MAX_RANKS];
+            p[2 + i] = (struct pollfd){l->fd, POLLIN, 0};
+            if (l->fd >= 0) wake = fmin(wake, l->heard + silence_s);
+        }
+        pthread_mutex_unlock(&nodes.mutex);
+        poll(p, COUNT(p), (int)ceil(fmax(0, wake - now) * 1000));
+        pthread_mutex_lock(&nodes.mutex);
+        uint64_t count;
+        if (read(nodes.wake_fd, &count, sizeof count) > 0) beat = 0;
+        for (int i = 0; i < MAX_RANKS; i++)
+            if (p[2 + i].revents) control_take(i);
+        for (int i = 0; i < GUESTS; i++)
+            if (p[2 + MAX_RANKS + i].revents) guest_take(&nodes.guest[i]);
+        if (p[1].revents) guest_accept();
+        watch_round(now_seconds(), &beat, &report);
+        pthread_mutex_unlock(&nodes.mutex);
+    }
+    return unused;
+}
+
+// ---- How a group comes together
+
+// The port is taken before anything is loaded, on all addresses, since the leader's own name may
+// not be known yet; but an address of this machine alone stays one.
+static void nodes_open(const Options *o) {
+    if (o->nnodes < 2 || o->node_rank) return;
+    const char *hosts[] = {nodes.host, "::", "0.0.0.0"};
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE | AI_NUMERICHOST};
+    bool local = !strncmp(nodes.host, "127.", 4) || !strcmp(nodes.host, "::1");
+    for (int i = !local; i < 3 && nodes.listener < 0; i++) {
+        struct addrinfo *a;
+        if (getaddrinfo(hosts[i], nodes.port, &hints, &a)) continue;
+        int fd = socket(a->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+        setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
+        setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &(int){0}, sizeof(int));
+        if (fd >= 0 && !bind(fd, a->ai_addr, a->ai_addrlen) && !listen(fd, GUESTS)) nodes.listener = fd;
+        else if (local || i == 2 || errno == EADDRINUSE)
+            die("--dist-init-addr: cannot listen on %s:%s: %s", hosts[i], nodes.port,
+                strerror(errno));
+        else close(fd);
+        freeaddrinfo(a);
+    }
+}
+
+// A worker's connection, as far as WELCOME. False: `why` says what is in the way.
+static bool line_open(Line *l, const struct addrinfo *a, bool engine, char *why, size_t size) {
+    struct timeval patience = {(time_t)silence_s, 0}, none = {0};
+    const char *reason = NULL;
+    *l = (Line){.fd = socket(a->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0)};
+    setsockopt(l->fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);  // of connect(), too
+    setsockopt(l->fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
+    setsockopt(l->fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
+    nodes.hello.engine = engine;
+    int kind = -1;
+    if (l->fd < 0 || connect(l->fd, a->ai_addr, a->ai_addrlen) ||
+        !frame_send(l->fd, FRAME_HELLO, &nodes.hello))
+        reason = errno == EINPROGRESS ? "it does not answer" : strerror(errno);
+    else kind = frame_take(l, 0, &reason);
+    if (kind == FRAME_WELCOME) {
+        setsockopt(l->fd, SOL_SOCKET, SO_SNDTIMEO, &none, sizeof none);
+        setsockopt(l->fd, SOL_SOCKET, SO_RCVTIMEO, &none, sizeof none);
+        address_text(l->address, sizeof l->address, l->fd);
+        return true;
+    }
+    Refusal *r = (void *)l->in;
+    r->text[sizeof r->text - 1] = 0;
+    if (kind == FRAME_REFUSAL && r->for_good) group_fail("refused by the leader: %s", r->text);
+    snprintf(why, size, "%s", kind == FRAME_REFUSAL ? r->text : reason ? reason : "it is confused");
+    return line_close(l), false;
+}
+
+// Both connections to a leader whose address is looked up anew: it may have moved.
+static bool leader_open(Line *control, Line *engine, char *why, size_t size) {
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *list = NULL;
+    int error = getaddrinfo(nodes.host, nodes.port, &hints, &list);
+    if (error) return snprintf(why, size, "%s: %s", nodes.host, gai_strerror(error)), false;
+    bool open = false;
+    nodes.hello.nonce = 0;
+    for (const struct addrinfo *a = list; a && !open && !server.failure; a = a->ai_next) {
+        if (!line_open(control, a, false, why, size)) continue;
+        const Welcome *w = (void *)control->in;
+        nodes.hello.nonce = w->nonce;
+        server.leader = format_string("%.*s:%u", (int)(strrchr(control->address, ':') - control->address),
+                                      control->address, w->http_port);
+        open = line_open(engine, a, true, why, size);
+        if (!open) line_close(control), nodes.hello.nonce = 0;
+    }
+    freeaddrinfo(list);
+    return open;
+}
+
+// A worker's way into the group: again and again, until a leader says that all are there.
+static void leader_join(void) {
+    static Line control, engine;
+    const char *why;
+    char text[sizeof nodes.why];
+    for (;; sleep(1)) {
+        bool open = leader_open(&control, &engine, text, sizeof text);
+        pthread_mutex_lock(&nodes.mutex);
+        snprintf(nodes.why, sizeof nodes.why, "%s", open ? "" : text);
+        if (open) nodes.control[0] = control, nodes.engine[0] = engine.fd;
+        pthread_mutex_unlock(&nodes.mutex);
+        nodes_wake();
+        if (server.failure) wait_for_end();
+        if (!open) continue;
+        bool go = frame_take(&engine, 0, &why) == FRAME_GO;
+        pthread_mutex_lock(&nodes.mutex);
+        nodes.complete = go;
+        if (!go) line_close(&engine), line_close(&nodes.control[0]), nodes.engine[0] = -1;
+        pthread_mutex_unlock(&nodes.mutex);
+        if (go) break;
+    }
+    memcpy(&nodes.go, engine.in, sizeof nodes.go);
+}
+
+static bool all_read(int fd, void *data, size_t n) {
+    for (ssize_t done; n; data = (char *)data + done, n -= done)
+        if ((done = recv(fd, data, n, MSG_WAITALL)) <= 0) return false;
+    return true;
+}
+
+static bool all_written(int fd, const void *data, size_t n) {
+    for (ssize_t done; n; data = (const char *)data + done, n -= done)
+        if ((done = send(fd, data, n, MSG_NOSIGNAL)) <= 0) return false;
+    return true;
+}
+
+// What all nodes must agree in; the rest of what decides a step's shapes follows from these.
+static void facts_write(void) {
+    Buf b = {0};
+    buf_printf(&b, "version=%s\nmodel fingerprint=r1-%016lx\n", R1_VERSION, server.fingerprint);
+    options_agree(&b);
+    if (b.len >= sizeof nodes.hello.facts) die("the flags are too long for the handshake");
+    memcpy(nodes.hello.facts, b.data, b.len);
+    buf_free(&b);
+}
+
+// From here on the others are watched. Returns when all are there and agree; the cache is then as
+// large as all of them can hold.
+static void nodes_connect(Group *g) {
+    const Options *o = &server.options;
+    g->peer = nodes.peer, g->n_peers = 0, g->id = nodes.go.id;
+    if (!server.node) group_id(nodes.go.id);
+    node_state(server.node, STATE_LOADING);
+    if (o->nnodes < 2) return;
+    pthread_t watch;
+    for (int i = 0; i < MAX_RANKS; i++) nodes.control[i].fd = nodes.engine[i] = -1;
+    for (int i = 0; i < GUESTS; i++) nodes.guest[i].fd = -1;
+    for (int i = 0; i < o->nnodes; i++) node_state(i, STATE_CONNECTING);
+    nodes.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    nodes.hello.node = server.node, nodes.hello.tokens = server.max_total_tokens;
+    while (!server.node && !nodes.hello.nonce)
+        if (getrandom(&nodes.hello.nonce, sizeof nodes.hello.nonce, 0) < 0) die("getrandom: %s", strerror(errno));
+    facts_write();
+    if (pthread_create(&watch, NULL, watch_main, NULL)) die("can't start the watch thread");
+    if (server.node) leader_join();
+    pthread_mutex_lock(&nodes.mutex);
+    while (!nodes.complete) pthread_cond_wait(&nodes.changed, &nodes.mutex);
+    pthread_mutex_unlock(&nodes.mutex);
+    if (!server.node) nodes.go.tokens = server.max_total_tokens;
+    for (int i = 1; i < o->nnodes && !server.node; i++)
+        if (nodes.tokens[i] < nodes.go.tokens) nodes.go.tokens = nodes.tokens[i];
+    const Frame f = {FRAME_MAGIC, PROTOCOL, FRAME_GO, sizeof nodes.go};
+    for (int i = !server.node; i < (server.node ? 1 : o->nnodes); i++) {
+        int fd = nodes.peer[g->n_peers++] = nodes.engine[i];
+        if (server.node) break;
+        if (!all_written(fd, &f, sizeof f) || !all_written(fd, &nodes.go, sizeof nodes.go))
+            peer_lost(i, "%s", strerror(errno)), wait_for_end();
+    }
+    server.max_total_tokens = nodes.go.tokens;
+    node_state(server.node, STATE_LOADING);
+}
+
+// Waits until all ranks of all nodes have loaded.
+static void nodes_loaded(void) {
+    node_state(server.node, STATE_READY);
+    if (server.options.nnodes < 2) return;
+    nodes_wake();
+    pthread_mutex_lock(&nodes.mutex);
+    while (!all_loaded()) pthread_cond_wait(&nodes.changed, &nodes.mutex);
+    pthread_mutex_unlock(&nodes.mutex);
+}
+
+// The last word, of success or failure. The leader goes last, so that nobody misses it.
+static void nodes_close(void) {
+    if (server.options.nnodes < 2) return;
+    nodes.closing = true;
+    nodes_wake();
+    bool open = !server.node;
+    for (int i = 0; i < 100 && open; i++) {  // of 10 ms
+        usleep(10000);
+        pthread_mutex_lock(&nodes.mutex);
+        open = false;
+        for (int k = 1; k < server.options.nnodes; k++) open |= nodes.control[k].fd >= 0;
+        pthread_mutex_unlock(&nodes.mutex);
+    }
+}
+
+// ---- Orders
+
+// Sends what the leader orders to all workers. Of the page tables only the pages that the rows
+// read go out, one run behind the other, and a row's `seq` says where its run begins: so
+// max_pages is 1 there.
+static void nodes_send(const Order *o) {
+    if (server.node || server.options.nnodes < 2) return;
+    const Batch *b = &o->batch;
+    Buf *out = &nodes.out, *seq = &nodes.seq, *pages = &nodes.pages;
+    bool step = o->kind == ORDER_STEP;
+    int n = step ? b->n : 0, n_out = step ? b->n_out : 0;
+    out->len = seq->len = pages->len = 0;
+    for (int i = 0, end; i < n; i = end) {
+        int run = pages->len / sizeof(int), last = 0;
+        for (end = i; end < n && b->seq[end] == b->seq[i]; end++) {
+            buf_add(seq, &run, sizeof run);
+            if (b->position[end] > last) last = b->position[end];
+        }
+        buf_add(pages, b->pages + (size_t)b->seq[i] * b->max_pages, (last / PAGE + 1) * sizeof(int));
+    }
+    OrderHead h = {o->kind, o->first, o->n, n, n_out, pages->len / sizeof(int)};
+    size_t bytes = sizeof h + (3 * n + n_out) * sizeof(int) + pages->len;
+    buf_add(out, &(Frame){FRAME_MAGIC, PROTOCOL, FRAME_ORDER, bytes}, sizeof(Frame));
+    buf_add(out, &h, sizeof h);
+    buf_add(out, b->id, n * sizeof(int)), buf_add(out, b->position, n * sizeof(int));
+    buf_add(out, seq->data, n * sizeof(int)), buf_add(out, b->out, n_out * sizeof(int));
+    buf_add(out, pages->data, pages->len);
+    for (int i = 1; i < server.options.nnodes; i++)
+        if (!all_written(nodes.engine[i], out->data, out->len))
+            peer_lost(i, "%s", strerror(errno)), wait_for_end();
+}
+
+static bool all_within(const int *values, size_t n, int end) {
+    for (size_t i = 0; i < n; i++)
+        if (values[i] < 0 || values[i] >= end) return false;
+    return true;
+}
+
+// Makes an order of what came; its arrays stay where they are. False when it can't be one.
+static bool order_read(Order *o, const OrderHead *h, const int *data) {
+    static uint32_t n_out;     // of the last step
+    const int *id = data, *position = id + h->rows, *seq = position + h->rows;
+    const int *out = seq + h->rows, *pages = out + h->n_out;
+    *o = (Order){.kind = h->kind, .first = h->first, .n = h->n,
+                 .batch = {.n = h->rows, .id = id, .position = position, .seq = seq,
+                           .pages = pages, .max_pages = 1, .out = out, .n_out = h->n_out}};
+    if (h->kind == ORDER_MORE_LOGITS) return h->first <= n_out && h->n <= n_out - h->first;
+    n_out = h->n_out;
+    if (!all_within(id, h->rows, server.config.vocab_size) || !all_within(out, n_out, h->rows) ||
+        !all_within(position, h->rows, server.config.max_position_embeddings) ||
+        !all_within(pages, h->n_pages, server.max_total_tokens / PAGE + 1) ||
+        !all_within(seq, h->rows, h->n_pages)) return false;
+    for (size_t i = 0; i < h->rows; i++)
+        if (seq[i] + position[i] / PAGE >= (int)h->n_pages) return false;
+    return true;
+}
+
+// A worker's next order; a step's arrays are good until the next step. False: there are no more.
+static bool nodes_receive(Order *o) {
+    struct { Frame frame; OrderHead head; } f;
+    const OrderHead *h = &f.head;
+    Buf *in = &nodes.in;
+    const char *why = "connection closed";
+    if (all_read(nodes.engine[0], &f, sizeof f)) {
+        size_t bytes = (3ul * h->rows + h->n_out + h->n_pages) * sizeof(int);
+        bool fits = f.frame.magic == FRAME_MAGIC && f.frame.kind == FRAME_ORDER &&
+                    f.frame.bytes == sizeof *h + bytes && bytes <= MAX_ORDER && h->kind <= ORDER_END;
+        if (fits && bytes > in->cap) in->data = xrealloc(in->data, in->cap = bytes);
+        if (!fits) why = "it sent a malformed order";
+        else if (all_read(nodes.engine[0], in->data, bytes)) {
+            if (order_read(o, h, (int *)in->data)) return o->kind != ORDER_END;
+            why = "it sent an impossible order";
+        }
+    }
+    peer_lost(0, "%s", why);
+    wait_for_end();
 }
 
 // ==== Many at once ===============================================================================
@@ -1624,6 +2311,7 @@ void engine_flush(void) { engine.flush = true; }
 
 void engine_stop(bool abort_all) {
     if (abort_all) engine.abort_all = true;
+    if (server.node) nodes_wake();  // the leader must know
     pthread_mutex_lock(&inbox.mutex);
     inbox.draining = true;
     pthread_cond_signal(&inbox.wake);
@@ -1757,24 +2445,32 @@ static double free_memory(void) {  // GB
     return available / 1e9;
 }
 
+// The group's state goes one further, unless it is draining by now. The leader's to say.
+static bool state_advance(int from, int to) {
+    return !server.node && atomic_compare_exchange_strong(&server.state, &from, to);
+}
+
 static void *engine_main(void *unused) {
     (void)unused;
-    int from = STATE_STARTING;  // a signal may have made it draining meanwhile, and that stays
-    atomic_compare_exchange_strong(&server.state, &from, STATE_LOADING);
+    Order order;
+    int first = ranks.group.rank;
+    state_advance(STATE_STARTING, STATE_CONNECTING);
     engine_open();
-    log_line(0, "Load weight begin. avail mem=%.2f GB", free_memory());
+    nodes_connect(&ranks.group);
+    state_advance(STATE_CONNECTING, STATE_LOADING);
+    log_line(first, "Load weight begin. avail mem=%.2f GB", free_memory());
     engine_load(running_limit());
-    log_line(0,
+    log_line(first,
              "Load weight end. type=DeepseekV3ForCausalLM, dtype=torch.bfloat16, avail mem=%.2f GB",
              free_memory());
+    while (server.node && nodes_receive(&order)) order_here(&order);
+    if (server.node) return NULL;
     log_line(0, "max_total_num_tokens=%d, chunked_prefill_size=%d, max_prefill_tokens=%d, "
              "max_running_requests=%d, context_len=%d", server.max_total_tokens, engine.chunk,
              server.options.max_prefill_tokens, engine.max_running, server.context_len);
-    from = STATE_LOADING;
-    atomic_compare_exchange_strong(&server.state, &from, STATE_WARMUP);
-    if (!server.options.skip_server_warmup && server.state == STATE_WARMUP) engine_warmup();
-    from = STATE_WARMUP;
-    if (atomic_compare_exchange_strong(&server.state, &from, STATE_READY))
+    if (state_advance(STATE_LOADING, STATE_WARMUP) && !server.options.skip_server_warmup)
+        engine_warmup();
+    if (state_advance(STATE_WARMUP, STATE_READY))
         log_line(-1, "The server is fired up and ready to roll!");
     engine.serving = true;
     while (inbox_take()) outbox_add(engine_step());
@@ -1787,29 +2483,30 @@ static void *engine_main(void *unused) {
 // line. SGLang's other flags are known too, so that its command lines keep working: those without a
 // meaning here are accepted, those that would change what is served are refused.
 
-enum { SERVE = 1, RUN = 2, TOKENIZE = 4, MODEL = SERVE | RUN, ALL = MODEL | TOKENIZE };
+// AGREE: a flag that all nodes of a group must have alike.
+enum { SERVE = 1, RUN = 2, TOKENIZE = 4, MODEL = SERVE | RUN, ALL = MODEL | TOKENIZE, AGREE = 8 };
 
 #define AT(field) offsetof(Options, field)
 static const Flag flags[] = {
     {"--model-path --model", ALL, TEXT, AT(model_path), 0, 0, NULL,
      "a directory, or a name in the local Hugging Face cache; else the tiny-r1 beside r1"},
     {"--tokenizer-path", ALL, TEXT, AT(tokenizer_path), 0, 0, NULL, "default: as --model-path"},
-    {"--load-format", MODEL, WORD, AT(load_format), 0, 0, "auto",
+    {"--load-format", MODEL | AGREE, WORD, AT(load_format), 0, 0, "auto",
      "auto safetensors dummy: dummy makes up weights for config.json's geometry"},
     {"--served-model-name", SERVE, TEXT, AT(served_model_name), 0, 0, NULL, "as --model-path"},
     {"--host", SERVE, TEXT, AT(host), 0, 0, "0.0.0.0", "to listen on; :: is IPv6 and IPv4"},
     {"--port", SERVE, INTEGER, AT(port), 0, 65535, "30000", "0 takes a free one and logs it"},
     {"--api-key", SERVE, TEXT, AT(api_key), 0, 0, NULL, "Authorization: Bearer K is wanted"},
-    {"--context-length", MODEL, INTEGER, AT(context_length), 2, 1 << 24, NULL, "config.json's"},
-    {"--max-total-tokens", MODEL, INTEGER, AT(max_total_tokens), PAGE, 1 << 30, NULL,
+    {"--context-length", MODEL | AGREE, INTEGER, AT(context_length), 2, 1 << 24, NULL, "config.json's"},
+    {"--max-total-tokens", MODEL | AGREE, INTEGER, AT(max_total_tokens), PAGE, 1 << 30, NULL,
      "tokens that the cache holds; default: what fits"},
     {"--mem-fraction-static", MODEL, REAL, AT(mem_fraction_static), 1e-6, 1, "0.1",
      "part of the memory for the cache, where --max-total-tokens doesn't say"},
-    {"--chunked-prefill-size", MODEL, INTEGER, AT(chunked_prefill_size), -1, 1 << 20, "8192",
+    {"--chunked-prefill-size", MODEL | AGREE, INTEGER, AT(chunked_prefill_size), -1, 1 << 20, "8192",
      "prompt tokens of a step, at most; -1: --max-prefill-tokens"},
-    {"--max-prefill-tokens", MODEL, INTEGER, AT(max_prefill_tokens), 1, 1 << 20, "16384",
+    {"--max-prefill-tokens", MODEL | AGREE, INTEGER, AT(max_prefill_tokens), 1, 1 << 20, "16384",
      "prompt tokens of a step, at most, chunked or not"},
-    {"--max-running-requests", SERVE, INTEGER, AT(max_running_requests), 1, 1 << 16, NULL,
+    {"--max-running-requests", SERVE | AGREE, INTEGER, AT(max_running_requests), 1, 1 << 16, NULL,
      "sequences in a step; default: 2048 to 4096, by what the cache holds"},
     {"--schedule-policy", SERVE, WORD, AT(schedule_policy), 0, 0, "fcfs",
      "fcfs lpm random dfs-weight: all of them mean first come, first served"},
@@ -1842,6 +2539,15 @@ static const Flag flags[] = {
      "a log line when a request begins and when it ends"},
     {"--skip-server-warmup", SERVE, SWITCH, AT(skip_server_warmup), 0, 0, NULL,
      "ready without a first step"},
+    {"--tp-size --tensor-parallel-size --tp", MODEL | AGREE, INTEGER, AT(tensor_parallel_size), 1,
+     MAX_RANKS, "1", "ranks that share the model, an equal number on each node"},
+    {"--nnodes", SERVE | AGREE, INTEGER, AT(nnodes), 1, MAX_RANKS, "1", "nodes of the group"},
+    {"--node-rank", SERVE, INTEGER, AT(node_rank), 0, MAX_RANKS - 1, "0",
+     "which of them this is; 0 leads, and answers requests"},
+    {"--dist-init-addr --nccl-init-addr", SERVE, TEXT, AT(dist_init_addr), 0, 0, NULL,
+     "HOST:PORT at which the leader waits for the other nodes"},
+    {"--dist-timeout", SERVE, INTEGER, AT(dist_timeout), 1, 1 << 30, "3600",
+     "seconds until all nodes have come and loaded; then r1 ends with 1"},
     {"--system", RUN, TEXT, AT(system), 0, 0, NULL, "a system prompt"},
     {"--raw", RUN, SWITCH, AT(raw), 0, 0, NULL, "no template: the text itself is continued"},
     {"--max-tokens", RUN, INTEGER, AT(max_tokens), 0, 1 << 24, NULL, "what the context leaves"},
@@ -1855,11 +2561,6 @@ static const Flag flags[] = {
     {"--ids", TOKENIZE, SWITCH, AT(ids), 0, 0, NULL, "the ids on one line"},
     {"--chat", TOKENIZE, SWITCH, AT(chat), 0, 0, NULL, "the text as a user's message"},
     {"--decode", TOKENIZE, SWITCH, AT(decode), 0, 0, NULL, "the text is ids; print their text"},
-    {"--tensor-parallel-size --tp --tp-size", MODEL, INTEGER, AT(tensor_parallel_size), 1, 4096,
-     "1", "ranks that share the model"},
-    {"--nnodes", SERVE, ONLY, 0, 0, 0, "1", "nodes"},
-    {"--node-rank", SERVE, ONLY, 0, 0, 0, "0", "which of them this is"},
-    {"--dist-init-addr --nccl-init-addr", SERVE, ONLY, 0, 0, 0, NULL, "the leader's HOST:PORT"},
     {"--quantization", SERVE, ONLY, 0, 0, 0, "fp8", "config.json says how"},
     {"--dtype", SERVE, ONLY, 0, 0, 0, "auto bfloat16", "of activations"},
     {"--cpu-offload-gb", SERVE, ONLY, 0, 0, 0, "0", "weights off the GPU"},
@@ -1879,7 +2580,7 @@ static const Flag flags[] = {
      "--file-storage-pth --load-balance-method --constrained-json-whitespace-pattern "
      "--schedule-conservativeness --max-loras-per-batch --lora-backend --cuda-graph-bs "
      "--speculative-draft-model-path --speculative-algorithm --speculative-num-steps "
-     "--speculative-eagle-topk --speculative-num-draft-tokens --dist-timeout "
+     "--speculative-eagle-topk --speculative-num-draft-tokens "
      "--base-gpu-id --cuda-graph-max-bs --kv-cache-dtype "
      "--tool-call-parser --ds- --dp-size --dp --data-parallel-size --ep-size --ep "
      "--expert-parallel-size",
@@ -2112,31 +2813,48 @@ static void server_size(const Options *o) {
     int tp = o->tensor_parallel_size;
     config_check_ranks(err, sizeof err, &server.config, tp);
     if (*err) die("--tensor-parallel-size: %s", err);
-    server.progress = xcalloc(tp, sizeof *server.progress);
-    ranks.group.size = ranks.group.n_local = tp;
+    server.node = o->node_rank, server.n_ranks = tp;
+    server.n_local = o->nnodes > 1 ? tp / o->nnodes : tp;
+    ranks.group = (Group){.rank = server.node * server.n_local, .size = tp,
+                          .n_local = server.n_local};
 }
 
-// What every flag of serve came to, as name=value: for the log as Python writes it, or as JSON. The
-// key stays secret: the log hides it, JSON leaves it out.
+// What a flag came to: for the log as Python writes it, or as JSON.
+static void flag_write(Buf *b, const Flag *f, const Options *o, bool json) {
+    const void *field = (const char *)o + f->offset;
+    bool on = f->kind == SWITCH && *(const bool *)field, text = f->kind == TEXT || f->kind == WORD;
+    const char *value = text ? *(const char *const *)field : NULL;
+    if (f->kind == SWITCH) buf_str(b, json ? on ? "true" : "false" : on ? "True" : "False");
+    else if (f->kind == INTEGER && (f->fallback || *(const int *)field))
+        buf_printf(b, "%d", *(const int *)field);
+    else if (f->kind == REAL) buf_printf(b, "%g", *(const double *)field);
+    else if (value && json) json_write_string(b, (Str){value, strlen(value)});
+    else if (value) buf_printf(b, "'%s'", field == &o->api_key ? "***" : value);
+    else buf_str(b, json ? "null" : "None");
+}
+
+// All flags of serve as name=value, or as JSON. The key stays secret: the log hides it, JSON leaves
+// it out.
 static void options_write(Buf *b, const Options *o, bool json) {
     for (const Flag *f = flags; f < flags + COUNT(flags); f++) {
-        const void *field = (const char *)o + f->offset;
-        bool text = f->kind == TEXT || f->kind == WORD, secret = field == &o->api_key;
+        bool secret = (const char *)o + f->offset == (const char *)&o->api_key;
         if (!(f->commands & SERVE) || f->kind > SWITCH || (secret && json)) continue;
         buf_str(b, !b->len ? "" : json ? "," : ", ");
         if (json) buf_str(b, "\"");
         for (const char *p = f->names + 2; *p && *p != ' '; p++)
             buf_add(b, *p == '-' ? "_" : p, 1);
         buf_str(b, json ? "\":" : "=");
-        const char *value = text ? *(const char *const *)field : NULL;
-        bool on = f->kind == SWITCH && *(const bool *)field;
-        if (f->kind == SWITCH) buf_str(b, json ? on ? "true" : "false" : on ? "True" : "False");
-        else if (f->kind == INTEGER && (f->fallback || *(const int *)field))
-            buf_printf(b, "%d", *(const int *)field);
-        else if (f->kind == REAL) buf_printf(b, "%g", *(const double *)field);
-        else if (value && json) json_write_string(b, (Str){value, strlen(value)});
-        else if (value) buf_printf(b, "'%s'", secret ? "***" : value);
-        else buf_str(b, json ? "null" : "None");
+        flag_write(b, f, o, json);
+    }
+}
+
+// A line for each flag that all nodes must have alike.
+static void options_agree(Buf *b) {
+    for (const Flag *f = flags; f < flags + COUNT(flags); f++) {
+        if (!(f->commands & AGREE)) continue;
+        buf_printf(b, "%.*s=", (int)strcspn(f->names, " "), f->names);
+        flag_write(b, f, &server.options, false);
+        buf_str(b, "\n");
     }
 }
 
@@ -2150,8 +2868,30 @@ static void log_options(const Options *o) {
 }
 
 static void on_stop_signal(int unused) {
+    static atomic_int signals;
     (void)unused;
-    http_stop();
+    http_stop(++signals);
+}
+
+// Which flags go together, and where the leader is.
+static void nodes_flags(const Command *c, const Options *o) {
+    if (o->tensor_parallel_size % o->nnodes)
+        usage_die(c, "--tp: got %d, want a multiple of --nnodes, %d", o->tensor_parallel_size, o->nnodes);
+    if (o->node_rank >= o->nnodes)
+        usage_die(c, "--node-rank: got %d, want less than --nnodes, %d", o->node_rank, o->nnodes);
+    if (o->nnodes == 1) return;
+    if (!o->dist_init_addr) usage_die(c, "--dist-init-addr: missing, want the leader's HOST:PORT");
+    const char *host = o->dist_init_addr, *colon = strrchr(host, ':');
+    size_t n = colon ? colon - host : 0;
+    bool brackets = n > 2 && *host == '[' && host[n - 1] == ']';
+    char *end = NULL;
+    long port = colon && isdigit((uint8_t)colon[1]) ? strtol(colon + 1, &end, 10) : 0;
+    if (!n || *end || port < 1 || port > UINT16_MAX || (!brackets && memchr(host, ':', n)) ||
+        n >= sizeof nodes.host)
+        usage_die(c, "--dist-init-addr: got \"%s\", want HOST:PORT or [IPV6]:PORT", host);
+    snprintf(nodes.host, sizeof nodes.host, "%.*s", (int)n - 2 * brackets, host + brackets);
+    snprintf(nodes.port, sizeof nodes.port, "%ld", port);
+    server.leader = format_string("%s:%d", nodes.host, o->port);  // until it says so itself
 }
 
 // The socket opens before anything is loaded, so that /health can tell how far it is. Then two
@@ -2162,6 +2902,7 @@ static int serve_main(char **argv) {
     Options o = {0};
     flags_parse(&command, &o, argv);
     if (o.api_key && !*o.api_key) usage_die(&command, "--api-key: got nothing, want a key");
+    nodes_flags(&command, &o);
     server.boot = now_seconds();
     server.created = time(NULL);
     server.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
@@ -2169,6 +2910,7 @@ static int serve_main(char **argv) {
     struct sigaction stop = {.sa_handler = on_stop_signal, .sa_flags = SA_RESTART};
     sigaction(SIGTERM, &stop, NULL);
     sigaction(SIGINT, &stop, NULL);
+    nodes_open(&o);
     int listener = http_listen(o.host, o.port);
     server_setup(&o);
     server_size(&o);
@@ -2183,8 +2925,10 @@ static int serve_main(char **argv) {
     http_serve(listener);
     if (server.state == STATE_FAILED) _exit(1);
     // All is answered or given up; a step or a load that still runs is not waited for.
-    if (engine.abort_all || !engine.serving) _exit(engine.abort_all ? 130 : 0);
-    pthread_join(thread, NULL);
+    bool served = engine.serving && !engine.abort_all && !server.failure;
+    if (served) pthread_join(thread, NULL);
+    nodes_close();
+    if (!served) _exit(server.failure ? 1 : engine.abort_all ? 130 : 0);
     tokenizer_free(server.tokenizer);
     return 0;
 }

@@ -28,7 +28,7 @@ static const char *const added[] = {"<｜begin▁of▁sentence｜>", "<｜end▁
 
 // ---- The fake engine ----------------------------------------------------------------------------
 
-Server server;
+Server server = {.n_ranks = 1, .n_local = 1};
 
 typedef struct Job {
     struct Job *next;
@@ -215,6 +215,7 @@ static void server_start(void) {
     struct sockaddr_in a;
     abort_all = false;
     server.state = STATE_READY;
+    server.stops = 0, server.failure = NULL;
     listen_fd = http_listen("127.0.0.1", 0);
     getsockname(listen_fd, (struct sockaddr *)&a, &(socklen_t){sizeof a});
     port = ntohs(a.sin_port);
@@ -789,8 +790,8 @@ static void test_states(void) {
         {STATE_WARMUP, "r1 is not ready: warmup", "warmup"},
         {STATE_FAILED, "r1 is not ready: failed", "failed"},
     };
-    server.progress[0].loaded_bytes = 1000000000;
-    server.progress[0].total_bytes = 4000000000;
+    server.ranks[0].progress.loaded_bytes = 1000000000;
+    server.ranks[0].progress.total_bytes = 4000000000;
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         char want[300];
         server.state = rows[i].state;
@@ -2076,7 +2077,6 @@ int main(int argc, char **argv) {
     server.think = true;
     server.context_len = 1000, server.max_total_tokens = 2000;
     server.fingerprint = 0xab;
-    server.progress = xcalloc(1, sizeof *server.progress);
     server.boot = now_seconds();
     server.created = time(NULL);
     server.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
