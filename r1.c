@@ -4,7 +4,6 @@
 #include "r1.h"
 
 #include <assert.h>
-#include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -1344,7 +1343,7 @@ static char *facts_differ(const char *got, const char *want) {
     return NULL;
 }
 
-// Why a HELLO is refused, malloc'ed; NULL: it is not. What differs is not worth waiting for.
+// Why a HELLO is refused, malloc'ed; NULL: it is not. Only what differs will differ again.
 static char *hello_refuse(const Hello *h, bool *differs) {
     const Hello *own = &nodes.hello;
     char name[48];
@@ -1375,8 +1374,7 @@ static void guest_hello(Line *g) {
     h->facts[sizeof h->facts - 1] = 0;
     char *refusal = hello_refuse(h, &differs);
     if (refusal) {
-        // A stale nonce, as a difference, will be the same next time; another node may leave.
-        Refusal r = {.for_good = differs || h->nonce};
+        Refusal r = {.for_good = differs};
         snprintf(r.text, sizeof r.text, "node %u: %s", h->node, refusal);
         frame_send(g->fd, FRAME_REFUSAL, &r);
         guest_refuse(g, r.text);
@@ -1443,7 +1441,7 @@ static void watch_wait(double now, double *report) {
             if (server.ranks[r].state < server.ranks[slow].state) slow = r;
         const Progress *p = &server.ranks[slow].progress;
         int state = server.ranks[slow].state;
-        if (state == STATE_READY || (!late && i == server.node)) continue;
+        if (state == STATE_READY || (i == server.node && !(late && nodes.complete))) continue;
         snprintf(percent, sizeof percent, "loading, %.1f %%",
                  100.0 * p->loaded_bytes / fmax(1, p->total_bytes));
         const char *why = state == STATE_LOADING ? percent : *nodes.why ? nodes.why : "not connected";
@@ -1589,7 +1587,7 @@ static void leader_join(void) {
         if (!open) continue;
         bool go = frame_take(&engine, 0, &why) == FRAME_GO;
         pthread_mutex_lock(&nodes.mutex);
-        nodes.complete = go;
+        nodes.complete = go &= nodes.control[0].fd >= 0;  // it may have left just after
         if (!go) line_close(&engine), line_close(&nodes.control[0]), nodes.engine[0] = -1;
         pthread_mutex_unlock(&nodes.mutex);
         if (go) break;
@@ -2881,16 +2879,12 @@ static void nodes_flags(const Command *c, const Options *o) {
         usage_die(c, "--node-rank: got %d, want less than --nnodes, %d", o->node_rank, o->nnodes);
     if (o->nnodes == 1) return;
     if (!o->dist_init_addr) usage_die(c, "--dist-init-addr: missing, want the leader's HOST:PORT");
-    const char *host = o->dist_init_addr, *colon = strrchr(host, ':');
-    size_t n = colon ? colon - host : 0;
-    bool brackets = n > 2 && *host == '[' && host[n - 1] == ']';
-    char *end = NULL;
-    long port = colon && isdigit((uint8_t)colon[1]) ? strtol(colon + 1, &end, 10) : 0;
-    if (!n || *end || port < 1 || port > UINT16_MAX || (!brackets && memchr(host, ':', n)) ||
-        n >= sizeof nodes.host)
-        usage_die(c, "--dist-init-addr: got \"%s\", want HOST:PORT or [IPV6]:PORT", host);
-    snprintf(nodes.host, sizeof nodes.host, "%.*s", (int)n - 2 * brackets, host + brackets);
-    snprintf(nodes.port, sizeof nodes.port, "%ld", port);
+    const char *at = o->dist_init_addr;
+    char *host = nodes.host, *port = nodes.port, more;
+    bool whole = sscanf(at, "[%255[^]]]:%5[0-9]%c", host, port, &more) == 2 ||
+                 sscanf(at, "%255[^][:]:%5[0-9]%c", host, port, &more) == 2;
+    if (!whole || atoi(port) < 1 || atoi(port) > UINT16_MAX)
+        usage_die(c, "--dist-init-addr: got \"%s\", want HOST:PORT or [IPV6]:PORT", at);
     server.leader = format_string("%s:%d", nodes.host, o->port);  // until it says so itself
 }
 

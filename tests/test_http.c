@@ -215,7 +215,8 @@ static void server_start(void) {
     struct sockaddr_in a;
     abort_all = false;
     server.state = STATE_READY;
-    server.stops = 0, server.failure = NULL;
+    server.stops = 0;
+    server.failure = NULL;
     listen_fd = http_listen("127.0.0.1", 0);
     getsockname(listen_fd, (struct sockaddr *)&a, &(socklen_t){sizeof a});
     port = ntohs(a.sin_port);
@@ -1971,7 +1972,7 @@ static void test_drain(void) {
     send_text(keep, "GET /v1/models HTTP/1.1\r\n\r\n");
     reply_free(&(Reply[]){reply_read(keep, false)}[0]);
     double start = now_seconds();
-    http_stop();
+    http_stop(1);
     usleep(50000);
     Reply r = ask("GET /v1/models HTTP/1.1\r\n\r\n");
     check_reply("drain", &r, 503, ERROR_F(503, "ServiceUnavailableError", "r1 is shutting down"));
@@ -2004,9 +2005,9 @@ static void test_drain(void) {
     send_text(stream, post_text("/v1/chat/completions", "{\"stream\":true," SAY("many 900") "}"));
     CHECK(reaches(&submitted, sent + 2));
     start = now_seconds();
-    http_stop();
+    http_stop(1);
     usleep(50000);
-    http_stop();
+    http_stop(2);
     r = reply_read(hang, false);
     CHECK(r.status == 200 &&
               strstr(r.body.data, "\"finish_reason\":\"abort\",\"matched_stop\":null"),
