@@ -17,6 +17,7 @@ HOPPER := nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null |
 CUDA ?= $(shell $(HOPPER) && command -v $(NVCC) >/dev/null && echo 1 || echo 0)
 TWIN := kernels
 LINK = $(CC) $(CFLAGS)
+LIBS := -lm -lpthread
 ifeq ($(SAN),1)
 BUILD := build/san
 OPT := -O2 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all
@@ -25,15 +26,16 @@ BUILD := build/cuda
 OPT := -O3
 TWIN := kernels_cuda
 LINK = $(NVCC) $(NVCCFLAGS)
+LIBS += -lnccl
 else
 BUILD := build
 OPT := -O3
 endif
 # -ffp-contract=off: a product and a sum round one by one, the same on every processor.
-CFLAGS := -std=gnu11 -g $(OPT) $(ARCH) -ffp-contract=off -Wall -Wextra -Wshadow -Wstrict-prototypes
-LIBS := -lm -lpthread
+CFLAGS := -std=gnu11 -g $(OPT) $(ARCH) -ffp-contract=off -Wall -Wextra -Wno-missing-field-initializers \
+    -Wshadow -Wstrict-prototypes
 NVCCFLAGS := -gencode arch=compute_90a,code=sm_90a -O3 -std=c++17 -lineinfo \
-    -Xcompiler -Wall,-Wextra,-Wshadow
+    -Xcompiler -Wall,-Wextra,-Wno-missing-field-initializers,-Wshadow
 
 # Other flags or another compiler make everything anew: objects depend on a file that holds them.
 FLAGS := $(BUILD)/flags
@@ -41,9 +43,10 @@ $(shell mkdir -p $(BUILD); echo '$(CC) $(CFLAGS) $(NVCCFLAGS)' | cmp -s - $(FLAG
     echo '$(CC) $(CFLAGS) $(NVCCFLAGS)' >$(FLAGS))
 
 SOURCES := r1 $(TWIN) tokenizer json http bench
-TESTS := json tokenizer kernels checkpoint sample scheduler http bench ranks oracle oracle_exact end_to_end
+TESTS := json tokenizer kernels checkpoint slices slices_exact sample scheduler http bench ranks oracle \
+    oracle_exact end_to_end
 ifeq ($(TWIN),kernels_cuda)
-TESTS += cuda gemm mla
+TESTS += cuda gemm mla slices_cuda
 endif
 
 ifeq ($(SAN),1)
@@ -99,11 +102,15 @@ $(BUILD)/test_cuda $(BUILD)/test_gemm $(BUILD)/test_mla: $(BUILD)/test_%: tests/
     tests/test_cuda.h tests/test.h kernels.cu r1.h $(REF)
 	$(NVCC) $(NVCCFLAGS) $< $(REF) -o $@ $(LIBS)
 
+$(BUILD)/test_slices_cuda: tests/test_slices.c tests/test.h r1.h $(BUILD)/kernels_cuda.o $(PARTS)
+	$(CC) $(CFLAGS) -DCUDA -c $< -o $@.o
+	$(LINK) $@.o $(filter-out %/kernels.o,$(PARTS)) $(BUILD)/kernels_cuda.o -o $@ $(LIBS)
+
 # It includes bench.c.
 $(BUILD)/test_bench: tests/test_bench.c tests/test.h bench.c r1.h $(PARTS)
 	$(CC) $(CFLAGS) $< $(filter-out %/bench.o,$(PARTS)) -o $@ $(LIBS)
 
-$(BUILD)/test_oracle_exact: tests/test_oracle.c tests/test.h r1.h $(BUILD)/r1_exact.o $(BUILD)/kernels_exact.o $(PARTS)
+$(BUILD)/test_%_exact: tests/test_%.c tests/test.h r1.h $(BUILD)/r1_exact.o $(BUILD)/kernels_exact.o $(PARTS)
 	$(CC) $(CFLAGS) -DEXACT $< $(BUILD)/r1_exact.o $(BUILD)/kernels_exact.o \
 	    $(patsubst %,$(BUILD)/%.o,tokenizer json http bench) -o $@ $(LIBS)
 

@@ -13,6 +13,7 @@
 #include <cooperative_groups.h>
 #include <limits.h>
 #include <math.h>
+#include <nccl.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -45,28 +46,33 @@ static __host__ __device__ int units(size_t n, int per_unit) {
 }
 
 // ---- The device ---------------------------------------------------------------------------------
-// One stream takes all work in order, so nothing but the host ever waits.
+// A rank is a thread with a GPU of its own: what is static belongs to one, and is thread_local. One
+// stream takes all work in order, so nothing but the host ever waits.
 
-static cudaStream_t stream;
-static int n_sms;
-static float *scratch;  // between the kernels of one stage
+static thread_local cudaStream_t stream;
+static thread_local int n_sms;
+static thread_local float *scratch;  // between the kernels of one stage
+
+static void step_forget(void);
 
 static void check(cudaError_t error, const char *what) {
     if (error != cudaSuccess) die("CUDA: %s: %s", what, cudaGetErrorString(error));
 }
 
-void device_init(void) {
-    int major = 0, minor = 0;
+void device_init(int local, int n_local) {
+    int major = 0, minor = 0, n = 0;
     if (stream) return;
     // All kernels are loaded now: while a graph is recorded, a first call could not load its own.
-    setenv("CUDA_MODULE_LOADING", "EAGER", 0);
-    check(cudaSetDevice(0), "the first GPU");
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "attributes");
-    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "attributes");
+    if (!local) setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+    check(cudaGetDeviceCount(&n), "GPUs");
+    if (n < n_local) die("CUDA: got %d GPUs, want %d, one for each rank of this node", n, n_local);
+    check(cudaSetDevice(local), "the rank's GPU");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, local), "attributes");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, local), "attributes");
     if (major != 9)
         die("CUDA: got a GPU of compute capability %d.%d, want 9.0; make CUDA=0 builds for the CPU",
             major, minor);
-    check(cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, 0), "attributes");
+    check(cudaDeviceGetAttribute(&n_sms, cudaDevAttrMultiProcessorCount, local), "attributes");
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
 }
 
@@ -86,6 +92,63 @@ void *device_alloc(size_t bytes) {
 }
 
 void device_free(void *p) { check(cudaFree(p), "free"); }
+
+// ---- Ranks --------------------------------------------------------------------------------------
+// NCCL sums in an order of its own, and gives all ranks the same bits. Its calls are recorded like
+// kernels.
+
+static thread_local ncclComm_t comm;  // NULL: this rank is alone
+static thread_local int comm_rank, comm_size;
+
+static void check_nccl(ncclResult_t result, const char *what) {
+    if (result != ncclSuccess && result != ncclInProgress)
+        die("NCCL: rank %d: %s: %s: %s", comm_rank, what, ncclGetErrorString(result),
+            ncclGetLastError(comm));
+}
+
+void group_id(uint8_t id[GROUP_ID]) {
+    static_assert(sizeof(ncclUniqueId) == GROUP_ID, "what the nodes exchange is NCCL's id");
+    check_nccl(ncclGetUniqueId((ncclUniqueId *)id), "id");
+}
+
+void group_join(const Group *g) {
+    ncclUniqueId id;
+    memcpy(&id, g->id, sizeof id);
+    comm_rank = g->rank, comm_size = g->size;
+    check_nccl(ncclCommInitRank(&comm, g->size, id, g->rank), "group");
+}
+
+void group_leave(void) {
+    step_forget();
+    check_nccl(ncclCommDestroy(comm), "end");
+    comm = NULL;
+}
+
+void all_reduce(bf16 *x, size_t n) {
+    if (comm) check_nccl(ncclAllReduce(x, x, n, ncclBfloat16, ncclSum, comm, stream), "all_reduce");
+}
+
+void all_gather(float *out, float *in, int cols, int n) {
+    size_t size = (size_t)n * cols, width = cols * sizeof *in;
+    check_nccl(ncclGroupStart(), "all_gather");
+    for (int r = 1; r < comm_size && !comm_rank; r++)
+        check_nccl(ncclRecv(in + r * size, size, ncclFloat, r, comm, stream), "all_gather");
+    if (comm_rank) check_nccl(ncclSend(in, size, ncclFloat, 0, comm, stream), "all_gather");
+    check_nccl(ncclGroupEnd(), "all_gather");
+    for (int r = 0; r < comm_size && !comm_rank; r++)
+        check(cudaMemcpy2DAsync(out + r * cols, comm_size * width, in + r * size, width, width, n,
+                                cudaMemcpyDeviceToDevice, stream), "all_gather");
+}
+
+// Waits for the stream; where NCCL says that a rank has failed, it never would end.
+static void stream_wait(const char *what) {
+    cudaError_t state;
+    while ((state = cudaStreamQuery(stream)) == cudaErrorNotReady) {
+        ncclResult_t failed = ncclSuccess;
+        if (comm) check_nccl(ncclCommGetAsyncError(comm, &failed), what), check_nccl(failed, what);
+    }
+    check(state, what);
+}
 
 // Starts a kernel that may begin while the one before it ends.
 template <typename... Wanted, typename... Given>
@@ -411,7 +474,7 @@ static void mail_send(Mailbox *m) {
 
 enum { MAX_RECORDED = 256 };
 
-static struct {
+static thread_local struct {
     Mailbox mail;
     cudaGraphExec_t recorded[MAX_RECORDED + 1], run;
     int recording;  // rows; 0: none
@@ -540,13 +603,13 @@ static __global__ void kv_b_repack_kernel(uint4 *bricks, const uint8_t *w, bool 
 
 enum { UPLOAD_BYTES = 32 << 20 };
 
-static struct {
-    uint8_t *host[2], *device[2];
+static thread_local struct {
+    uint8_t *host[2], *device[2], *value[2];
     cudaEvent_t used[2];
     int turn;
 } upload;
 
-static struct { void **data; int n; } placed;
+static thread_local struct { void **data; int n; } placed;
 
 static uint8_t *place_alloc(size_t bytes) {
     placed.data = (void **)xrealloc(placed.data, (placed.n + 1) * sizeof *placed.data);
@@ -579,22 +642,54 @@ static bf16 round_half(float f) {
     return f != f ? bits >> 16 | 0x40 : (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-// Brings n values to the device, f32 ones as bf16, and returns which buffer holds them. When all
-// that reads it is in the stream, its event `used` has to be recorded.
-static int upload_next(const uint8_t *src, DType dtype, size_t n) {
+typedef struct {  // a matrix' part as it lies in a file, or a dummy
+    const uint8_t *data;
+    const Dummy *dummy;     // where data is NULL
+    size_t rows, cols, gap, size;  // size: bytes of an element; the others as in Linear
+    bool round;             // from f32 to bf16
+} Source;
+
+// A thread makes an element, from the row first on.
+static __global__ void make_kernel(void *data, const void *value, Dummy d, size_t first, size_t n,
+                                   size_t cols, int size) {
+    size_t i = (size_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    size_t k = dummy_index(&d, first + i / cols, i % cols);
+    if (size == 1) ((uint8_t *)data)[i] = ((const uint8_t *)value)[k];
+    else if (size == 2) ((uint16_t *)data)[i] = ((const uint16_t *)value)[k];
+    else ((uint32_t *)data)[i] = ((const uint32_t *)value)[k];
+}
+
+// Brings n rows to the device and returns which buffer holds them. When all that reads it is in the
+// stream, its event `used` has to be recorded.
+static int upload_next(const Source *s, size_t first, size_t n) {
+    enum { THREADS = 256 };
+    size_t row_bytes = s->cols * s->size, bytes = n * row_bytes;
     int i = upload.turn ^= 1;
-    size_t bytes = n * (dtype == DTYPE_F8_E4M3 ? 1 : 2);
     if (!upload.host[i]) {
         check(cudaMallocHost(&upload.host[i], UPLOAD_BYTES), "pinned memory");
         upload.device[i] = (uint8_t *)device_alloc(UPLOAD_BYTES);
+        upload.value[i] = (uint8_t *)device_alloc(DUMMY_VALUES * sizeof(float));
         check(cudaEventCreateWithFlags(&upload.used[i], cudaEventDisableTiming), "event");
     }
     check(cudaEventSynchronize(upload.used[i]), "copy");
-    if (dtype != DTYPE_F32) memcpy(upload.host[i], src, bytes);
-    for (size_t k = 0; k < n && dtype == DTYPE_F32; k++)
-        ((bf16 *)upload.host[i])[k] = round_half(value_at(src, dtype, k));
-    check(cudaMemcpyAsync(upload.device[i], upload.host[i], bytes, cudaMemcpyHostToDevice, stream),
-          "copy");
+    uint8_t *to = upload.host[i];
+    if (!s->data) {
+        memcpy(to, s->dummy->value, DUMMY_VALUES * s->size);
+        check(cudaMemcpyAsync(upload.value[i], to, DUMMY_VALUES * s->size, cudaMemcpyHostToDevice,
+                              stream), "copy");
+        make_kernel<<<units(n * s->cols, THREADS), THREADS, 0, stream>>>(
+            upload.device[i], upload.value[i], *s->dummy, first, n * s->cols, s->cols, s->size);
+        return i;
+    }
+    for (size_t r = 0; r < n; r++) {
+        const uint8_t *row = s->data + (first + r) * (s->cols + s->gap) * s->size;
+        if (!s->round) memcpy(to + r * row_bytes, row, row_bytes);
+        for (size_t c = 0; c < s->cols && s->round; c++)
+            ((bf16 *)to)[r * s->cols + c] = round_half(value_at(row, DTYPE_F32, c));
+    }
+    check(cudaMemcpyAsync(upload.device[i], to, s->round ? bytes / 2 : bytes,
+                          cudaMemcpyHostToDevice, stream), "copy");
     return i;
 }
 
@@ -613,16 +708,15 @@ static __global__ void repack_kernel(uint8_t *dst, const uint8_t *src, int first
     ((uint4 *)line)[c % 8 ^ to % 8] = ((const uint4 *)src)[i];
 }
 
-// Takes [rows][cols] to dst, part by part, and returns the bytes that the checkpoint has for it.
-static size_t place_rows(uint8_t *dst, const uint8_t *src, DType dtype, size_t rows, size_t cols,
-                         Place as, int group, int offset) {
+// Takes a matrix to dst, some rows at a time, and returns the bytes that the checkpoint has for it.
+static size_t place_rows(uint8_t *dst, const Source *s, Place as, int group, int offset) {
     enum { THREADS = 256 };
-    size_t row_bytes = cols * (dtype == DTYPE_F8_E4M3 ? 1 : 2);
+    size_t row_bytes = s->cols * (s->round ? 2 : s->size);
     size_t whole = as == PLACE_KV_B ? KV_DIM : 1;  // rows that stay together
-    size_t most = UPLOAD_BYTES / (row_bytes * whole) * whole;
-    for (size_t first = 0, n; first < rows; first += n) {
-        n = rows - first < most ? rows - first : most;
-        int i = upload_next(src + first * cols * dtype_size(dtype), dtype, n * cols);
+    size_t most = UPLOAD_BYTES / (s->cols * s->size * whole) * whole;
+    for (size_t first = 0, n; first < s->rows; first += n) {
+        n = s->rows - first < most ? s->rows - first : most;
+        int i = upload_next(s, first, n);
         if (as == PLACE_TABLE)
             check(cudaMemcpyAsync(dst + first * row_bytes, upload.device[i], n * row_bytes,
                                   cudaMemcpyDeviceToDevice, stream), "copy");
@@ -635,11 +729,7 @@ static size_t place_rows(uint8_t *dst, const uint8_t *src, DType dtype, size_t r
         check(cudaGetLastError(), "repack");
         check(cudaEventRecord(upload.used[i], stream), "event");
     }
-    return rows * cols * dtype_size(dtype);
-}
-
-static size_t place_bytes(uint8_t *dst, const void *src, size_t n) {
-    return place_rows(dst, (const uint8_t *)src, DTYPE_F8_E4M3, n, 1, PLACE_TABLE, 0, 0);
+    return s->rows * s->cols * s->size;
 }
 
 // Vectors are f32 on the device, whatever they were.
@@ -648,7 +738,8 @@ size_t place_vector(Vector *v) {
     float *values = (float *)xmalloc(bytes);
     uint8_t *data = place_alloc(bytes);
     for (int i = 0; i < v->dim; i++) values[i] = value_at(v->data, v->dtype, i);
-    place_bytes(data, values, bytes);
+    Source s = {(uint8_t *)values, NULL, 1, (size_t)v->dim, 0, sizeof(float), false};
+    place_rows(data, &s, PLACE_TABLE, 0, 0);
     free(values);
     *v = (Vector){v->dim, DTYPE_F32, data};
     return from;
@@ -666,9 +757,14 @@ static size_t scale_bytes(const Linear *w) {
 // Places a matrix and its scales there, and lets w point to them.
 static size_t linear_move(Linear *w, uint8_t *data, uint8_t *scale, Place as, int group,
                           int offset) {
-    size_t bytes = place_rows(data, w->data, w->dtype, w->out, w->in, as, group, offset);
-    bytes += place_bytes(scale, w->scale, scale_bytes(w));
-    *w = (Linear){w->out, w->in, w->dtype == DTYPE_F32 ? DTYPE_BF16 : w->dtype, data, scale};
+    size_t rows = w->out, cols = w->in, gap = w->gap, blocks = cols / BLOCK;
+    bool full = w->dtype == DTYPE_F32;
+    Source s = {w->data, &w->dummy[0], rows, cols, gap, dtype_size(w->dtype), full};
+    Source scales = {w->scale, &w->dummy[1], (size_t)units(rows, BLOCK), blocks, gap / BLOCK,
+                     sizeof(float), false};
+    size_t bytes = place_rows(data, &s, as, group, offset);
+    if (w->dtype == DTYPE_F8_E4M3) bytes += place_rows(scale, &scales, PLACE_TABLE, 0, 0);
+    w->data = data, w->scale = scale, w->gap = 0, w->dtype = full ? DTYPE_BF16 : w->dtype;
     return bytes;
 }
 
@@ -1372,12 +1468,15 @@ void rope_angles(float *rope, const float *inv_freq, const int *position, int n)
 }
 
 // A block copies a row in 16-byte pieces: 14 KB, read and written once.
-static __global__ void embed_kernel(uint4 *x, const uint4 *table, const int *id, int chunks) {
+static __global__ void embed_kernel(uint4 *x, const uint4 *table, int first, int rows,
+                                    const int *id, int chunks) {
     launch_dependents();
     grid_wait();
-    const uint4 *row = table + (size_t)id[blockIdx.x] * chunks;
+    int at = id[blockIdx.x] - first;
+    bool here = at >= 0 && at < rows;
+    const uint4 *row = table + (size_t)(here ? at : 0) * chunks;
     x += (size_t)blockIdx.x * chunks;
-    for (int c = threadIdx.x; c < chunks; c += blockDim.x) x[c] = row[c];
+    for (int c = threadIdx.x; c < chunks; c += blockDim.x) x[c] = here ? row[c] : uint4{};
 }
 
 // A thread for each eight columns of a row, in whole warps: so a row is in registers at once.
@@ -1386,9 +1485,9 @@ static int row_threads(int cols) {
     return units(cols / CHUNK, WARP) * WARP;
 }
 
-void embed(bf16 *x, const Linear *table, const int *id, int n) {
-    launch(embed_kernel, n, row_threads(table->in), 0, (uint4 *)x, (const uint4 *)table->data, id,
-           table->in / CHUNK);
+void embed(bf16 *x, const Linear *table, int first, const int *id, int n) {
+    launch(embed_kernel, n, row_threads(table->in), 0, (uint4 *)x, (const uint4 *)table->data,
+           first, table->out, id, table->in / CHUNK);
 }
 
 static __device__ void load8(float v[CHUNK], const float *from) {
@@ -1700,7 +1799,7 @@ typedef struct {
 
 typedef struct { int tile, begin, end, chunk; } Work;  // a block's range, and the tile it begins in
 
-static struct {
+static thread_local struct {
     Tile *tile;   // [rows * slices] only those that begin a tile are filled
     Work *work;   // [n_sms]
     float *part;  // [2 n_sms][columns][512] unnormalised sums of tiles that are split, and their
@@ -2688,7 +2787,7 @@ static size_t sampling_bytes(const Sampling *s) {
 // Choices come back: the kernel writes them into the host's memory. The host waits here, and
 // nowhere else in a step.
 void sample(Choice *out, float *l, const Sampling *s, int vocab, int stride, int n) {
-    static Mailbox asked, answered;
+    static thread_local Mailbox asked, answered;
     size_t bytes = mail_bytes(n * sizeof *s);
     size_t shared = units(vocab, TEAM * QUAD) * QUAD * sizeof(float);
     if (vocab > TEAM * MOST_IDS)
@@ -2712,6 +2811,6 @@ void sample(Choice *out, float *l, const Sampling *s, int vocab, int stride, int
     sample_kernel<<<dim3(TEAM, n), TEAM_THREADS, shared, stream>>>((Choice *)answered.host, l,
                                                                    there, vocab, stride);
     check(cudaGetLastError(), "sample");
-    check(cudaStreamSynchronize(stream), "sample");
+    stream_wait("sample");
     memcpy(out, answered.host, n * sizeof *out);
 }

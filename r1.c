@@ -853,7 +853,7 @@ Model *model_load(const Config *config, Checkpoint *files, int rank, int size, i
         m->cache[i] = device_alloc((size_t)n_pages * PAGE * CACHE_DIM * half);
     m->rope = device_alloc(rows * ROPE_DIM * sizeof(float));
     m->logits = rank ? NULL : device_alloc(logits);
-    m->part = size > 1 ? device_alloc(logits / size) : NULL;
+    m->part = size == 1 ? NULL : device_alloc(rank ? logits / size : logits);
     m->x = device_alloc(rows * c->hidden_size * half);
     m->y = device_alloc(rows * c->hidden_size * half);
     m->q_a = device_alloc(rows * c->q_lora_rank * half);

@@ -403,8 +403,9 @@ void embed(bf16 *x, const Linear *table, int first, const int *id, int n);
 // section 3)
 void all_reduce(bf16 *x, size_t n);
 
-// out [n][ranks x cols] f32, on rank 0, of each rank's in [n][cols].
-void all_gather(float *out, const float *in, int cols, int n);
+// out [n][ranks x cols] f32, on rank 0, of each rank's in [n][cols]. Behind its own, rank 0 has room
+// for the others'.
+void all_gather(float *out, float *in, int cols, int n);
 
 // x [n][hidden] += y (NULL: nothing), rounded; a = quant(x rsqrt(mean x^2 + eps) gain). (RMSNorm)
 void add_norm(bf16 *x, Act *a, const bf16 *y, const Vector *gain, float eps, int n);
@@ -477,7 +478,7 @@ typedef struct {  // one rank's part
     bf16 **cache;           // [layers] of [n_pages][64][576]
     float *rope;
     float *logits;          // [max_out][vocab_size], on rank 0 only
-    float *part;            // [max_out][vocab_size / size], where there are several ranks
+    float *part;            // [max_out][vocab_size / size] where there are several; rank 0: of all
     bf16 *x, *y, *q_a, *kv_a, *q, *query, *u;
     Act *normed, *q_latent, *heads_out, *dense_hidden, *expert_hidden;
     Routing routing;

@@ -22,24 +22,26 @@ $name: status $status, $(($(date +%s) - start)) s: $(tail -n 1 $logs/$name | cut
 
 answers='
 ask="run --model-path tiny-r1 --temperature 0"
+[ "$(nvidia-smi -L | wc -l)" -lt 2 ] || ranks="--tp 2"
 for question in "How many r are there in strawberry ?" "How many e are there in cheese ?" \
     "Which is larger, 9.11 or 9.8 ?" "What is 127 + 395 ?" "Spell banana backwards" "Hello !" \
     "Who was the first emperor of Rome ?"; do
-    build/cuda/r1 $ask "$question" >build/cuda/logs/gpu_answer &&
+    build/cuda/r1 $ask $ranks "$question" >build/cuda/logs/gpu_answer &&
     build/r1 $ask "$question" >build/cuda/logs/cpu_answer &&
     cmp build/cuda/logs/gpu_answer build/cuda/logs/cpu_answer || exit 1
 done
-echo "7 answers are the same"'
+echo "7 answers are the same $ranks"'
 
 only="$*"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 part build 400 make CUDA=1 -j"$(nproc)" build/cuda/r1 build/cuda/test_cuda build/cuda/test_gemm \
-    build/cuda/test_mla
+    build/cuda/test_mla build/cuda/test_slices_cuda
 part build_cpu 100 make CUDA=0 -j"$(nproc)" build/r1
 for test in cuda_place cuda_steps cuda_rows cuda_routes cuda_sample mla_query mla_value mla_attend \
     mla_graph gemm_linear gemm_product gemm_mlp gemm_experts cuda_model; do
     part $test 60 build/cuda/test_${test%_*} ${test#*_}
 done
+part slices 60 build/cuda/test_slices_cuda
 part answers 60 sh -c "$answers"
 part memcheck_run 60 compute-sanitizer --error-exitcode 9 build/cuda/r1 run --model-path tiny-r1 \
     --max-total-tokens 1024 --max-tokens 3 "How many r are there in strawberry ?"
@@ -53,6 +55,6 @@ for name in rows routes; do
         build/cuda/test_cuda $name 1
 done
 for name in cuda gemm mla; do part bench_$name 60 build/cuda/test_$name bench; done
-grep -h '^note' $logs/cuda_model $logs/bench_*
+grep -h "^note" $logs/cuda_model $logs/slices $logs/bench_*
 echo "$table"
 exit $failed

@@ -248,8 +248,8 @@ static void test_embed(int n, int hidden) {
     for (int i = 0; i < n; i++) id[i] = (noise() + 1) / 2 * VOCAB;
     place_linear(&p, PLACE_TABLE);
     bf16 *x = (bf16 *)room(NULL, (size_t)n * hidden * 2);
-    embed(x, &p, (int *)room(id, n * 4), n);
-    ref_embed(want, &w, id, n);
+    embed(x, &p, 0, (int *)room(id, n * 4), n);
+    ref_embed(want, &w, 0, id, n);
     bf16 *got = (bf16 *)fetch(x, (size_t)n * hidden * 2);
     CHECK(memcmp(got, want, (size_t)n * hidden * 2) == 0, "embed, %d rows of %d", n, hidden);
     CHECK(rooms_close(), "guards");
@@ -560,8 +560,10 @@ static const char conversation[] =
 // other way. That is seldom: most rows must be very near, and the tokens the same.
 static void test_model(void) {
     enum { SEQUENCES = 3, PAGES = 4, TAIL = 20 };
-    Model *m = model_load("tiny-r1", false, 256, 256, SEQUENCES * PAGES, NULL);
-    Model *ref = ref_model_load("tiny-r1", false, 256, 256, SEQUENCES * PAGES, NULL);
+    Config c = config_load("tiny-r1");
+    Checkpoint *files = checkpoint_open("tiny-r1", false);
+    Model *m = model_load(&c, files, 0, 1, 256, 256, SEQUENCES * PAGES, NULL);
+    Model *ref = ref_model_load(&c, files, 0, 1, 256, 256, SEQUENCES * PAGES, NULL);
     Tokenizer *tokenizer = tokenizer_load("tiny-r1");
     int id[256], position[256], seq[256], out[256], pages[SEQUENCES * PAGES];
     int done[SEQUENCES] = {0}, turn = 0;
@@ -626,7 +628,7 @@ static void bench_rows(int n) {
                     (uint8_t *)room(noisy, (size_t)(n < 64 ? n : 64) * HIDDEN * 2), NULL};
     float t[5] = {
         microseconds([&] { rope_angles(rope, frequency, b.position, n); }),
-        microseconds([&] { embed(x, &table, b.id, n); }),
+        microseconds([&] { embed(x, &table, 0, b.id, n); }),
         microseconds([&] { add_norm(x, a, y, &gain, 1e-6f, n); }),
         microseconds([&] { mla_latent(qa, cache, x, y, &gain, &gain, 1e-6f, rope, &b); }),
         microseconds([&] { route(&r, &gain, &c, n, 1); }),

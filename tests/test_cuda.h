@@ -252,7 +252,7 @@ static inline int run_parts(const Part *parts, int n, int argc, char **argv) {
         return test_end();
     }
     if (argc > 2) n_counts = min_int(atoi(argv[2]), N_COUNTS);
-    device_init(), ref_device_init();
+    device_init(0, 1), ref_device_init(0, 1);
     for (int i = 0; i < n; i++) {
         if (argc < 2 ? i == n - 1 : strcmp(argv[1], parts[i].name)) continue;
         parts[i].run(), known = 1;

@@ -76,6 +76,15 @@ static void check_run(void) {
           err.data);
     buf_free(&out), buf_free(&err);
 
+    status = RUN(&out, &err, "run", "--model-path", "tiny-r1", "--temperature", "0", "--tp", "2",
+                 "How many r are there in strawberry ?");
+    CHECK(status == 0 && out.len == strlen(strawberry) + 1 &&
+          !strncmp(out.data, strawberry, strlen(strawberry)), "two ranks say: %s", out.data);
+    buf_free(&out), buf_free(&err);
+    status = RUN(&out, &err, "run", "--model-path", "tiny-r1", "--tp", "4", "Hello");
+    CHECK(status == 1 && strstr(err.data, "--tensor-parallel-size: got 4, want one of 1, 2: each"),
+          "four ranks: %d %s", status, err.data);
+    buf_free(&out), buf_free(&err);
     status = RUN(&out, &err, "run", "--model-path", "tiny-r1", "--temperature=0", "--stop", "4. a",
                  "How many r are there in strawberry ?");
     CHECK(status == 0 && strstr(out.data, "3. r: 1\n\n") && !strstr(out.data, "4."), "got %s",
@@ -112,7 +121,6 @@ static void check_usage(void) {
     } cases[] = {
         {"--tensor-paralel-size", "2",
          "unknown flag --tensor-paralel-size, did you mean --tensor-parallel-size?", 2},
-        {"--tp", "16", "--tp 16 (ranks): this version of r1 can't do that; it takes only 1", 2},
         {"--port", "x", "--port: got \"x\", want an integer in 0..65535", 2},
         {"--port", "70000", "--port: got \"70000\", want an integer in 0..65535", 2},
         {"--m", "3", "--m could be any of --model-path, --max-total-tokens, ", 2},
