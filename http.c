@@ -225,22 +225,25 @@ static int server_state(void) {
     return stops && server.state != STATE_FAILED ? STATE_DRAINING : server.state;
 }
 
-// How much of its weights a rank has; NaN as long as it doesn't know how much they are.
-static double rank_loaded(int rank) {
+double rank_loaded(int rank) {
     const Progress *p = &server.ranks[rank].progress;
-    return (double)p->loaded_bytes / (double)p->total_bytes;
+    return (double)p->loaded_bytes / fmax(1, (double)p->total_bytes);
 }
 
-// What all ranks have loaded, and have to, and the rank that is furthest behind.
-typedef struct { uint64_t loaded, total; int slowest; } Loading;
-static Loading loading(void) {
-    Loading l = {0};
+int rank_slowest(void) {
+    int slowest = 0;
+    for (int i = 1; i < server.n_ranks; i++)
+        if (rank_loaded(i) < rank_loaded(slowest)) slowest = i;
+    return slowest;
+}
+
+static Progress group_progress(void) {
+    Progress sum = {0};
     for (int i = 0; i < server.n_ranks; i++) {
-        const Progress *p = &server.ranks[i].progress;
-        l.loaded += p->loaded_bytes, l.total += p->total_bytes;
-        if (!(rank_loaded(i) >= rank_loaded(l.slowest))) l.slowest = i;
+        sum.loaded_bytes += server.ranks[i].progress.loaded_bytes;
+        sum.total_bytes += server.ranks[i].progress.total_bytes;
     }
-    return l;
+    return sum;
 }
 
 // A rank that has loaded is where the group is.
@@ -258,14 +261,15 @@ static void ranks_write(Buf *b, int state) {
 // The JSON of /health. It asks no other thread and waits for nothing.
 static const char *health_json(void) {
     int state = server_state();
-    Loading l = loading();
+    Progress all = group_progress();
+    uint64_t loaded = all.loaded_bytes, total = all.total_bytes;
     const double giga = 1e9, instant = 1e-3;
-    double uptime = fmax(now - server.boot, instant), rate = (double)l.loaded / uptime;
-    const char *eta = l.loaded ? at("%.1f", (double)(l.total - l.loaded) / rate) : "null";
+    double uptime = fmax(now - server.boot, instant), rate = (double)loaded / uptime;
+    const char *eta = loaded ? at("%.1f", (double)(total - loaded) / rate) : "null";
     const char *work = state == STATE_READY || state == STATE_DRAINING ?
         at("\"steps\":%lu,\"running\":%d,\"queued\":%d", server.steps, server.running,
            server.queued) :
-        at("\"loaded_bytes\":%lu,\"total_bytes\":%lu,\"gb_per_s\":%.2f,\"eta_s\":%s", l.loaded, l.total,
+        at("\"loaded_bytes\":%lu,\"total_bytes\":%lu,\"gb_per_s\":%.2f,\"eta_s\":%s", loaded, total,
            rate / giga, eta);
     const char *failure = server.failure;
     const char *reason = failure ? at(",\"reason\":%s", quoted(str_of(failure))) : "";
@@ -1681,18 +1685,19 @@ static bool request_admit(Conn *c) {
     if (!open && !key_matches(r->authorization)) return refuse(c, 401, NULL, "Unauthorized");
     const char *failure = server.failure;
     if (server.node && !(r->route && r->route->quiet))
-        return refuse(c, 503, NULL, "node %d serves /health and /metrics only; ask the leader at %s",
-                      server.node, server.leader);
+        return refuse(c, 503, NULL, "node %d serves /health and /metrics only; ask the leader at "
+                      "%s", server.node, server.leader);
     if (!always && failure) return refuse(c, 503, NULL, "%s", failure);
     if (!always && state == STATE_DRAINING) return refuse(c, 503, NULL, "r1 is shutting down");
     if (!always && state != STATE_READY) {
-        Loading l = loading();
+        Progress all = group_progress();
+        double part = (double)all.loaded_bytes / fmax(1, (double)all.total_bytes);
+        int slowest = rank_slowest();
         r->extra = "Retry-After: 5\r\n";
         return refuse(c, 503, NULL, "r1 is not ready: %s%s", state_names[state],
                       state != STATE_LOADING ? "" :
-                      at(", %.1f %% (slowest: rank %d, %.1f %%)",
-                         100 * (double)l.loaded / fmax(1, (double)l.total), l.slowest,
-                         100 * fmax(0, rank_loaded(l.slowest))));
+                      at(", %.1f %% (slowest: rank %d, %.1f %%)", 100 * part, slowest,
+                         100 * rank_loaded(slowest)));
     }
     if (!r->route)
         return refuse(c, 404, NULL, "%.*s %.*s: no such route", ARG(r->method),

@@ -757,19 +757,14 @@ static size_t layer_place(Layer *l, int n_experts) {
 // Counts n loaded bytes; rank 0 tells how it goes, every few seconds.
 static void progress_add(Progress *p, size_t n, double start, double *reported) {
     enum { REPORT = 5 };  // seconds
-    double now = now_seconds(), done = p->loaded_bytes += n, total = p->total_bytes, least = 1;
-    int first = server.node * server.n_local, slowest = first;
+    double now = now_seconds(), done = p->loaded_bytes += n, total = p->total_bytes;
+    int first = server.node * server.n_local, slowest = rank_slowest();
     if (now - *reported < REPORT || p != &server.ranks[first].progress) return;
-    for (int i = 0; i < server.n_ranks; i++) {
-        const Progress *other = &server.ranks[i].progress;
-        double part = other->loaded_bytes / fmax(1, other->total_bytes);
-        if (part < least) least = part, slowest = i;
-    }
     *reported = now;
     double speed = done / (now - start);
     log_line(first, "Load weight: %.1f %%, %.1f of %.1f GB, %.2f GB/s, %.0f s left; slowest rank "
              "%d at %.1f %%", 100 * done / total, done / 1e9, total / 1e9, speed / 1e9,
-             (total - done) / speed, slowest, 100 * least);
+             (total - done) / speed, slowest, 100 * rank_loaded(slowest));
 }
 
 // ==== One layer, one step ========================================================================
@@ -1050,8 +1045,9 @@ static void order_here(const Order *o) {
     ranks_wait();
 }
 
-static void nodes_send(const Order *o);
+static void nodes_send(const Order *o);  // what follows of other nodes stands in the next part
 static void nodes_loaded(void);
+static void options_agree(Buf *b);
 
 static void order_give(const Order *o) {
     nodes_send(o);
@@ -1082,25 +1078,26 @@ static void ranks_end(void) {
 
 // ---- Nodes
 // Node 0 leads, the others are its workers. Each worker opens two TCP connections to the leader.
-// Over "control" both ends say once a second how they are, from a thread of its own, whatever the
-// engines do: who is silent for five seconds is lost, and with it the group. Over "engine" come the
-// leader's orders and, behind an order, what kernels.c exchanges in its sums. Everything is sent in
-// frames, a Frame and one of the structs below, little-endian as both ends are:
+// Over "control" a thread at both ends says once a second how its node is, whatever the engines do:
+// who is silent for five seconds is lost, and with it the group. Over "engine" come the leader's
+// orders and, behind an order, what kernels.c sums. Everything is sent in frames, a Frame and one
+// of the structs below, little-endian as both ends are:
 //   worker   HELLO     first on each connection: who it is, and all that must be equal
 //   leader   WELCOME   its boot's nonce, which the second HELLO repeats; a stale one is refused
-//            REFUSAL   or why not, and then it hangs up
+//            REFUSAL   or why not; then it hangs up
 //   both     STATUS    control: how this node and its ranks are. The leader's is the whole group's
 //   leader   GO        engine: all are there
 //            ORDER     engine: what to compute
-// Until all are there a node may leave and come again, and nobody who just knocks does any harm.
-// From then on nobody else is let in. Nothing that comes is believed: not a length, not an index.
+// Until all are there a node may leave and come again, and strangers who knock do no harm. From
+// then on nobody is let in. Nothing that comes is believed: no length and no index.
 
 enum { FRAME_HELLO = 1, FRAME_WELCOME, FRAME_REFUSAL, FRAME_STATUS, FRAME_GO, FRAME_ORDER };
 enum {
-    FRAME_MAGIC = 0x646e3172,  // "r1nd"
+    FRAME_MAGIC = 0x646e3172,       // "r1nd"
     PROTOCOL = 1,
-    GUESTS = 16,               // connections that have not said HELLO yet
-    MAX_ORDER = 1 << 28,       // bytes
+    GUESTS = 16,                    // connections that have not said HELLO yet
+    LINES = MAX_RANKS + GUESTS,
+    MAX_ORDER = 1 << 28,            // bytes
     STATE_OVER = STATE_FAILED + 1,  // the leader's last word when all went well
 };
 static const double beat_s = 1, silence_s = 5, report_s = 5, farewell_s = 3;
@@ -1108,14 +1105,14 @@ static const double beat_s = 1, silence_s = 5, report_s = 5, farewell_s = 3;
 typedef struct { uint32_t magic, protocol, kind, bytes; } Frame;
 
 typedef struct {
-    uint64_t nonce;            // of the boot that the worker takes part in; 0: of none yet
-    uint32_t node, engine;     // engine: this is to be the second connection
-    uint32_t tokens, unused;   // that the cache could hold on this node
-    char facts[4096];          // lines of name=value
+    uint64_t nonce;                 // of the boot that the worker takes part in; 0: of none yet
+    uint32_t node, engine;          // engine: this is the second connection
+    uint32_t tokens, unused;        // that the cache could hold on this node
+    char facts[4096];               // lines of name=value
 } Hello;
 
 typedef struct { uint64_t nonce; uint32_t http_port, unused; } Welcome;
-typedef struct { uint32_t for_good; char text[508]; } Refusal;  // for_good: don't ask again
+typedef struct { uint32_t for_good; char text[508]; } Refusal;  // for_good: don't come again
 typedef struct { uint32_t tokens; uint8_t id[GROUP_ID]; } Go;
 
 typedef struct {
@@ -1125,51 +1122,49 @@ typedef struct {
     struct { uint32_t state, unused; uint64_t loaded, total; } rank[MAX_RANKS];
 } NodeStatus;
 
-typedef struct { uint32_t kind, first, n, rows, n_out, n_pages; } OrderHead;  // then arrays of ints
+// Behind it: id [rows], position [rows], seq [rows], out [n_out], pages [n_pages], all int.
+typedef struct { uint32_t kind, first, n, rows, n_out, n_pages; } OrderHead;
 
 static const uint32_t frame_bytes[] = {
-    [FRAME_HELLO] = sizeof(Hello), [FRAME_WELCOME] = sizeof(Welcome),
-    [FRAME_REFUSAL] = sizeof(Refusal), [FRAME_STATUS] = sizeof(NodeStatus), [FRAME_GO] = sizeof(Go)};
+    [FRAME_HELLO] = sizeof(Hello), [FRAME_WELCOME] = sizeof(Welcome), [FRAME_GO] = sizeof(Go),
+    [FRAME_REFUSAL] = sizeof(Refusal), [FRAME_STATUS] = sizeof(NodeStatus)};
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "frames are sent as they lie in memory");
 
-typedef struct {               // one end of a connection
-    int fd;                    // -1: none
-    double heard;              // when it opened or its last frame came
-    char address[INET6_ADDRSTRLEN + 8];
-    size_t n_in;               // how much of a frame has come
+typedef struct {
+    int fd;                         // -1: none
+    double heard;                   // when it opened, or its last frame came
+    char address[INET6_ADDRSTRLEN];
+    size_t n_in;                    // how much of a frame has come
     _Alignas(8) uint8_t in[sizeof(Frame) + sizeof(Hello)];
 } Line;
 
 static struct {
     pthread_mutex_t mutex;
     pthread_cond_t changed;
-    Line control[MAX_RANKS];   // by node; a worker has [0] only, the leader all but that
-    int engine[MAX_RANKS];     // their other sockets
+    Line line[LINES];               // control, by node: a worker's [0], the leader's others; guests
+    int engine[MAX_RANKS];          // the nodes' other sockets
     uint32_t tokens[MAX_RANKS];
-    Line guest[GUESTS];
-    int listener, wake_fd;     // wake_fd: the watch is to say at once how this node is
-    Hello hello;               // what this node says of itself
-    char host[256], port[6];   // --dist-init-addr
-    char why[512];             // a worker's: why it has no leader yet
-    bool complete;             // all are there
-    atomic_bool closing;       // this node has done its work: nobody is missed from now on
+    int listener, wake_fd;          // wake_fd: the watch is to say at once how this node is
+    double beat, report;            // when it does so next, and when it says for whom it waits
+    Hello hello;                    // what this node says of itself
+    char host[256], port[6];        // --dist-init-addr
+    char why[512];                  // a worker's: why it has no leader yet
+    bool complete;                  // all are there
+    atomic_bool closing;            // this node has done its work: nobody is missed from now on
     Go go;
-    int peer[MAX_RANKS];
-    Buf out, in, seq, pages;   // of orders
-} nodes = {.mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER, .listener = -1, .wake_fd = -1};
+    Buf out, in, seq, pages;        // of orders
+} nodes = {.mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER,
+           .listener = -1, .wake_fd = -1};
 
-static void options_agree(Buf *b);
+static void nodes_wake(void) { (void)!write(nodes.wake_fd, &(uint64_t){1}, sizeof(uint64_t)); }
 
-static void nodes_wake(void) { (void)!write(nodes.wake_fd, &(uint64_t){1}, 8); }
+// What a thread does that can only wait for the program's end.
+static _Noreturn void wait_for_end(void) { for (;;) pause(); }
 
-// "node 1 (rank 8-15)" when it is waited for, "rank 8-15 (node 1)" when it is spoken of.
-static const char *node_name(char out[48], int node, bool node_first) {
+static const char *node_ranks(char out[24], int node) {  // "rank 8-15"
     int first = node * server.n_local, last = first + server.n_local - 1;
-    char range[24], number[16];
-    snprintf(range, sizeof range, first < last ? "rank %d-%d" : "rank %d", first, last);
-    snprintf(number, sizeof number, "node %d", node);
-    snprintf(out, 48, "%s (%s)", node_first ? number : range, node_first ? range : number);
+    snprintf(out, 24, first < last ? "rank %d-%d" : "rank %d", first, last);
     return out;
 }
 
@@ -1177,44 +1172,37 @@ static void node_state(int node, int state) {
     for (int i = 0; i < server.n_local; i++) server.ranks[node * server.n_local + i].state = state;
 }
 
-// The group can't go on: the text goes to the log, to all who wait, and to the other nodes.
-__attribute__((format(printf, 1, 2))) static void group_fail(const char *format, ...) {
-    va_list args;
-    Buf b = {0};
-    va_start(args, format);
-    buf_vprintf(&b, format, args);
-    va_end(args);
-    char *copy = format_string("%s", b.data);
-    if (http_fail(b.data)) log_line(-1, "%s", copy);
-    free(copy);
+// The group can't go on: the malloc'ed text goes to the log, to all who wait, and to all nodes.
+static void group_fail(char *text) {
+    if (http_fail(text)) log_line(-1, "%s", server.failure);
     nodes_wake();
 }
 
 void peer_lost(int node, const char *format, ...) {
     va_list args;
-    char name[48];
+    char name[24];
     Buf why = {0};
     if (nodes.closing || server.over || server.stops > 1) return;
     va_start(args, format);
     buf_vprintf(&why, format, args);
     va_end(args);
     node_state(node, STATE_FAILED);
-    group_fail("%s was lost: %s", node_name(name, node, false), why.data);
+    group_fail(format_string("%s (node %d) was lost: %s", node_ranks(name, node), node, why.data));
     buf_free(&why);
 }
 
-// Control frames are small and few: if one doesn't fit into the socket, the other end is gone.
+// Control frames are small and few: where one doesn't fit into the socket the other end is gone.
 static bool frame_send(int fd, int kind, const void *payload) {
     uint8_t out[sizeof(Frame) + sizeof(Hello)];
-    size_t n = frame_bytes[kind];
-    memcpy(out, &(Frame){FRAME_MAGIC, PROTOCOL, kind, n}, sizeof(Frame));
-    memcpy(out + sizeof(Frame), payload, n);
-    n += sizeof(Frame);
-    return send(fd, out, n, MSG_NOSIGNAL | MSG_DONTWAIT) == (ssize_t)n;
+    const Frame f = {FRAME_MAGIC, PROTOCOL, kind, frame_bytes[kind]};
+    ssize_t n = sizeof f + f.bytes;
+    memcpy(out, &f, sizeof f);
+    memcpy(out + sizeof f, payload, f.bytes);
+    return send(fd, out, n, MSG_NOSIGNAL | MSG_DONTWAIT) == n;
 }
 
 // The kind of the next frame, whose payload then lies in l->in; 0: it is not complete; -1: there
-// will be none, and `why` says the reason.
+// will be none. The latter two have a reason.
 static int frame_take(Line *l, int flags, const char **why) {
     Frame f;
     for (size_t whole = sizeof f;; whole = sizeof f) {
@@ -1237,32 +1225,30 @@ static int frame_take(Line *l, int flags, const char **why) {
     }
 }
 
-static void line_close(Line *l) {
-    if (l->fd >= 0) close(l->fd);
-    l->fd = -1, l->n_in = 0;
+static void fd_close(int *fd) {
+    if (*fd >= 0) close(*fd);
+    *fd = -1;
 }
 
-static void address_text(char *out, size_t size, int fd) {
+static void line_init(Line *l, int fd) {
     struct sockaddr_storage a;
-    char host[INET6_ADDRSTRLEN] = "", port[8] = "";
+    *l = (Line){.fd = fd, .heard = now_seconds()};
     getpeername(fd, (void *)&a, &(socklen_t){sizeof a});
-    getnameinfo((void *)&a, sizeof a, host, sizeof host, port, sizeof port,
-                NI_NUMERICHOST | NI_NUMERICSERV);
-    snprintf(out, size, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
+    getnameinfo((void *)&a, sizeof a, l->address, sizeof l->address, NULL, 0, NI_NUMERICHOST);
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));  // an order is not to wait
 }
 
 // Without its control connection a node is gone. Before all are there it may come again.
 static void node_gone(int node, const char *why) {
-    char name[48];
-    line_close(&nodes.control[node]);
+    char name[24];
+    fd_close(&nodes.line[node].fd);
     if (nodes.complete) peer_lost(node, "%s", why);
     if (nodes.complete || nodes.closing || server.over) return;
-    log_line(-1, "%s has left: %s", node_name(name, node, true), why);
+    log_line(-1, "node %d (%s) has left: %s", node, node_ranks(name, node), why);
     node_state(node, STATE_CONNECTING);
-    // A worker's engine thread waits at the other socket, and closes it itself.
-    if (server.node) { shutdown(nodes.engine[0], SHUT_RDWR); return; }
-    if (nodes.engine[node] >= 0) close(nodes.engine[node]);
-    nodes.engine[node] = -1;
+    // A worker's engine thread waits at the other socket; it must wake up and close it itself.
+    if (server.node) shutdown(nodes.engine[0], SHUT_RDWR);
+    else fd_close(&nodes.engine[node]);
 }
 
 // ---- What each node knows of the others
@@ -1274,19 +1260,18 @@ static bool all_loaded(void) {
 }
 
 static void status_send(void) {
-    static NodeStatus s;
     const char *failure = server.failure;
-    s.steps = server.steps, s.running = server.running, s.queued = server.queued;
-    s.stops = server.stops;
-    s.state = failure ? STATE_FAILED : nodes.closing ? (int)STATE_OVER : server.state;
+    int state = failure ? STATE_FAILED : nodes.closing ? (int)STATE_OVER : server.state;
+    NodeStatus s = {.steps = server.steps, .state = state, .stops = server.stops,
+                    .running = server.running, .queued = server.queued};
     snprintf(s.failure, sizeof s.failure, "%s", failure ? failure : "");
     for (int i = 0; i < server.n_ranks; i++) {
         const RankStatus *r = &server.ranks[i];
         s.rank[i].state = r->state, s.rank[i].loaded = r->progress.loaded_bytes;
         s.rank[i].total = r->progress.total_bytes;
     }
-    for (int i = 0; i < server.options.nnodes; i++)
-        if (nodes.control[i].fd >= 0 && !frame_send(nodes.control[i].fd, FRAME_STATUS, &s))
+    for (int i = 0; i < MAX_RANKS; i++)
+        if (nodes.line[i].fd >= 0 && !frame_send(nodes.line[i].fd, FRAME_STATUS, &s))
             node_gone(i, strerror(errno));
 }
 
@@ -1301,8 +1286,9 @@ static bool status_take(int from, NodeStatus *s) {
     if (s->state > STATE_OVER) return false;
     for (int i = 0; i < server.n_ranks; i++) {
         RankStatus *r = &server.ranks[i];
+        int node = i / server.n_local;
         if (s->rank[i].state > STATE_FAILED) return false;
-        if (from ? i / server.n_local != from : i / server.n_local == server.node) continue;
+        if (from ? node != from : node == server.node) continue;
         r->state = s->rank[i].state;
         r->progress.loaded_bytes = s->rank[i].loaded;
         r->progress.total_bytes = s->rank[i].total;
@@ -1314,13 +1300,13 @@ static bool status_take(int from, NodeStatus *s) {
     server.running = s->running;
     server.queued = s->queued;
     if (s->state == STATE_OVER) leader_over();
-    else if (s->state == STATE_FAILED) group_fail("%s", s->failure);
+    else if (s->state == STATE_FAILED) group_fail(format_string("%s", s->failure));
     else server.state = s->state;
     return true;
 }
 
 static void control_take(int node) {
-    Line *l = &nodes.control[node];
+    Line *l = &nodes.line[node];
     const char *why = "it sent a frame out of turn";
     int kind;
     while (l->fd >= 0 && (kind = frame_take(l, MSG_DONTWAIT, &why)))
@@ -1335,10 +1321,9 @@ static char *facts_differ(const char *got, const char *want) {
         n = strcspn(got, "\n"), m = strcspn(want, "\n");
         size_t name = strcspn(want, "=") + 1;
         if (n == m && !memcmp(got, want, n)) continue;
-        bool same = n >= name && !memcmp(got, want, name);
-        return format_string("%.*s: got %.*s, want %.*s", (int)name - 1, want,
-                             (int)(same ? n - name : n), same ? got + name : got, (int)(m - name),
-                             want + name);
+        size_t skip = n >= name && !memcmp(got, want, name) ? name : 0;
+        return format_string("%.*s: got %.*s, want %.*s", (int)name - 1, want, (int)(n - skip),
+                             got + skip, (int)(m - name), want + name);
     }
     return NULL;
 }
@@ -1346,7 +1331,6 @@ static char *facts_differ(const char *got, const char *want) {
 // Why a HELLO is refused, malloc'ed; NULL: it is not. Only what differs will differ again.
 static char *hello_refuse(const Hello *h, bool *differs) {
     const Hello *own = &nodes.hello;
-    char name[48];
     if (h->nonce != (h->engine ? own->nonce : 0))
         return format_string("boot nonce: got %016lx, want %016lx: it belongs to another boot",
                              h->nonce, own->nonce);
@@ -1354,22 +1338,21 @@ static char *hello_refuse(const Hello *h, bool *differs) {
     *differs = difference;
     if (difference) return difference;
     if (h->node < 1 || h->node >= (uint32_t)server.options.nnodes || h->engine > 1)
-        return format_string("it says that it is node %u", h->node);
-    const Line *control = &nodes.control[h->node];
-    if (h->engine ? nodes.engine[h->node] >= 0 : control->fd >= 0)
-        return format_string("%s is there already, from %s", node_name(name, h->node, true),
-                             control->address);
-    return h->engine && control->fd < 0 ? format_string("its control connection is gone") : NULL;
+        return format_string("no such node");
+    const Line *control = &nodes.line[h->node];
+    if (control->fd < 0) return h->engine ? format_string("it is not there yet") : NULL;
+    return h->engine && nodes.engine[h->node] < 0 ? NULL :
+           format_string("it is there already, from %s", control->address);
 }
 
 static void guest_refuse(Line *g, const char *why) {
     log_line(-1, "Refused %s at --dist-init-addr: %s", g->address, why);
-    line_close(g);
+    fd_close(&g->fd);
 }
 
 static void guest_hello(Line *g) {
     Hello *h = (void *)g->in;
-    char name[48];
+    char name[24];
     bool differs = false;
     h->facts[sizeof h->facts - 1] = 0;
     char *refusal = hello_refuse(h, &differs);
@@ -1378,7 +1361,7 @@ static void guest_hello(Line *g) {
         snprintf(r.text, sizeof r.text, "node %u: %s", h->node, refusal);
         frame_send(g->fd, FRAME_REFUSAL, &r);
         guest_refuse(g, r.text);
-        if (differs) group_fail("%s", r.text);
+        if (differs) group_fail(format_string("%s", r.text));
         free(refusal);
         return;
     }
@@ -1386,23 +1369,22 @@ static void guest_hello(Line *g) {
     if (h->engine) {
         nodes.engine[h->node] = g->fd;
     } else {
-        nodes.control[h->node] = *g;
+        log_line(-1, "node %u (%s) has come from %s", h->node, node_ranks(name, h->node),
+                 g->address);
         nodes.tokens[h->node] = h->tokens;
-        log_line(-1, "%s has come from %s", node_name(name, h->node, true), g->address);
+        nodes.line[h->node] = *g;
     }
     g->fd = -1;
 }
 
 static void guest_accept(void) {
-    Line *g = nodes.guest;  // an empty place, or that of the one who is silent for longest
+    Line *g = &nodes.line[MAX_RANKS];  // an empty place, or that of who has been silent for longest
     int fd = accept4(nodes.listener, NULL, NULL, SOCK_CLOEXEC);
     if (fd < 0) return;
-    for (Line *i = g; i < nodes.guest + GUESTS; i++)
+    for (Line *i = g; i < nodes.line + LINES; i++)
         if (g->fd >= 0 && (i->fd < 0 || i->heard < g->heard)) g = i;
     if (g->fd >= 0) guest_refuse(g, "too many came at once");
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
-    *g = (Line){.fd = fd, .heard = now_seconds()};
-    address_text(g->address, sizeof g->address, fd);
+    line_init(g, fd);
 }
 
 static void guest_take(Line *g) {
@@ -1412,89 +1394,90 @@ static void guest_take(Line *g) {
     else if (kind) guest_refuse(g, kind < 0 ? why : "it did not say HELLO");
 }
 
-// All are there: the door closes. A node of the next boot finds it so, and tries until its own
-// leader has come.
+// Once all are there the door closes. A node of the next boot finds it so, and tries again until
+// its own leader has come.
 static void nodes_count(void) {
     for (int i = 1; i < server.options.nnodes; i++)
-        if (nodes.control[i].fd < 0 || nodes.engine[i] < 0) return;
-    for (Line *g = nodes.guest; g < nodes.guest + GUESTS; g++) line_close(g);
-    close(nodes.listener);
-    nodes.listener = -1;
+        if (nodes.line[i].fd < 0 || nodes.engine[i] < 0) return;
+    for (int i = MAX_RANKS; i < LINES; i++) fd_close(&nodes.line[i].fd);
+    fd_close(&nodes.listener);
     nodes.complete = true;
     pthread_cond_broadcast(&nodes.changed);
 }
 
 // ---- The watch: a thread that never computes
 
-// Who is waited for, every five seconds; and after --dist-timeout that it was in vain.
-static void watch_wait(double now, double *report) {
+// Says who is waited for, every five seconds; after --dist-timeout, that it was in vain.
+static void watch_wait(double now) {
     const Options *o = &server.options;
-    int waited = (int)(now - server.boot), own = server.node * server.n_local;
-    bool late = waited >= o->dist_timeout, tell = now >= *report;
-    if (tell) *report = now + report_s;
-    // While this node loads nobody waits for the others.
-    if (!late && (!tell || (nodes.complete && server.ranks[own].state != STATE_READY))) return;
+    int waited = (int)(now - server.boot);
+    bool late = waited >= o->dist_timeout, tell = now >= nodes.report;
+    if (tell) nodes.report = now + report_s;
+    // While this node loads it doesn't wait for the others.
+    bool loads = nodes.complete && server.ranks[server.node * server.n_local].state != STATE_READY;
+    if (!late && (!tell || loads)) return;
     for (int i = 0; i < o->nnodes; i++) {
-        char name[48], percent[32];
-        int first = i * server.n_local, slow = first;
-        for (int r = first; r < first + server.n_local; r++)
+        char name[24], percent[32];
+        int slow = i * server.n_local;
+        for (int r = slow; r < (i + 1) * server.n_local; r++)
             if (server.ranks[r].state < server.ranks[slow].state) slow = r;
-        const Progress *p = &server.ranks[slow].progress;
         int state = server.ranks[slow].state;
         if (state == STATE_READY || (i == server.node && !(late && nodes.complete))) continue;
-        snprintf(percent, sizeof percent, "loading, %.1f %%",
-                 100.0 * p->loaded_bytes / fmax(1, p->total_bytes));
-        const char *why = state == STATE_LOADING ? percent : *nodes.why ? nodes.why : "not connected";
-        node_name(name, i, true);
-        if (late) group_fail("%s: %s after %d s (--dist-timeout)", name, why, waited);
-        else log_line(-1, "Waiting for %s: %s, %d s of %d s", name, why, waited, o->dist_timeout);
-        if (server.node && nodes.control[0].fd < 0) break;  // what of the others, nobody knows
+        snprintf(percent, sizeof percent, "loading, %.1f %%", 100 * rank_loaded(slow));
+        const char *why = state == STATE_LOADING ? percent : *nodes.why ? nodes.why :
+                          "not connected";
+        node_ranks(name, i);
+        if (late)
+            group_fail(format_string("node %d (%s): %s after %d s (--dist-timeout)", i, name, why,
+                                     waited));
+        else log_line(-1, "Waiting for node %d (%s): %s, %d s of %d s", i, name, why, waited,
+                      o->dist_timeout);
+        if (server.node && nodes.line[0].fd < 0) break;  // what of the others, nobody knows
     }
 }
 
-// What a thread does that waits until the program ends.
-static _Noreturn void wait_for_end(void) { for (;;) pause(); }
-
-static void watch_round(double now, double *beat, double *report) {
+static void watch_round(double now) {
     static double failed;
-    for (int i = 0; i < server.options.nnodes; i++)
-        if (nodes.control[i].fd >= 0 && now - nodes.control[i].heard >= silence_s)
-            node_gone(i, format_string("no heartbeat for %.1f s", now - nodes.control[i].heard));
-    for (Line *g = nodes.guest; g < nodes.guest + GUESTS; g++)
-        if (g->fd >= 0 && now - g->heard >= silence_s) guest_refuse(g, "it said nothing");
+    char silence[40];
+    for (int i = 0; i < LINES; i++) {
+        double silent = now - nodes.line[i].heard;
+        if (nodes.line[i].fd < 0 || silent < silence_s) continue;
+        snprintf(silence, sizeof silence, "no heartbeat for %.1f s", silent);
+        if (i < MAX_RANKS) node_gone(i, silence);
+        else guest_refuse(&nodes.line[i], "it said nothing");
+    }
     if (nodes.listener >= 0) nodes_count();
-    if (server.stops && !nodes.complete && server.node) leader_over();  // it is not missed yet
-    if (!server.failure && !all_loaded()) watch_wait(now, report);
-    if (now >= *beat) status_send(), *beat = now + beat_s;
-    // The HTTP thread ends the program. Should it not get there, this one does.
+    if (server.stops && !nodes.complete && server.node) leader_over();  // nobody misses it yet
+    if (!server.failure && !all_loaded()) watch_wait(now);
+    if (now >= nodes.beat) status_send(), nodes.beat = now + beat_s;
+    // The HTTP thread ends the program. Should it not come to that, this one does.
     if (server.failure && !failed) failed = now;
     if (failed && now - failed > farewell_s) _exit(1);
 }
 
 static void *watch_main(void *unused) {
-    double beat = 0, report = now_seconds() + report_s;
+    uint64_t count;
     for (;;) {
-        struct pollfd p[2 + MAX_RANKS + GUESTS];
+        struct pollfd p[LINES + 2];
         pthread_mutex_lock(&nodes.mutex);
-        double now = now_seconds(), wake = beat;
-        p[0] = (struct pollfd){nodes.wake_fd, POLLIN, 0};
-        p[1] = (struct pollfd){nodes.listener, POLLIN, 0};
-        for (int i = 0; i < MAX_RANKS + GUESTS; i++) {
-            const Line *l = i < MAX_RANKS ? &nodes.control[i] : &nodes.guest[i - MAX_RANKS];
-            p[2 + i] = (struct pollfd){l->fd, POLLIN, 0};
-            if (l->fd >= 0) wake = fmin(wake, l->heard + silence_s);
+        double now = now_seconds(), wake = nodes.beat;
+        for (int i = 0; i < LINES; i++) {
+            p[i] = (struct pollfd){nodes.line[i].fd, POLLIN, 0};
+            if (p[i].fd >= 0) wake = fmin(wake, nodes.line[i].heard + silence_s);
         }
+        p[LINES] = (struct pollfd){nodes.wake_fd, POLLIN, 0};
+        p[LINES + 1] = (struct pollfd){nodes.listener, POLLIN, 0};
         pthread_mutex_unlock(&nodes.mutex);
-        poll(p, COUNT(p), (int)ceil(fmax(0, wake - now) * 1000));
+        poll(p, LINES + 2, (int)ceil(fmax(0, wake - now) * 1000));
         pthread_mutex_lock(&nodes.mutex);
-        uint64_t count;
-        if (read(nodes.wake_fd, &count, sizeof count) > 0) beat = 0;
-        for (int i = 0; i < MAX_RANKS; i++)
-            if (p[2 + i].revents) control_take(i);
-        for (int i = 0; i < GUESTS; i++)
-            if (p[2 + MAX_RANKS + i].revents) guest_take(&nodes.guest[i]);
-        if (p[1].revents) guest_accept();
-        watch_round(now_seconds(), &beat, &report);
+        if (read(nodes.wake_fd, &count, sizeof count) > 0) nodes.beat = 0;
+        for (int i = 0; i < LINES; i++) {
+            if (!p[i].revents) continue;
+            if (i < MAX_RANKS) control_take(i);
+            else guest_take(&nodes.line[i]);
+        }
+        if (p[LINES + 1].revents) guest_accept();
+        watch_round(now_seconds());
         pthread_mutex_unlock(&nodes.mutex);
     }
     return unused;
@@ -1502,72 +1485,74 @@ static void *watch_main(void *unused) {
 
 // ---- How a group comes together
 
-// The port is taken before anything is loaded, on all addresses, since the leader's own name may
-// not be known yet; but an address of this machine alone stays one.
+// The leader's port is taken before anything is loaded: on all addresses, for its own name may not
+// be known yet, but where that is an address of this machine alone.
 static void nodes_open(const Options *o) {
     if (o->nnodes < 2 || o->node_rank) return;
-    const char *hosts[] = {nodes.host, "::", "0.0.0.0"};
-    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE | AI_NUMERICHOST};
     bool local = !strncmp(nodes.host, "127.", 4) || !strcmp(nodes.host, "::1");
-    for (int i = !local; i < 3 && nodes.listener < 0; i++) {
-        struct addrinfo *a;
+    const char *hosts[] = {local ? nodes.host : "::", local ? nodes.host : "0.0.0.0"};
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *a;
+    for (int i = 0; i < 2 && nodes.listener < 0; i++) {  // the second where there is no IPv6
         if (getaddrinfo(hosts[i], nodes.port, &hints, &a)) continue;
         int fd = socket(a->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
         setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
         setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &(int){0}, sizeof(int));
-        if (fd >= 0 && !bind(fd, a->ai_addr, a->ai_addrlen) && !listen(fd, GUESTS)) nodes.listener = fd;
-        else if (local || i == 2 || errno == EADDRINUSE)
-            die("--dist-init-addr: cannot listen on %s:%s: %s", hosts[i], nodes.port,
-                strerror(errno));
-        else close(fd);
+        if (bind(fd, a->ai_addr, a->ai_addrlen) || listen(fd, GUESTS)) fd_close(&fd);
+        nodes.listener = fd;
         freeaddrinfo(a);
     }
+    if (nodes.listener < 0)
+        die("--dist-init-addr: cannot listen on %s:%s: %s", hosts[1], nodes.port, strerror(errno));
 }
 
-// A worker's connection, as far as WELCOME. False: `why` says what is in the way.
-static bool line_open(Line *l, const struct addrinfo *a, bool engine, char *why, size_t size) {
-    struct timeval patience = {(time_t)silence_s, 0}, none = {0};
-    const char *reason = NULL;
-    *l = (Line){.fd = socket(a->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0)};
-    setsockopt(l->fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience);  // of connect(), too
-    setsockopt(l->fd, SOL_SOCKET, SO_RCVTIMEO, &patience, sizeof patience);
-    setsockopt(l->fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
+static void line_patience(int fd, double seconds) {  // 0: without an end
+    struct timeval t = {(time_t)seconds, 0};
+    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &t, sizeof t);  // it holds for connect(), too
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
+}
+
+// A worker's connection, as far as WELCOME. False: nodes.why says what is in the way.
+static bool line_open(Line *l, const struct addrinfo *a, bool engine) {
+    const char *why = "it is not ready";
+    int kind = 0, fd = socket(a->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
     nodes.hello.engine = engine;
-    int kind = -1;
-    if (l->fd < 0 || connect(l->fd, a->ai_addr, a->ai_addrlen) ||
-        !frame_send(l->fd, FRAME_HELLO, &nodes.hello))
-        reason = errno == EINPROGRESS ? "it does not answer" : strerror(errno);
-    else kind = frame_take(l, 0, &reason);
-    if (kind == FRAME_WELCOME) {
-        setsockopt(l->fd, SOL_SOCKET, SO_SNDTIMEO, &none, sizeof none);
-        setsockopt(l->fd, SOL_SOCKET, SO_RCVTIMEO, &none, sizeof none);
-        address_text(l->address, sizeof l->address, l->fd);
-        return true;
-    }
+    line_patience(fd, silence_s);
+    if (connect(fd, a->ai_addr, a->ai_addrlen) || !frame_send(fd, FRAME_HELLO, &nodes.hello))
+        why = errno == EINPROGRESS ? "it does not answer" : strerror(errno);
+    else line_init(l, fd), kind = frame_take(l, 0, &why);
+    line_patience(fd, 0);
+    if (kind == FRAME_WELCOME) return true;
     Refusal *r = (void *)l->in;
-    r->text[sizeof r->text - 1] = 0;
-    if (kind == FRAME_REFUSAL && r->for_good) group_fail("refused by the leader: %s", r->text);
-    snprintf(why, size, "%s", kind == FRAME_REFUSAL ? r->text : reason ? reason : "it is confused");
-    return line_close(l), false;
+    if (kind == FRAME_REFUSAL) why = r->text, r->text[sizeof r->text - 1] = 0;
+    if (kind == FRAME_REFUSAL && r->for_good)
+        group_fail(format_string("refused by the leader: %s", r->text));
+    pthread_mutex_lock(&nodes.mutex);
+    snprintf(nodes.why, sizeof nodes.why, "%s", why);
+    pthread_mutex_unlock(&nodes.mutex);
+    return fd_close(&fd), false;
 }
 
-// Both connections to a leader whose address is looked up anew: it may have moved.
-static bool leader_open(Line *control, Line *engine, char *why, size_t size) {
+// Both connections to the leader, whose name is looked up anew each time: it may have moved.
+static bool leader_open(Line *control, Line *engine) {
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *list = NULL;
     int error = getaddrinfo(nodes.host, nodes.port, &hints, &list);
-    if (error) return snprintf(why, size, "%s: %s", nodes.host, gai_strerror(error)), false;
+    if (error) {
+        pthread_mutex_lock(&nodes.mutex);
+        snprintf(nodes.why, sizeof nodes.why, "%s: %s", nodes.host, gai_strerror(error));
+        pthread_mutex_unlock(&nodes.mutex);
+    }
     bool open = false;
-    nodes.hello.nonce = 0;
     for (const struct addrinfo *a = list; a && !open && !server.failure; a = a->ai_next) {
-        if (!line_open(control, a, false, why, size)) continue;
+        nodes.hello.nonce = 0;
+        if (!line_open(control, a, false)) continue;
         const Welcome *w = (void *)control->in;
         nodes.hello.nonce = w->nonce;
-        server.leader = format_string("%.*s:%u", (int)(strrchr(control->address, ':') - control->address),
+        server.leader = format_string(strchr(control->address, ':') ? "[%s]:%u" : "%s:%u",
                                       control->address, w->http_port);
-        open = line_open(engine, a, true, why, size);
-        if (!open) line_close(control), nodes.hello.nonce = 0;
+        open = line_open(engine, a, true);
+        if (!open) fd_close(&control->fd);
     }
-    freeaddrinfo(list);
+    if (list) freeaddrinfo(list);
     return open;
 }
 
@@ -1575,81 +1560,66 @@ static bool leader_open(Line *control, Line *engine, char *why, size_t size) {
 static void leader_join(void) {
     static Line control, engine;
     const char *why;
-    char text[sizeof nodes.why];
-    for (;; sleep(1)) {
-        bool open = leader_open(&control, &engine, text, sizeof text);
+    for (bool go = false; !go; sleep(!go)) {
+        if (server.failure) wait_for_end();
+        if (!leader_open(&control, &engine)) continue;
         pthread_mutex_lock(&nodes.mutex);
-        snprintf(nodes.why, sizeof nodes.why, "%s", open ? "" : text);
-        if (open) nodes.control[0] = control, nodes.engine[0] = engine.fd;
+        nodes.line[0] = control, nodes.engine[0] = engine.fd, *nodes.why = 0;
         pthread_mutex_unlock(&nodes.mutex);
         nodes_wake();
-        if (server.failure) wait_for_end();
-        if (!open) continue;
-        bool go = frame_take(&engine, 0, &why) == FRAME_GO;
+        go = frame_take(&engine, 0, &why) == FRAME_GO;
         pthread_mutex_lock(&nodes.mutex);
-        nodes.complete = go &= nodes.control[0].fd >= 0;  // it may have left just after
-        if (!go) line_close(&engine), line_close(&nodes.control[0]), nodes.engine[0] = -1;
+        nodes.complete = go &= nodes.line[0].fd >= 0;  // it may have left just after
+        if (!go) fd_close(&nodes.engine[0]), fd_close(&nodes.line[0].fd);
         pthread_mutex_unlock(&nodes.mutex);
-        if (go) break;
     }
     memcpy(&nodes.go, engine.in, sizeof nodes.go);
 }
 
-static bool all_read(int fd, void *data, size_t n) {
-    for (ssize_t done; n; data = (char *)data + done, n -= done)
-        if ((done = recv(fd, data, n, MSG_WAITALL)) <= 0) return false;
-    return true;
+// The leader's: waits for all, and lets them go. The cache is as large as all of them can hold.
+static void workers_join(void) {
+    int n = server.options.nnodes;
+    pthread_mutex_lock(&nodes.mutex);
+    while (!nodes.complete) pthread_cond_wait(&nodes.changed, &nodes.mutex);
+    pthread_mutex_unlock(&nodes.mutex);
+    nodes.go.tokens = server.max_total_tokens;
+    for (int i = 1; i < n; i++)
+        if (nodes.tokens[i] < nodes.go.tokens) nodes.go.tokens = nodes.tokens[i];
+    for (int i = 1; i < n; i++)
+        if (!frame_send(nodes.engine[i], FRAME_GO, &nodes.go))
+            peer_lost(i, "%s", strerror(errno)), wait_for_end();
 }
 
-static bool all_written(int fd, const void *data, size_t n) {
-    for (ssize_t done; n; data = (const char *)data + done, n -= done)
-        if ((done = send(fd, data, n, MSG_NOSIGNAL)) <= 0) return false;
-    return true;
-}
-
-// What all nodes must agree in; the rest of what decides a step's shapes follows from these.
+// What all nodes must agree in; the rest of what decides a step's shapes follows from it.
 static void facts_write(void) {
     Buf b = {0};
     buf_printf(&b, "version=%s\nmodel fingerprint=r1-%016lx\n", R1_VERSION, server.fingerprint);
     options_agree(&b);
-    if (b.len >= sizeof nodes.hello.facts) die("the flags are too long for the handshake");
-    memcpy(nodes.hello.facts, b.data, b.len);
+    snprintf(nodes.hello.facts, sizeof nodes.hello.facts, "%s", b.data);
     buf_free(&b);
 }
 
-// From here on the others are watched. Returns when all are there and agree; the cache is then as
-// large as all of them can hold.
+// From here on the others are watched. Returns when all are there and agree.
 static void nodes_connect(Group *g) {
     const Options *o = &server.options;
-    g->peer = nodes.peer, g->n_peers = 0, g->id = nodes.go.id;
-    if (!server.node) group_id(nodes.go.id);
-    node_state(server.node, STATE_LOADING);
-    if (o->nnodes < 2) return;
     pthread_t watch;
-    for (int i = 0; i < MAX_RANKS; i++) nodes.control[i].fd = nodes.engine[i] = -1;
-    for (int i = 0; i < GUESTS; i++) nodes.guest[i].fd = -1;
-    for (int i = 0; i < o->nnodes; i++) node_state(i, STATE_CONNECTING);
-    nodes.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    nodes.hello.node = server.node, nodes.hello.tokens = server.max_total_tokens;
-    while (!server.node && !nodes.hello.nonce)
-        if (getrandom(&nodes.hello.nonce, sizeof nodes.hello.nonce, 0) < 0) die("getrandom: %s", strerror(errno));
-    facts_write();
-    if (pthread_create(&watch, NULL, watch_main, NULL)) die("can't start the watch thread");
-    if (server.node) leader_join();
-    pthread_mutex_lock(&nodes.mutex);
-    while (!nodes.complete) pthread_cond_wait(&nodes.changed, &nodes.mutex);
-    pthread_mutex_unlock(&nodes.mutex);
-    if (!server.node) nodes.go.tokens = server.max_total_tokens;
-    for (int i = 1; i < o->nnodes && !server.node; i++)
-        if (nodes.tokens[i] < nodes.go.tokens) nodes.go.tokens = nodes.tokens[i];
-    const Frame f = {FRAME_MAGIC, PROTOCOL, FRAME_GO, sizeof nodes.go};
-    for (int i = !server.node; i < (server.node ? 1 : o->nnodes); i++) {
-        int fd = nodes.peer[g->n_peers++] = nodes.engine[i];
-        if (server.node) break;
-        if (!all_written(fd, &f, sizeof f) || !all_written(fd, &nodes.go, sizeof nodes.go))
-            peer_lost(i, "%s", strerror(errno)), wait_for_end();
+    if (!server.node) group_id(nodes.go.id);
+    g->id = nodes.go.id;
+    if (o->nnodes > 1) {
+        for (int i = 0; i < LINES; i++) nodes.line[i].fd = -1;
+        for (int i = 0; i < o->nnodes; i++) nodes.engine[i] = -1, node_state(i, STATE_CONNECTING);
+        nodes.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+        nodes.report = now_seconds() + report_s;
+        nodes.hello.node = server.node, nodes.hello.tokens = server.max_total_tokens;
+        if (!server.node && getrandom(&nodes.hello.nonce, sizeof nodes.hello.nonce, 0) < 0)
+            die("getrandom: %s", strerror(errno));
+        nodes.hello.nonce |= !server.node;  // 0 is nobody's
+        facts_write();
+        if (pthread_create(&watch, NULL, watch_main, NULL)) die("can't start the watch thread");
+        server.node ? leader_join() : workers_join();
+        server.max_total_tokens = nodes.go.tokens;
+        g->peer = nodes.engine + !server.node, g->n_peers = server.node ? 1 : o->nnodes - 1;
     }
-    server.max_total_tokens = nodes.go.tokens;
     node_state(server.node, STATE_LOADING);
 }
 
@@ -1665,74 +1635,86 @@ static void nodes_loaded(void) {
 
 // The last word, of success or failure. The leader goes last, so that nobody misses it.
 static void nodes_close(void) {
-    if (server.options.nnodes < 2) return;
     nodes.closing = true;
     nodes_wake();
-    bool open = !server.node;
-    for (int i = 0; i < 100 && open; i++) {  // of 10 ms
-        usleep(10000);
+    for (int i = 0; i < 100 && !server.node; i++) {  // of 10 ms
+        int open = 0;
         pthread_mutex_lock(&nodes.mutex);
-        open = false;
-        for (int k = 1; k < server.options.nnodes; k++) open |= nodes.control[k].fd >= 0;
+        for (int k = 1; k < server.options.nnodes; k++) open += nodes.line[k].fd >= 0;
         pthread_mutex_unlock(&nodes.mutex);
+        if (!open) break;
+        usleep(10000);
     }
 }
 
 // ---- Orders
 
-// Sends what the leader orders to all workers. Of the page tables only the pages that the rows
-// read go out, one run behind the other, and a row's `seq` says where its run begins: so
-// max_pages is 1 there.
+static bool all_read(int fd, void *data, size_t n) {
+    for (ssize_t done; n; data = (char *)data + done, n -= done)
+        if ((done = recv(fd, data, n, 0)) <= 0) return false;
+    return true;
+}
+
+static bool all_written(int fd, const void *data, size_t n) {
+    for (ssize_t done; n; data = (const char *)data + done, n -= done)
+        if ((done = send(fd, data, n, MSG_NOSIGNAL)) <= 0) return false;
+    return true;
+}
+
+// Tells all workers what the leader orders. Of the page tables only the pages that the rows read go
+// out, one run behind the other, and a row's `seq` says where its run begins: max_pages is 1 there.
 static void nodes_send(const Order *o) {
     if (server.node || server.options.nnodes < 2) return;
     const Batch *b = &o->batch;
     Buf *out = &nodes.out, *seq = &nodes.seq, *pages = &nodes.pages;
-    bool step = o->kind == ORDER_STEP;
-    int n = step ? b->n : 0, n_out = step ? b->n_out : 0;
+    size_t size = sizeof(int), rows = b->n * size;
     out->len = seq->len = pages->len = 0;
-    for (int i = 0, end; i < n; i = end) {
-        int run = pages->len / sizeof(int), last = 0;
-        for (end = i; end < n && b->seq[end] == b->seq[i]; end++) {
-            buf_add(seq, &run, sizeof run);
+    for (int i = 0, end; i < b->n; i = end) {
+        int run = pages->len / size, last = 0;
+        for (end = i; end < b->n && b->seq[end] == b->seq[i]; end++) {
+            buf_add(seq, &run, size);
             if (b->position[end] > last) last = b->position[end];
         }
-        buf_add(pages, b->pages + (size_t)b->seq[i] * b->max_pages, (last / PAGE + 1) * sizeof(int));
+        buf_add(pages, b->pages + (size_t)b->seq[i] * b->max_pages, (last / PAGE + 1) * size);
     }
-    OrderHead h = {o->kind, o->first, o->n, n, n_out, pages->len / sizeof(int)};
-    size_t bytes = sizeof h + (3 * n + n_out) * sizeof(int) + pages->len;
+    OrderHead h = {o->kind, o->first, o->n, b->n, b->n_out, pages->len / size};
+    size_t bytes = sizeof h + 3 * rows + b->n_out * size + pages->len;
     buf_add(out, &(Frame){FRAME_MAGIC, PROTOCOL, FRAME_ORDER, bytes}, sizeof(Frame));
     buf_add(out, &h, sizeof h);
-    buf_add(out, b->id, n * sizeof(int)), buf_add(out, b->position, n * sizeof(int));
-    buf_add(out, seq->data, n * sizeof(int)), buf_add(out, b->out, n_out * sizeof(int));
-    buf_add(out, pages->data, pages->len);
+    buf_add(out, b->id, rows), buf_add(out, b->position, rows), buf_add(out, seq->data, rows);
+    buf_add(out, b->out, b->n_out * size), buf_add(out, pages->data, pages->len);
     for (int i = 1; i < server.options.nnodes; i++)
         if (!all_written(nodes.engine[i], out->data, out->len))
             peer_lost(i, "%s", strerror(errno)), wait_for_end();
 }
 
-static bool all_within(const int *values, size_t n, int end) {
+static bool all_below(const int *values, size_t n, size_t end) {
     for (size_t i = 0; i < n; i++)
-        if (values[i] < 0 || values[i] >= end) return false;
+        if (values[i] < 0 || (size_t)values[i] >= end) return false;
     return true;
 }
 
 // Makes an order of what came; its arrays stay where they are. False when it can't be one.
 static bool order_read(Order *o, const OrderHead *h, const int *data) {
-    static uint32_t n_out;     // of the last step
+    static uint32_t n_out;          // of the last step
     const int *id = data, *position = id + h->rows, *seq = position + h->rows;
     const int *out = seq + h->rows, *pages = out + h->n_out;
     *o = (Order){.kind = h->kind, .first = h->first, .n = h->n,
                  .batch = {.n = h->rows, .id = id, .position = position, .seq = seq,
                            .pages = pages, .max_pages = 1, .out = out, .n_out = h->n_out}};
-    if (h->kind == ORDER_MORE_LOGITS) return h->first <= n_out && h->n <= n_out - h->first;
+    if (h->kind == ORDER_END) return true;
+    if (h->kind == ORDER_MORE_LOGITS)
+        return h->n <= (uint32_t)ranks.max_out && h->n <= n_out && h->first <= n_out - h->n;
     n_out = h->n_out;
-    if (!all_within(id, h->rows, server.config.vocab_size) || !all_within(out, n_out, h->rows) ||
-        !all_within(position, h->rows, server.config.max_position_embeddings) ||
-        !all_within(pages, h->n_pages, server.max_total_tokens / PAGE + 1) ||
-        !all_within(seq, h->rows, h->n_pages)) return false;
-    for (size_t i = 0; i < h->rows; i++)
-        if (seq[i] + position[i] / PAGE >= (int)h->n_pages) return false;
-    return true;
+    bool inside = h->kind == ORDER_STEP && n_out <= h->rows &&
+                  h->rows <= (uint32_t)ranks.max_rows &&
+                  all_below(id, h->rows, server.config.vocab_size) &&
+                  all_below(position, h->rows, server.config.max_position_embeddings) &&
+                  all_below(seq, h->rows, h->n_pages) && all_below(out, n_out, h->rows) &&
+                  all_below(pages, h->n_pages, ranks.n_pages);
+    for (size_t i = 0; i < h->rows && inside; i++)
+        inside = (size_t)seq[i] + position[i] / PAGE < h->n_pages;
+    return inside;
 }
 
 // A worker's next order; a step's arrays are good until the next step. False: there are no more.
@@ -1740,17 +1722,16 @@ static bool nodes_receive(Order *o) {
     struct { Frame frame; OrderHead head; } f;
     const OrderHead *h = &f.head;
     Buf *in = &nodes.in;
+    int fd = nodes.engine[0];
     const char *why = "connection closed";
-    if (all_read(nodes.engine[0], &f, sizeof f)) {
-        size_t bytes = (3ul * h->rows + h->n_out + h->n_pages) * sizeof(int);
+    if (all_read(fd, &f, sizeof f)) {
+        size_t bytes = ((size_t)3 * h->rows + h->n_out + h->n_pages) * sizeof(int);
         bool fits = f.frame.magic == FRAME_MAGIC && f.frame.kind == FRAME_ORDER &&
-                    f.frame.bytes == sizeof *h + bytes && bytes <= MAX_ORDER && h->kind <= ORDER_END;
+                    f.frame.bytes == sizeof *h + bytes && bytes <= MAX_ORDER;
         if (fits && bytes > in->cap) in->data = xrealloc(in->data, in->cap = bytes);
-        if (!fits) why = "it sent a malformed order";
-        else if (all_read(nodes.engine[0], in->data, bytes)) {
-            if (order_read(o, h, (int *)in->data)) return o->kind != ORDER_END;
-            why = "it sent an impossible order";
-        }
+        bool whole = fits && all_read(fd, in->data, bytes);
+        if (whole && order_read(o, h, (int *)in->data)) return o->kind != ORDER_END;
+        if (whole || !fits) why = "it sent an impossible order";
     }
     peer_lost(0, "%s", why);
     wait_for_end();
@@ -2443,9 +2424,9 @@ static double free_memory(void) {  // GB
     return available / 1e9;
 }
 
-// The group's state goes one further, unless it is draining by now. The leader's to say.
+// The group's state goes one further, unless it is draining by now.
 static bool state_advance(int from, int to) {
-    return !server.node && atomic_compare_exchange_strong(&server.state, &from, to);
+    return atomic_compare_exchange_strong(&server.state, &from, to);
 }
 
 static void *engine_main(void *unused) {
@@ -2462,7 +2443,7 @@ static void *engine_main(void *unused) {
              "Load weight end. type=DeepseekV3ForCausalLM, dtype=torch.bfloat16, avail mem=%.2f GB",
              free_memory());
     while (server.node && nodes_receive(&order)) order_here(&order);
-    if (server.node) return NULL;
+    if (server.node) return engine_free(), NULL;
     log_line(0, "max_total_num_tokens=%d, chunked_prefill_size=%d, max_prefill_tokens=%d, "
              "max_running_requests=%d, context_len=%d", server.max_total_tokens, engine.chunk,
              server.options.max_prefill_tokens, engine.max_running, server.context_len);
@@ -2495,13 +2476,14 @@ static const Flag flags[] = {
     {"--host", SERVE, TEXT, AT(host), 0, 0, "0.0.0.0", "to listen on; :: is IPv6 and IPv4"},
     {"--port", SERVE, INTEGER, AT(port), 0, 65535, "30000", "0 takes a free one and logs it"},
     {"--api-key", SERVE, TEXT, AT(api_key), 0, 0, NULL, "Authorization: Bearer K is wanted"},
-    {"--context-length", MODEL | AGREE, INTEGER, AT(context_length), 2, 1 << 24, NULL, "config.json's"},
+    {"--context-length", MODEL | AGREE, INTEGER, AT(context_length), 2, 1 << 24, NULL,
+     "config.json's"},
     {"--max-total-tokens", MODEL | AGREE, INTEGER, AT(max_total_tokens), PAGE, 1 << 30, NULL,
      "tokens that the cache holds; default: what fits"},
     {"--mem-fraction-static", MODEL, REAL, AT(mem_fraction_static), 1e-6, 1, "0.1",
      "part of the memory for the cache, where --max-total-tokens doesn't say"},
-    {"--chunked-prefill-size", MODEL | AGREE, INTEGER, AT(chunked_prefill_size), -1, 1 << 20, "8192",
-     "prompt tokens of a step, at most; -1: --max-prefill-tokens"},
+    {"--chunked-prefill-size", MODEL | AGREE, INTEGER, AT(chunked_prefill_size), -1, 1 << 20,
+     "8192", "prompt tokens of a step, at most; -1: --max-prefill-tokens"},
     {"--max-prefill-tokens", MODEL | AGREE, INTEGER, AT(max_prefill_tokens), 1, 1 << 20, "16384",
      "prompt tokens of a step, at most, chunked or not"},
     {"--max-running-requests", SERVE | AGREE, INTEGER, AT(max_running_requests), 1, 1 << 16, NULL,
@@ -2874,7 +2856,8 @@ static void on_stop_signal(int unused) {
 // Which flags go together, and where the leader is.
 static void nodes_flags(const Command *c, const Options *o) {
     if (o->tensor_parallel_size % o->nnodes)
-        usage_die(c, "--tp: got %d, want a multiple of --nnodes, %d", o->tensor_parallel_size, o->nnodes);
+        usage_die(c, "--tp: got %d, want a multiple of --nnodes, %d", o->tensor_parallel_size,
+                  o->nnodes);
     if (o->node_rank >= o->nnodes)
         usage_die(c, "--node-rank: got %d, want less than --nnodes, %d", o->node_rank, o->nnodes);
     if (o->nnodes == 1) return;

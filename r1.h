@@ -685,6 +685,9 @@ int http_listen(const char *host, int port);
 void http_serve(int listen_fd);
 // 1 drains, 2 aborts; less than before changes nothing. Any thread or signal handler; needs wake_fd.
 void http_stop(int level);
+// How much of its weights a rank has, 0..1, and which rank is furthest behind. Any thread.
+double rank_loaded(int rank);
+int rank_slowest(void);
 // Any thread: the group can't go on. All who wait are told why, then http_serve ends. The first
 // reason stays; false for others. Takes the malloc'ed text.
 bool http_fail(char *reason);

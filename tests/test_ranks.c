@@ -271,7 +271,7 @@ static void test_slow(void) {
     Child worker = node_start(1, late_port, NULL);
     Child lonely = node_start(0, lonely_port, (const char *[]){"--dist-timeout", "6", NULL});
     port_read(&worker), port_read(&lonely);
-    CHECK(health_says(&worker, "{\"status\":\"starting\"", 1));
+    CHECK(health_says(&worker, "{\"status\":\"connecting\"", 1));
     CHECK(health_says(&lonely, "{\"status\":\"connecting\"", 1));
     CHECK(health_says(&lonely, "\"rank\":1,\"node\":1,\"state\":\"connecting\"", 0));
     int silent = dial(lonely_port);
@@ -290,7 +290,7 @@ static void test_slow(void) {
     CHECK(log_says(&lonely, "node 1 (rank 1): not connected after 6 s (--dist-timeout)", 5));
     CHECK(exit_code(&lonely, 5) == 1);
     Child leader = node_start(0, late_port, NULL);
-    CHECK(log_says(&leader, "node 1 (rank 1) has come from 127.0.0.1:", 20));
+    CHECK(log_says(&leader, "node 1 (rank 1) has come from 127.0.0.1", 20));
     CHECK(log_says(&leader, "ready to roll", 20));
     kill(leader.pid, SIGTERM);
     CHECK(exit_code(&leader, 5) == 0 && exit_code(&worker, 5) == 0);
@@ -424,8 +424,8 @@ static void test_twice(void) {
     facts_write();
     memcpy(h.facts, nodes.hello.facts, sizeof h.facts);
     CHECK(hello(&control, port, &h) == FRAME_WELCOME);
-    CHECK(log_says(&leader, "node 1 (rank 1) has come from 127.0.0.1:", 2));
-    check_refused(&leader, port, &h, "node 1: node 1 (rank 1) is there already, from 127.0.0.1:");
+    CHECK(log_says(&leader, "node 1 (rank 1) has come from 127.0.0.1", 2));
+    check_refused(&leader, port, &h, "node 1: it is there already, from 127.0.0.1");
     Child worker = node_start(1, port, NULL);
     CHECK(log_says(&worker, "chat template", 20));
     usleep(200000);
@@ -461,10 +461,10 @@ static void test_cut(void) {
     int port, listener = listen_any(&port);
     enum { ROWS = 100 };
     static const struct { OrderHead h; size_t sent; bool status; const char *why; } rows[] = {
-        {{ORDER_STEP, 0, 0, ROWS, 1, ROWS}, 30, false, "connection closed"},
-        {{ORDER_STEP, 0, 0, ROWS, 1, ROWS}, sizeof(OrderHead) + 400, false, "connection closed"},
-        {{ORDER_STEP, 0, 0, 1u << 31, 1, ROWS}, 0, false, "it sent a malformed order"},
-        {{99, 0, 0, ROWS, 1, ROWS}, 0, false, "it sent a malformed order"},
+        {{ORDER_STEP, 0, 0, ROWS, 1, ROWS}, 30, false, "onnection "},
+        {{ORDER_STEP, 0, 0, ROWS, 1, ROWS}, sizeof(OrderHead) + 400, false, "onnection "},
+        {{ORDER_STEP, 0, 0, 1u << 31, 1, ROWS}, 0, false, "it sent an impossible order"},
+        {{99, 0, 0, ROWS, 1, ROWS}, 0, false, "it sent an impossible order"},
         {{ORDER_MORE_LOGITS, 0, 1, 0, 0, 0}, 0, false, "it sent an impossible order"},
         {{ORDER_END, 0, 0, 0, 0, 0}, 0, true, "it sent a frame out of turn"},
     };
@@ -515,7 +515,7 @@ static void test_orders(void) {
         setsockopt(pair[i], IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
     server.options.nnodes = 2, server.node = 0;
     server.config.vocab_size = 1000, server.config.max_position_embeddings = CONTEXT;
-    server.max_total_tokens = SEQS * CONTEXT;
+    ranks.max_rows = ranks.max_out = SEQS, ranks.n_pages = SEQS * CONTEXT / PAGE + 1;
     nodes.engine[0] = pair[0], nodes.engine[1] = pair[1];
     for (int i = 0; i < SEQS; i++) {
         for (int p = 0; p < CONTEXT / PAGE; p++) table[i][p] = (i * 37 + p * 101) % 8192;
