@@ -46,7 +46,7 @@ SOURCES := r1 $(TWIN) tokenizer json http bench
 TESTS := json tokenizer kernels checkpoint slices slices_exact sample scheduler http bench ranks oracle \
     oracle_exact end_to_end
 ifeq ($(TWIN),kernels_cuda)
-TESTS += cuda gemm mla slices_cuda
+TESTS += cuda gemm mla slices_cuda oracle_cuda
 endif
 
 ifeq ($(SAN),1)
@@ -77,7 +77,7 @@ $(BUILD)/%_exact.o: %.c r1.h Makefile $(FLAGS)
 
 PARTS := $(BUILD)/r1_test.o $(patsubst %,$(BUILD)/%.o,kernels tokenizer json http bench)
 
-$(BUILD)/test_%: tests/test_%.c tests/test.h r1.h $(PARTS)
+$(BUILD)/test_%: tests/test_%.c tests/test.h tests/test_device.h r1.h $(PARTS)
 	$(CC) $(CFLAGS) $< $(PARTS) -o $@ $(LIBS)
 
 $(BUILD)/test_http: tests/test_http.c tests/test.h r1.h $(patsubst %,$(BUILD)/%.o,tokenizer json http)
@@ -102,7 +102,8 @@ $(BUILD)/test_cuda $(BUILD)/test_gemm $(BUILD)/test_mla: $(BUILD)/test_%: tests/
     tests/test_cuda.h tests/test.h kernels.cu r1.h $(REF)
 	$(NVCC) $(NVCCFLAGS) $< $(REF) -o $@ $(LIBS)
 
-$(BUILD)/test_slices_cuda: tests/test_slices.c tests/test.h r1.h $(BUILD)/kernels_cuda.o $(PARTS)
+$(BUILD)/test_%_cuda: tests/test_%.c tests/test.h tests/test_device.h r1.h $(BUILD)/kernels_cuda.o \
+    $(PARTS)
 	$(CC) $(CFLAGS) -DCUDA -c $< -o $@.o
 	$(LINK) $@.o $(filter-out %/kernels.o,$(PARTS)) $(BUILD)/kernels_cuda.o -o $@ $(LIBS)
 
@@ -110,7 +111,7 @@ $(BUILD)/test_slices_cuda: tests/test_slices.c tests/test.h r1.h $(BUILD)/kernel
 $(BUILD)/test_bench: tests/test_bench.c tests/test.h bench.c r1.h $(PARTS)
 	$(CC) $(CFLAGS) $< $(filter-out %/bench.o,$(PARTS)) -o $@ $(LIBS)
 
-$(BUILD)/test_%_exact: tests/test_%.c tests/test.h r1.h $(BUILD)/r1_exact.o $(BUILD)/kernels_exact.o $(PARTS)
+$(BUILD)/test_%_exact: tests/test_%.c tests/test.h tests/test_device.h r1.h $(BUILD)/r1_exact.o $(BUILD)/kernels_exact.o $(PARTS)
 	$(CC) $(CFLAGS) -DEXACT $< $(BUILD)/r1_exact.o $(BUILD)/kernels_exact.o \
 	    $(patsubst %,$(BUILD)/%.o,tokenizer json http bench) -o $@ $(LIBS)
 

@@ -1056,7 +1056,9 @@ static void order_give(const Order *o) {
 
 // Loads all ranks of this node, side by side, and lets them meet those of other nodes.
 static void ranks_load(const Config *c, Checkpoint *files, int max_rows, int max_out, int n_pages) {
+    static uint8_t id[GROUP_ID];
     int n = ranks.group.n_local;
+    if (n > 1 && !ranks.group.id) group_id(id), ranks.group.id = id;
     ranks.config = c, ranks.files = files;
     ranks.max_rows = max_rows, ranks.max_out = max_out, ranks.n_pages = n_pages;
     ranks.model = xcalloc(n, sizeof *ranks.model), ranks.thread = xcalloc(n, sizeof *ranks.thread);

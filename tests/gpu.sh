@@ -35,12 +35,13 @@ echo "7 answers are the same $ranks"'
 only="$*"
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader
 part build 400 make CUDA=1 -j"$(nproc)" build/cuda/r1 build/cuda/test_cuda build/cuda/test_gemm \
-    build/cuda/test_mla build/cuda/test_slices_cuda
+    build/cuda/test_mla build/cuda/test_slices_cuda build/cuda/test_oracle_cuda
 part build_cpu 100 make CUDA=0 -j"$(nproc)" build/r1
 for test in cuda_place cuda_steps cuda_rows cuda_routes cuda_sample mla_query mla_value mla_attend \
-    mla_graph gemm_linear gemm_product gemm_mlp gemm_experts cuda_model; do
+    mla_graph gemm_linear gemm_product gemm_mlp gemm_experts cuda_model cuda_talks; do
     part $test 60 build/cuda/test_${test%_*} ${test#*_}
 done
+part oracle 60 build/cuda/test_oracle_cuda
 part slices 60 build/cuda/test_slices_cuda
 part answers 60 sh -c "$answers"
 part memcheck_run 60 compute-sanitizer --error-exitcode 9 build/cuda/r1 run --model-path tiny-r1 \
@@ -55,6 +56,6 @@ for name in rows routes; do
         build/cuda/test_cuda $name 1
 done
 for name in cuda gemm mla; do part bench_$name 60 build/cuda/test_$name bench; done
-grep -h "^note" $logs/cuda_model $logs/slices $logs/bench_*
+grep -h "^note" $logs/cuda_model $logs/cuda_talks $logs/slices $logs/bench_*
 echo "$table"
 exit $failed

@@ -596,7 +596,77 @@ static void test_model(void) {
         CHECK(t->equal * 100 >= t->rows * 97, "%d of %d", t->equal, t->rows);
     }
     model_free(m), ref_model_free(ref);
-    tokenizer_free(tokenizer), free(text.data);
+    tokenizer_free(tokenizer), checkpoint_close(files), free(text.data);
+}
+
+// A question of one of the kinds that tiny-r1 learned, as a prompt's ids.
+static void ask(const Tokenizer *t, Ids *ids, int i) {
+    static const char *const words[] = {"strawberry", "banana", "cheese", "letter", "window",
+                                        "kitchen", "summer", "pepper", "yellow", "bottle"};
+    const char *word = words[i / 5 % 10];
+    int a = 17 + i * 37 % 800, b = 5 + i * 53 % 900;
+    char *text = i % 5 == 0   ? format_string("How many %c are there in %s ?", word[i / 50], word)
+                 : i % 5 == 1 ? format_string("Which is larger, %d.%d or %d.%d ?", a % 10, b % 100,
+                                              a % 10, a % 100)
+                 : i % 5 == 2 ? format_string("What is %d + %d ?", a, b)
+                 : i % 5 == 3 ? format_string("Spell %s backwards", word)
+                              : format_string("%s %d", i % 2 ? "Hello !" : "Who was", i);
+    Message m = {ROLE_USER, {text, strlen(text)}, NULL};
+    Buf prompt = {};
+    chat_render(&prompt, TEMPLATE_R1, &m, 1, true, true);
+    tokenizer_encode(t, ids, (Str){prompt.data, prompt.len});
+    free(text), buf_free(&prompt);
+}
+
+// 200 conversations, ten at a time: the C twin answers, greedily, and the GPU sees the same tokens
+// and must choose the same. Where it does not, the C twin must have been of two minds: its two best
+// logits are near each other.
+static void test_talks(void) {
+    enum { TALKS = 200, BESIDE = 10, PAGES = 5, LONGEST = PAGES * PAGE };
+    Config c = config_load("tiny-r1");
+    Checkpoint *files = checkpoint_open("tiny-r1", false);
+    Model *m = model_load(&c, files, 0, 1, LONGEST * 4, BESIDE, BESIDE * PAGES, NULL);
+    Model *ref = ref_model_load(&c, files, 0, 1, LONGEST * 4, BESIDE, BESIDE * PAGES, NULL);
+    Tokenizer *tokenizer = tokenizer_load("tiny-r1");
+    int tokens = 0, equal = 0, ended = 0, pages[BESIDE * PAGES];
+    float widest = 0;
+    for (int i = 0; i < BESIDE * PAGES; i++) pages[i] = i;
+    for (int first = 0; first < TALKS; first += BESIDE) {
+        Ids text[BESIDE] = {};
+        int done[BESIDE] = {0}, id[LONGEST * 4], position[LONGEST * 4], seq[LONGEST * 4];
+        for (int s = 0; s < BESIDE; s++) ask(tokenizer, &text[s], first + s);
+        for (;;) {
+            int out[BESIDE], n = 0, n_out = 0;
+            for (int s = 0; s < BESIDE; s++) {
+                if (text[s].len >= LONGEST || done[s] == (int)text[s].len) continue;
+                for (; done[s] < (int)text[s].len; n++)
+                    id[n] = text[s].data[done[s]], position[n] = done[s]++, seq[n] = s;
+                out[n_out++] = n - 1;
+            }
+            if (!n) break;
+            Batch b = {n, id, position, seq, pages, PAGES, out, n_out};
+            model_step(m, &b), ref_model_step(ref, &b);
+            float *got = (float *)fetch(m->logits, (size_t)n_out * c.vocab_size * sizeof *got);
+            for (int i = 0; i < n_out; i++, tokens++) {
+                const float *want = ref->logits + (size_t)i * c.vocab_size;
+                int chosen = best_of(got + (size_t)i * c.vocab_size, c.vocab_size);
+                int best = best_of(want, c.vocab_size);
+                equal += chosen == best;
+                widest = fmaxf(widest, want[best] - want[chosen]);
+                if (best == c.eos_token_id) ended++;
+                else ids_add(&text[seq[out[i]]], best);
+            }
+            free(got);
+        }
+        for (int s = 0; s < BESIDE; s++) free(text[s].data);
+    }
+    printf("note: 200 conversations: %d of %d tokens are the C twin's; the widest margin of another "
+           "is %.3f\n", equal, tokens, widest);
+    CHECK(ended >= TALKS * 9 / 10, "%d of %d answers ended", ended, TALKS);
+    CHECK(equal * 100 >= tokens * 99, "%d of %d tokens", equal, tokens);
+    CHECK(widest <= 1, "the C twin preferred another token by %g", widest);
+    model_free(m), ref_model_free(ref);
+    tokenizer_free(tokenizer), checkpoint_close(files);
 }
 
 // ---- Times --------------------------------------------------------------------------------------
@@ -715,6 +785,7 @@ int main(int argc, char **argv) {
     static const Part parts[] = {{"place", test_place},   {"steps", test_steps},
                                  {"rows", test_rows},     {"routes", test_routes},
                                  {"sample", test_sample}, {"model", test_model},
+                                 {"talks", test_talks},
                                  {"bench", bench}};
-    return run_parts(parts, 7, argc, argv);
+    return run_parts(parts, 8, argc, argv);
 }

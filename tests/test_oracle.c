@@ -8,8 +8,10 @@
 // The tokens go through the model in chunks of uneven size, over pages in a scrambled order, and
 // beside a second sequence of the same tokens that creeps along three tokens a step. That one must
 // get the same bits: neither chunks, nor pages, nor what runs beside a sequence may change them.
-#include "../r1.h"
+//
+// Built with -DCUDA it compares the GPU twin, in which a row's bits depend on the number of rows.
 #include "test.h"
+#include "test_device.h"
 
 #ifdef EXACT
 enum { FIRST_SET = 0, LAST_SET = 0 };
@@ -140,12 +142,19 @@ static void add_rows(Run *r, int seq, int n) {
 // The residual stream and the routing after one layer. What the layer adds is still apart, in y.
 static void record_layer(Run *r, int layer) {
     const Golden *g = r->g;
-    int moe = layer - r->m->config.first_k_dense_replace;
+    int moe = layer - r->m->config.first_k_dense_replace, pairs = MAX_ROWS * g->top_k;
+    size_t half = sizeof(bf16), size = (size_t)r->batch.n * g->hidden;
+    bf16 *x = xmalloc(size * half), *y = xmalloc(size * half);
+    int *experts = xmalloc(pairs * sizeof(int));
+    float *weights = xmalloc(pairs * sizeof(float));
+    device_read(x, r->m->x, size * half), device_read(y, r->m->y, size * half);
+    device_read(experts, r->m->routing.expert, pairs * sizeof(int));
+    device_read(weights, r->m->routing.weight, pairs * sizeof(float));
     for (int row = 0; row < r->batch.n; row++) {
         Answers *a = &r->out[r->seq[row]];
         int wanted = wanted_index(g, r->position[row]);
-        const int *expert = r->m->routing.expert + (size_t)row * g->top_k;
-        const float *weight = r->m->routing.weight + (size_t)row * g->top_k;
+        const int *expert = experts + (size_t)row * g->top_k;
+        const float *weight = weights + (size_t)row * g->top_k;
         for (int k = 0; k < g->top_k && moe >= 0; k++) {
             a->expert[((size_t)moe * g->tokens + r->position[row]) * g->top_k + k] = expert[k];
             if (wanted >= 0)
@@ -155,9 +164,10 @@ static void record_layer(Run *r, int layer) {
         float *state = a->state + ((size_t)layer * g->wanted + wanted) * g->hidden;
         for (int i = 0; i < g->hidden; i++) {
             size_t at = (size_t)row * g->hidden + i;
-            state[i] = bf16_value(r->m->x[at]) + bf16_value(r->m->y[at]);
+            state[i] = bf16_value(x[at]) + bf16_value(y[at]);
         }
     }
+    free(x), free(y), free(experts), free(weights);
 }
 
 static void run_step(Run *r, int chunk) {
@@ -165,16 +175,19 @@ static void run_step(Run *r, int chunk) {
     r->batch.n = r->batch.n_out = 0;
     add_rows(r, 1, CREEP);
     add_rows(r, 0, chunk < MAX_ROWS - r->batch.n ? chunk : MAX_ROWS - r->batch.n);
-    model_embed(r->m, &r->batch);
+    Batch *b = &r->m->batch;
+    if (!step_begin(b, &r->batch)) die("a step with prompts was recorded");
+    model_embed(r->m, b);
     for (int layer = 0; layer < g->layers; layer++) {
-        model_layer(r->m, layer, &r->batch);
+        model_layer(r->m, layer, b);
         record_layer(r, layer);
     }
-    model_logits(r->m, &r->batch);
+    model_logits(r->m, b);
+    step_end();
     for (int i = 0; i < r->batch.n_out; i++) {
         int row = r->logit_row[i], wanted = wanted_index(g, r->position[row]);
-        memcpy(r->out[r->seq[row]].logits + (size_t)wanted * g->vocab,
-               r->m->logits + (size_t)i * g->vocab, g->vocab * sizeof(float));
+        device_read(r->out[r->seq[row]].logits + (size_t)wanted * g->vocab,
+                    r->m->logits + (size_t)i * g->vocab, g->vocab * sizeof(float));
     }
 }
 
@@ -403,7 +416,7 @@ static void test_checkpoint(const char *name, const char *dir, const char *golde
     compare_quantisation(name, &g, &r->out[0]);
 #endif
     compare_text(name, &g, &r->out[0]);
-    compare_sequences(name, r);
+    if (!ON_GPU) compare_sequences(name, r);
     for (int s = 0; s < SEQUENCES; s++) answers_free(&r->out[s]);
     model_free(r->m);
     checkpoint_close(r->files);
@@ -414,7 +427,8 @@ static void test_checkpoint(const char *name, const char *dir, const char *golde
 
 int main(void) {
     device_init(0, 1);
-    test_checkpoint("nasty", "tests/golden/nasty", "tests/golden/nasty.bin");
+    if (ON_GPU) SKIP("nasty: 12 experts, of which a GPU wants a multiple of 16");
+    else test_checkpoint("nasty", "tests/golden/nasty", "tests/golden/nasty.bin");
     test_checkpoint("tiny-r1", "tiny-r1", "tests/golden/tiny-r1.bin");
     return test_end();
 }

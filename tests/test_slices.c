@@ -1,28 +1,14 @@
 // tests/test_slices.c: a model in parts is the same model. A group of ranks, each with its part of
 // every large matrix, must give the whole model's logits, but for the rounding of what the ranks
-// sum, and the same bits on one node or several.
-#include "../r1.h"
+// sum, and the same bits on one node or several. Built with -DCUDA the ranks are as many as there
+// are GPUs, all in one process.
 #include "test.h"
+#include "test_device.h"
 
 #include <pthread.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
 #include <unistd.h>
-
-// Built with -DCUDA the ranks are as many as there are GPUs, all in one process.
-#ifdef CUDA
-int cudaGetDeviceCount(int *n);
-int cudaDeviceSynchronize(void);
-int cudaMemcpy(void *to, const void *from, size_t n, int kind);
-
-static void read_logits(float *to, const float *from, size_t n) {
-    enum { DEVICE_TO_HOST = 2 };
-    if (cudaDeviceSynchronize() || cudaMemcpy(to, from, n * sizeof *to, DEVICE_TO_HOST))
-        die("CUDA: can't read logits");
-}
-#else
-static void read_logits(float *to, const float *from, size_t n) { memcpy(to, from, n * sizeof *to); }
-#endif
 
 enum { ROWS = 40, SEQUENCES = 2, PAGES = 3, MOST_RANKS = 8, MOST_VOCAB = 1024 };
 
@@ -59,8 +45,9 @@ static void run_steps(Model *m, Logits *out) {
             int n = b.n - first < m->max_out ? b.n - first : m->max_out;
             if (first) model_more_logits(m, first, n);
             for (int i = 0; i < n && m->rank == 0; i++)
-                read_logits((*out)[total + first + i],
-                            m->logits + (size_t)i * m->config.vocab_size, m->config.vocab_size);
+                device_read((*out)[total + first + i],
+                            m->logits + (size_t)i * m->config.vocab_size,
+                            m->config.vocab_size * sizeof(float));
         }
         total += b.n;
     }
@@ -129,18 +116,27 @@ static int best(const float *l, int n) {
     return at;
 }
 
-// Relative rms of a to b, and how many rows have the same likeliest token.
+static int ascending(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+// Relative rms of a row of a to b's, in the middle of all rows, and how many rows have the same
+// likeliest token.
 static double difference(const Logits *a, const Logits *b, int vocab, int *equal) {
-    double error = 0, square = 0;
+    double rms[ROWS];
     *equal = 0;
     for (int row = 0; row < ROWS; row++) {
+        double error = 0, square = 0;
         for (int i = 0; i < vocab; i++) {
             double x = (*a)[row][i], y = (*b)[row][i];
             error += (x - y) * (x - y), square += y * y;
         }
+        rms[row] = isfinite(error) && square > 0 ? sqrt(error / square) : INFINITY;
         *equal += best((*a)[row], vocab) == best((*b)[row], vocab);
     }
-    return sqrt(error / square);
+    qsort(rms, ROWS, sizeof *rms, ascending);
+    return rms[ROWS / 2];
 }
 
 static void check_model(const char *name, const Config *c, Checkpoint *files, int most,
@@ -218,20 +214,25 @@ static void check_sizes(const Config *c) {
     }
 }
 
-// Without any rounding the parts' sums differ in the order of adding only. With it, a router that
-// nobody trained has so many near ties that some rows get other experts, and other logits.
+// Without any rounding the parts' sums differ in the order of adding only. With it, each rank's sum
+// is rounded to bf16, and what is near a border of e4m3 falls to its other side, a step of 6 %. All
+// experts are taken then: a router that nobody trained has too many near ties.
 #ifdef EXACT
 static const double bound = 2e-5, tiny_bound = 2e-5;
 enum { LEAST = ROWS, TINY_LEAST = ROWS };
 #else
-static const double bound = 0.25, tiny_bound = 0.1;
-enum { LEAST = ROWS * 7 / 10, TINY_LEAST = ROWS - 3 };
+static const double bound = 0.12, tiny_bound = 0.06;
+enum { LEAST = ROWS * 3 / 4, TINY_LEAST = ROWS - 3 };
 #endif
 
 int main(void) {
     Config tiny = config_load("tiny-r1"), c = config_load("tests/golden/nasty");
     c.hidden_size = 512, c.num_hidden_layers = 3, c.first_k_dense_replace = 1, c.vocab_size = 1024;
     c.intermediate_size = c.moe_intermediate_size = 8 * BLOCK, c.num_attention_heads = 16;
+    c.n_routed_experts = 16;
+#ifndef EXACT
+    c.num_experts_per_tok = 16, c.topk_group = c.n_group;
+#endif
     check_sizes(&c);
 #ifdef CUDA
     if (cudaGetDeviceCount(&most_ranks) != 0) die("CUDA: no GPU");

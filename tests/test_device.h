@@ -1,0 +1,28 @@
+// tests/test_device.h: reads what a twin has, for tests that are built for both: with -DCUDA, and
+// kernels.cu instead of kernels.c, it lies in a GPU's memory.
+#ifndef TEST_DEVICE_H
+#define TEST_DEVICE_H
+
+#include "../r1.h"
+
+#include <string.h>
+
+#ifdef CUDA
+enum { ON_GPU = 1 };
+int cudaGetDeviceCount(int *n);
+int cudaDeviceSynchronize(void);
+int cudaMemcpy(void *to, const void *from, size_t bytes, int kind);
+
+static inline void device_read(void *to, const void *from, size_t bytes) {
+    enum { DEVICE_TO_HOST = 2 };
+    if (cudaDeviceSynchronize() || cudaMemcpy(to, from, bytes, DEVICE_TO_HOST))
+        die("CUDA: can't read %zu bytes", bytes);
+}
+#else
+enum { ON_GPU = 0 };
+static inline void device_read(void *to, const void *from, size_t bytes) {
+    memcpy(to, from, bytes);
+}
+#endif
+
+#endif
