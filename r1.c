@@ -1605,27 +1605,25 @@ static void facts_write(void) {
 static void nodes_connect(Group *g) {
     const Options *o = &server.options;
     pthread_t watch;
+    if (o->nnodes < 2) return;
+    for (int i = 0; i < LINES; i++) nodes.line[i].fd = -1;
+    for (int i = 0; i < o->nnodes; i++) nodes.engine[i] = -1, node_state(i, STATE_CONNECTING);
+    nodes.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    nodes.report = now_seconds() + report_s;
+    nodes.hello.node = server.node, nodes.hello.tokens = server.max_total_tokens;
+    if (!server.node && getrandom(&nodes.hello.nonce, sizeof nodes.hello.nonce, 0) < 0)
+        die("getrandom: %s", strerror(errno));
+    nodes.hello.nonce |= !server.node;  // 0 is nobody's
+    facts_write();
     if (!server.node) group_id(nodes.go.id);
+    if (pthread_create(&watch, NULL, watch_main, NULL)) die("can't start the watch thread");
+    server.node ? leader_join() : workers_join();
+    server.max_total_tokens = nodes.go.tokens;
     g->id = nodes.go.id;
-    if (o->nnodes > 1) {
-        for (int i = 0; i < LINES; i++) nodes.line[i].fd = -1;
-        for (int i = 0; i < o->nnodes; i++) nodes.engine[i] = -1, node_state(i, STATE_CONNECTING);
-        nodes.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-        nodes.report = now_seconds() + report_s;
-        nodes.hello.node = server.node, nodes.hello.tokens = server.max_total_tokens;
-        if (!server.node && getrandom(&nodes.hello.nonce, sizeof nodes.hello.nonce, 0) < 0)
-            die("getrandom: %s", strerror(errno));
-        nodes.hello.nonce |= !server.node;  // 0 is nobody's
-        facts_write();
-        if (pthread_create(&watch, NULL, watch_main, NULL)) die("can't start the watch thread");
-        server.node ? leader_join() : workers_join();
-        server.max_total_tokens = nodes.go.tokens;
-        g->peer = nodes.engine + !server.node, g->n_peers = server.node ? 1 : o->nnodes - 1;
-    }
-    node_state(server.node, STATE_LOADING);
+    g->peer = nodes.engine + !server.node, g->n_peers = server.node ? 1 : o->nnodes - 1;
 }
 
-// Waits until all ranks of all nodes have loaded.
+// All ranks of this node have loaded. Waits for those of the others.
 static void nodes_loaded(void) {
     node_state(server.node, STATE_READY);
     if (server.options.nnodes < 2) return;
@@ -1637,6 +1635,7 @@ static void nodes_loaded(void) {
 
 // The last word, of success or failure. The leader goes last, so that nobody misses it.
 static void nodes_close(void) {
+    if (server.options.nnodes < 2) return;
     nodes.closing = true;
     nodes_wake();
     for (int i = 0; i < 100 && !server.node; i++) {  // of 10 ms
@@ -2438,6 +2437,7 @@ static void *engine_main(void *unused) {
     state_advance(STATE_STARTING, STATE_CONNECTING);
     engine_open();
     nodes_connect(&ranks.group);
+    node_state(server.node, STATE_LOADING);
     state_advance(STATE_CONNECTING, STATE_LOADING);
     log_line(first, "Load weight begin. avail mem=%.2f GB", free_memory());
     engine_load(running_limit());

@@ -815,9 +815,40 @@ static void test_states(void) {
               strstr(r.body.data, ",\"ranks\":[{\"rank\":0,\"node\":0,\"state\":\""));
         reply_free(&r);
     }
-    server.state = STATE_READY;
-    server.steps = 7;
+    // The group's ranks are counted together, and the last one is named.
+    server.n_ranks = 4, server.n_local = 2;
+    server.state = STATE_LOADING;
+    for (int i = 1; i < 4; i++) {
+        server.ranks[i].state = STATE_LOADING;
+        server.ranks[i].progress.loaded_bytes = 1000000000 - 100000000 * (i % 3);
+        server.ranks[i].progress.total_bytes = 4000000000;
+    }
+    check_reply("not ready", &(Reply[]){chat("{}")}[0], 503, ERROR_F(503, "ServiceUnavailableError",
+                "r1 is not ready: loading, 23.1 % (slowest: rank 2, 20.0 %)"));
     Reply r = ask("GET /health HTTP/1.1\r\n\r\n");
+    CHECK(strstr(r.body.data, ",\"loaded_bytes\":3700000000,\"total_bytes\":16000000000,") &&
+          strstr(r.body.data, "{\"rank\":2,\"node\":1,\"state\":\"loading\",\"loaded_bytes\":"
+                              "800000000,\"total_bytes\":4000000000},{\"rank\":3,\"node\":1,"),
+          "%s", r.body.data);
+    reply_free(&r);
+    // A worker answers no requests, but says how the group is.
+    server.node = 1, server.leader = "10.0.0.5:30000";
+    static const char *const closed[] = {"GET /v1/models", "GET /", "POST /generate", "GET /none"};
+    for (int i = 0; i < 4; i++) {
+        r = ask(format_string("%s HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", closed[i]));
+        CHECK(r.status == 503 && strstr(r.body.data, "node 1 serves /health and /metrics only; ask "
+              "the leader at 10.0.0.5:30000"), "%s", r.body.data);
+        reply_free(&r);
+    }
+    server.state = STATE_READY;
+    check_ask("GET /health_generate HTTP/1.1\r\n\r\n", 200, NULL);
+    r = ask("GET /metrics HTTP/1.1\r\n\r\n");
+    CHECK(strstr(r.body.data, "r1:load_bytes{model_name=\"test/model\",rank=\"3\"} 1000000000\n") &&
+          !strstr(r.body.data, "sglang:"), "%s", r.body.data);
+    reply_free(&r);
+    server.node = 0, server.n_ranks = server.n_local = 1;
+    server.steps = 7;
+    r = ask("GET /health HTTP/1.1\r\n\r\n");
     CHECK(
         r.status == 200 &&
             strstr(
