@@ -230,9 +230,9 @@ double rank_loaded(int rank) {
     return (double)p->loaded_bytes / fmax(1, (double)p->total_bytes);
 }
 
-int rank_slowest(void) {
-    int slowest = 0;
-    for (int i = 1; i < server.n_ranks; i++)
+int rank_slowest(int first, int n) {
+    int slowest = first;
+    for (int i = first; i < first + n; i++)
         if (rank_loaded(i) < rank_loaded(slowest)) slowest = i;
     return slowest;
 }
@@ -1692,7 +1692,7 @@ static bool request_admit(Conn *c) {
     if (!always && state != STATE_READY) {
         Progress all = group_progress();
         double part = (double)all.loaded_bytes / fmax(1, (double)all.total_bytes);
-        int slowest = rank_slowest();
+        int slowest = rank_slowest(0, server.n_ranks);
         r->extra = "Retry-After: 5\r\n";
         return refuse(c, 503, NULL, "r1 is not ready: %s%s", state_names[state],
                       state != STATE_LOADING ? "" :
@@ -2079,14 +2079,7 @@ static void failure_tell(void) {
     }
 }
 
-int http_listen(const char *host, int port) {
-    struct rlimit files;
-    const rlim_t most = 65535;
-    getrlimit(RLIMIT_NOFILE, &files);
-    files.rlim_cur = files.rlim_max < most ? files.rlim_max : most;
-    max_files = (int)files.rlim_cur;
-    setrlimit(RLIMIT_NOFILE, &files);
-    signal(SIGPIPE, SIG_IGN);  // a client that left is an error of send(), no signal
+int tcp_listen(const char *host, int port) {
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *a;
     int error = getaddrinfo(host, at("%d", port), &hints, &a);
     if (error) die("cannot listen on %s:%d: %s", host, port, gai_strerror(error));
@@ -2097,6 +2090,18 @@ int http_listen(const char *host, int port) {
     if (fd < 0 || bind(fd, a->ai_addr, a->ai_addrlen) || listen(fd, backlog))
         die("cannot listen on %s:%d: %s", host, port, strerror(errno));
     freeaddrinfo(a);
+    return fd;
+}
+
+int http_listen(const char *host, int port) {
+    struct rlimit files;
+    const rlim_t most = 65535;
+    getrlimit(RLIMIT_NOFILE, &files);
+    files.rlim_cur = files.rlim_max < most ? files.rlim_max : most;
+    max_files = (int)files.rlim_cur;
+    setrlimit(RLIMIT_NOFILE, &files);
+    signal(SIGPIPE, SIG_IGN);  // a client that left is an error of send(), no signal
+    int fd = tcp_listen(host, port);
     struct sockaddr_in6 bound;  // port 0 takes a free one; IPv4 has it in the same place
     getsockname(fd, (void *)&bound, &(socklen_t){sizeof bound});
     server.port = ntohs(bound.sin6_port);

@@ -758,7 +758,7 @@ static size_t layer_place(Layer *l, int n_experts) {
 static void progress_add(Progress *p, size_t n, double start, double *reported) {
     enum { REPORT = 5 };  // seconds
     double now = now_seconds(), done = p->loaded_bytes += n, total = p->total_bytes;
-    int first = server.node * server.n_local, slowest = rank_slowest();
+    int first = server.node * server.n_local, slowest = rank_slowest(0, server.n_ranks);
     if (now - *reported < REPORT || p != &server.ranks[first].progress) return;
     *reported = now;
     double speed = done / (now - start);
@@ -1047,7 +1047,7 @@ static void order_here(const Order *o) {
 
 static void nodes_send(const Order *o);  // what follows of other nodes stands in the next part
 static void nodes_loaded(void);
-static void options_agree(Buf *b);
+static void facts_write(Buf *b);
 
 static void order_give(const Order *o) {
     nodes_send(o);
@@ -1084,16 +1084,14 @@ static void ranks_end(void) {
 // who is silent for five seconds is lost, and with it the group. Over "engine" come the leader's
 // orders and, behind an order, what kernels.c sums. Everything is sent in frames, a Frame and one
 // of the structs below, little-endian as both ends are:
-//   worker   HELLO     first on each connection: who it is, and all that must be equal
-//   leader   WELCOME   its boot's nonce, which the second HELLO repeats; a stale one is refused
-//            REFUSAL   or why not; then it hangs up
-//   both     STATUS    control: how this node and its ranks are. The leader's is the whole group's
-//   leader   GO        engine: all are there
-//            ORDER     engine: what to compute
+//   worker   HELLO    first on each connection: who it is, and all that must be equal
+//   leader   ANSWER   its boot's nonce, which the second HELLO repeats; or a refusal
+//   both     STATUS   control: how this node is; the leader's, how the whole group is
+//   leader   ORDER    engine: what to compute
 // Until all are there a node may leave and come again, and strangers who knock do no harm. From
 // then on nobody is let in. Nothing that comes is believed: no length and no index.
 
-enum { FRAME_HELLO = 1, FRAME_WELCOME, FRAME_REFUSAL, FRAME_STATUS, FRAME_GO, FRAME_ORDER };
+enum { FRAME_HELLO = 1, FRAME_ANSWER, FRAME_STATUS, FRAME_ORDER };
 enum {
     FRAME_MAGIC = 0x646e3172,       // "r1nd"
     PROTOCOL = 1,
@@ -1113,14 +1111,19 @@ typedef struct {
     char facts[4096];               // lines of name=value
 } Hello;
 
-typedef struct { uint64_t nonce; uint32_t http_port, unused; } Welcome;
-typedef struct { uint32_t for_good; char text[508]; } Refusal;  // for_good: don't come again
-typedef struct { uint32_t tokens; uint8_t id[GROUP_ID]; } Go;
+typedef struct {
+    uint64_t nonce;
+    uint32_t http_port;
+    enum { WELCOME, NOT_NOW, NEVER } verdict;
+    char why[512];
+} Answer;
 
 typedef struct {
     uint64_t steps;
     uint32_t state, stops, running, queued;
-    char failure[248];
+    uint32_t complete, tokens;      // the leader's: all are there; how many the cache holds
+    uint8_t id[GROUP_ID];           // and what group_join() needs
+    char failure[256];
     struct { uint32_t state, unused; uint64_t loaded, total; } rank[MAX_RANKS];
 } NodeStatus;
 
@@ -1128,8 +1131,8 @@ typedef struct {
 typedef struct { uint32_t kind, first, n, rows, n_out, n_pages; } OrderHead;
 
 static const uint32_t frame_bytes[] = {
-    [FRAME_HELLO] = sizeof(Hello), [FRAME_WELCOME] = sizeof(Welcome), [FRAME_GO] = sizeof(Go),
-    [FRAME_REFUSAL] = sizeof(Refusal), [FRAME_STATUS] = sizeof(NodeStatus)};
+    [FRAME_HELLO] = sizeof(Hello), [FRAME_ANSWER] = sizeof(Answer),
+    [FRAME_STATUS] = sizeof(NodeStatus)};
 
 _Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "frames are sent as they lie in memory");
 
@@ -1151,10 +1154,10 @@ static struct {
     double beat, report;            // when it does so next, and when it says for whom it waits
     Hello hello;                    // what this node says of itself
     char host[256], port[6];        // --dist-init-addr
-    char why[512];                  // a worker's: why it has no leader yet
-    bool complete;                  // all are there
+    char *why;                      // a worker's: why it has no leader yet
+    atomic_bool complete;           // all are there
     atomic_bool closing;            // this node has done its work: nobody is missed from now on
-    Go go;
+    uint8_t id[GROUP_ID];
     Buf out, in, seq, pages;        // of orders
 } nodes = {.mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER,
            .listener = -1, .wake_fd = -1};
@@ -1180,17 +1183,11 @@ static void group_fail(char *text) {
     nodes_wake();
 }
 
-void peer_lost(int node, const char *format, ...) {
-    va_list args;
+void peer_lost(int node, const char *why) {
     char name[24];
-    Buf why = {0};
     if (nodes.closing || server.over || server.stops > 1) return;
-    va_start(args, format);
-    buf_vprintf(&why, format, args);
-    va_end(args);
     node_state(node, STATE_FAILED);
-    group_fail(format_string("%s (node %d) was lost: %s", node_ranks(name, node), node, why.data));
-    buf_free(&why);
+    group_fail(format_string("%s (node %d) was lost: %s", node_ranks(name, node), node, why));
 }
 
 // Control frames are small and few: where one doesn't fit into the socket the other end is gone.
@@ -1212,7 +1209,7 @@ static int frame_take(Line *l, int flags, const char **why) {
             memcpy(&f, l->in, sizeof f);
             if (f.magic != FRAME_MAGIC) return *why = "it does not speak r1's protocol", -1;
             if (f.protocol != PROTOCOL) return *why = "it speaks another version's protocol", -1;
-            if (f.kind < FRAME_HELLO || f.kind > FRAME_GO || f.bytes != frame_bytes[f.kind])
+            if (f.kind < FRAME_HELLO || f.kind > FRAME_STATUS || f.bytes != frame_bytes[f.kind])
                 return *why = "it sent a malformed frame", -1;
             whole += f.bytes;
         }
@@ -1244,13 +1241,12 @@ static void line_init(Line *l, int fd) {
 static void node_gone(int node, const char *why) {
     char name[24];
     fd_close(&nodes.line[node].fd);
-    if (nodes.complete) peer_lost(node, "%s", why);
+    if (nodes.complete) peer_lost(node, why);
     if (nodes.complete || nodes.closing || server.over) return;
     log_line(-1, "node %d (%s) has left: %s", node, node_ranks(name, node), why);
     node_state(node, STATE_CONNECTING);
-    // A worker's engine thread waits at the other socket; it must wake up and close it itself.
-    if (server.node) shutdown(nodes.engine[0], SHUT_RDWR);
-    else fd_close(&nodes.engine[node]);
+    fd_close(&nodes.engine[node]);
+    pthread_cond_broadcast(&nodes.changed);
 }
 
 // ---- What each node knows of the others
@@ -1265,7 +1261,9 @@ static void status_send(void) {
     const char *failure = server.failure;
     int state = failure ? STATE_FAILED : nodes.closing ? (int)STATE_OVER : server.state;
     NodeStatus s = {.steps = server.steps, .state = state, .stops = server.stops,
-                    .running = server.running, .queued = server.queued};
+                    .running = server.running, .queued = server.queued,
+                    .complete = nodes.complete, .tokens = server.max_total_tokens};
+    memcpy(s.id, nodes.id, sizeof s.id);
     snprintf(s.failure, sizeof s.failure, "%s", failure ? failure : "");
     for (int i = 0; i < server.n_ranks; i++) {
         const RankStatus *r = &server.ranks[i];
@@ -1294,6 +1292,12 @@ static bool status_take(int from, NodeStatus *s) {
         r->state = s->rank[i].state;
         r->progress.loaded_bytes = s->rank[i].loaded;
         r->progress.total_bytes = s->rank[i].total;
+    }
+    if (!from && s->complete && !nodes.complete) {
+        if (s->tokens < PAGE || s->tokens > (uint32_t)server.max_total_tokens) return false;
+        server.max_total_tokens = s->tokens;
+        memcpy(nodes.id, s->id, sizeof nodes.id);
+        nodes.complete = true;
     }
     pthread_cond_broadcast(&nodes.changed);
     if (from && s->stops && nodes.complete) http_stop(s->stops > 1 ? 2 : 1);
@@ -1339,8 +1343,9 @@ static char *hello_refuse(const Hello *h, bool *differs) {
     char *difference = facts_differ(h->facts, own->facts);
     *differs = difference;
     if (difference) return difference;
-    if (h->node < 1 || h->node >= (uint32_t)server.options.nnodes || h->engine > 1)
-        return format_string("no such node");
+    if (h->node < 1 || h->node >= (uint32_t)server.options.nnodes || h->engine > 1 ||
+        h->tokens < PAGE)
+        return format_string("there can't be such a node");
     const Line *control = &nodes.line[h->node];
     if (control->fd < 0) return h->engine ? format_string("it is not there yet") : NULL;
     return h->engine && nodes.engine[h->node] < 0 ? NULL :
@@ -1354,20 +1359,18 @@ static void guest_refuse(Line *g, const char *why) {
 
 static void guest_hello(Line *g) {
     Hello *h = (void *)g->in;
+    Answer a = {.nonce = nodes.hello.nonce, .http_port = server.port};
     char name[24];
     bool differs = false;
     h->facts[sizeof h->facts - 1] = 0;
     char *refusal = hello_refuse(h, &differs);
-    if (refusal) {
-        Refusal r = {.for_good = differs};
-        snprintf(r.text, sizeof r.text, "node %u: %s", h->node, refusal);
-        frame_send(g->fd, FRAME_REFUSAL, &r);
-        guest_refuse(g, r.text);
-        if (differs) group_fail(format_string("%s", r.text));
-        free(refusal);
-        return;
-    }
-    frame_send(g->fd, FRAME_WELCOME, &(Welcome){nodes.hello.nonce, server.port, 0});
+    if (refusal) a.verdict = differs ? NEVER : NOT_NOW;
+    if (refusal) snprintf(a.why, sizeof a.why, "node %u: %s", h->node, refusal);
+    frame_send(g->fd, FRAME_ANSWER, &a);
+    free(refusal);
+    if (refusal) guest_refuse(g, a.why);
+    if (differs) group_fail(format_string("%s", a.why));
+    if (refusal) return;
     if (h->engine) {
         nodes.engine[h->node] = g->fd;
     } else {
@@ -1397,12 +1400,16 @@ static void guest_take(Line *g) {
 }
 
 // Once all are there the door closes. A node of the next boot finds it so, and tries again until
-// its own leader has come.
+// its own leader has come. The cache is as large as all of them can hold.
 static void nodes_count(void) {
     for (int i = 1; i < server.options.nnodes; i++)
         if (nodes.line[i].fd < 0 || nodes.engine[i] < 0) return;
+    for (int i = 1; i < server.options.nnodes; i++)
+        if (nodes.tokens[i] < (uint32_t)server.max_total_tokens)
+            server.max_total_tokens = nodes.tokens[i];
     for (int i = MAX_RANKS; i < LINES; i++) fd_close(&nodes.line[i].fd);
     fd_close(&nodes.listener);
+    nodes.beat = 0;
     nodes.complete = true;
     pthread_cond_broadcast(&nodes.changed);
 }
@@ -1413,27 +1420,21 @@ static void nodes_count(void) {
 static void watch_wait(double now) {
     const Options *o = &server.options;
     int waited = (int)(now - server.boot);
-    bool late = waited >= o->dist_timeout, tell = now >= nodes.report;
-    if (tell) nodes.report = now + report_s;
-    // While this node loads it doesn't wait for the others.
-    bool loads = nodes.complete && server.ranks[server.node * server.n_local].state != STATE_READY;
-    if (!late && (!tell || loads)) return;
+    bool late = waited >= o->dist_timeout;
+    if (!late && now < nodes.report) return;
+    nodes.report = now + report_s;
     for (int i = 0; i < o->nnodes; i++) {
         char name[24], percent[32];
-        int slow = i * server.n_local;
-        for (int r = slow; r < (i + 1) * server.n_local; r++)
-            if (server.ranks[r].state < server.ranks[slow].state) slow = r;
+        int slow = rank_slowest(i * server.n_local, server.n_local);
         int state = server.ranks[slow].state;
         if (state == STATE_READY || (i == server.node && !(late && nodes.complete))) continue;
         snprintf(percent, sizeof percent, "loading, %.1f %%", 100 * rank_loaded(slow));
-        const char *why = state == STATE_LOADING ? percent : *nodes.why ? nodes.why :
-                          "not connected";
+        const char *why = state == STATE_LOADING ? percent : nodes.why ? nodes.why : "not connected";
         node_ranks(name, i);
-        if (late)
-            group_fail(format_string("node %d (%s): %s after %d s (--dist-timeout)", i, name, why,
-                                     waited));
-        else log_line(-1, "Waiting for node %d (%s): %s, %d s of %d s", i, name, why, waited,
-                      o->dist_timeout);
+        if (!late) log_line(-1, "Waiting for node %d (%s): %s, %d s of %d s", i, name, why, waited,
+                            o->dist_timeout);
+        else group_fail(format_string("node %d (%s): %s after %d s (--dist-timeout)", i, name, why,
+                                      waited));
         if (server.node && nodes.line[0].fd < 0) break;  // what of the others, nobody knows
     }
 }
@@ -1492,19 +1493,8 @@ static void *watch_main(void *unused) {
 static void nodes_open(const Options *o) {
     if (o->nnodes < 2 || o->node_rank) return;
     bool local = !strncmp(nodes.host, "127.", 4) || !strcmp(nodes.host, "::1");
-    const char *hosts[] = {local ? nodes.host : "::", local ? nodes.host : "0.0.0.0"};
-    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *a;
-    for (int i = 0; i < 2 && nodes.listener < 0; i++) {  // the second where there is no IPv6
-        if (getaddrinfo(hosts[i], nodes.port, &hints, &a)) continue;
-        int fd = socket(a->ai_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
-        setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
-        setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &(int){0}, sizeof(int));
-        if (bind(fd, a->ai_addr, a->ai_addrlen) || listen(fd, GUESTS)) fd_close(&fd);
-        nodes.listener = fd;
-        freeaddrinfo(a);
-    }
-    if (nodes.listener < 0)
-        die("--dist-init-addr: cannot listen on %s:%s: %s", hosts[1], nodes.port, strerror(errno));
+    const char *all = strchr(nodes.host, ':') ? "::" : "0.0.0.0";
+    nodes.listener = tcp_listen(local ? nodes.host : all, atoi(nodes.port));
 }
 
 static void line_patience(int fd, double seconds) {  // 0: without an end
@@ -1513,114 +1503,87 @@ static void line_patience(int fd, double seconds) {  // 0: without an end
     setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
 }
 
-// A worker's connection, as far as WELCOME. False: nodes.why says what is in the way.
-static bool line_open(Line *l, const struct addrinfo *a, bool engine) {
-    const char *why = "it is not ready";
+// A worker's connection, as far as ANSWER. NULL when it stands; else why not, malloc'ed.
+static char *line_open(Line *l, const struct addrinfo *a, bool engine) {
+    const char *why = "it sent a frame out of turn";
     int kind = 0, fd = socket(a->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    Answer *answer = (void *)l->in;
     nodes.hello.engine = engine;
     line_patience(fd, silence_s);
     if (connect(fd, a->ai_addr, a->ai_addrlen) || !frame_send(fd, FRAME_HELLO, &nodes.hello))
         why = errno == EINPROGRESS ? "it does not answer" : strerror(errno);
     else line_init(l, fd), kind = frame_take(l, 0, &why);
     line_patience(fd, 0);
-    if (kind == FRAME_WELCOME) return true;
-    Refusal *r = (void *)l->in;
-    if (kind == FRAME_REFUSAL) why = r->text, r->text[sizeof r->text - 1] = 0;
-    if (kind == FRAME_REFUSAL && r->for_good)
-        group_fail(format_string("refused by the leader: %s", r->text));
-    pthread_mutex_lock(&nodes.mutex);
-    snprintf(nodes.why, sizeof nodes.why, "%s", why);
-    pthread_mutex_unlock(&nodes.mutex);
-    return fd_close(&fd), false;
+    if (kind == FRAME_ANSWER && answer->verdict == WELCOME) return NULL;
+    if (kind == FRAME_ANSWER) why = answer->why, answer->why[sizeof answer->why - 1] = 0;
+    if (kind == FRAME_ANSWER && answer->verdict == NEVER)
+        group_fail(format_string("refused by the leader: %s", why));
+    fd_close(&fd);
+    return format_string("%s", why);
 }
 
 // Both connections to the leader, whose name is looked up anew each time: it may have moved.
-static bool leader_open(Line *control, Line *engine) {
-    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *list = NULL;
+static char *leader_open(Line *control, Line *engine) {
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *list;
     int error = getaddrinfo(nodes.host, nodes.port, &hints, &list);
-    if (error) {
-        pthread_mutex_lock(&nodes.mutex);
-        snprintf(nodes.why, sizeof nodes.why, "%s: %s", nodes.host, gai_strerror(error));
-        pthread_mutex_unlock(&nodes.mutex);
-    }
-    bool open = false;
-    for (const struct addrinfo *a = list; a && !open && !server.failure; a = a->ai_next) {
+    if (error) return format_string("%s: %s", nodes.host, gai_strerror(error));
+    char *why = NULL;
+    for (const struct addrinfo *a = list; a; a = why && !server.failure ? a->ai_next : NULL) {
+        free(why);
         nodes.hello.nonce = 0;
-        if (!line_open(control, a, false)) continue;
-        const Welcome *w = (void *)control->in;
-        nodes.hello.nonce = w->nonce;
+        if ((why = line_open(control, a, false))) continue;
+        const Answer *answer = (void *)control->in;
+        nodes.hello.nonce = answer->nonce;
         server.leader = format_string(strchr(control->address, ':') ? "[%s]:%u" : "%s:%u",
-                                      control->address, w->http_port);
-        open = line_open(engine, a, true);
-        if (!open) fd_close(&control->fd);
+                                      control->address, answer->http_port);
+        if ((why = line_open(engine, a, true))) fd_close(&control->fd);
     }
-    if (list) freeaddrinfo(list);
-    return open;
+    freeaddrinfo(list);
+    return why;
 }
 
 // A worker's way into the group: again and again, until a leader says that all are there.
 static void leader_join(void) {
     static Line control, engine;
-    const char *why;
-    for (bool go = false; !go; sleep(!go)) {
-        if (server.failure) wait_for_end();
-        if (!leader_open(&control, &engine)) continue;
+    for (; !nodes.complete; sleep(!nodes.complete)) {
+        char *why = leader_open(&control, &engine);
         pthread_mutex_lock(&nodes.mutex);
-        nodes.line[0] = control, nodes.engine[0] = engine.fd, *nodes.why = 0;
-        pthread_mutex_unlock(&nodes.mutex);
+        free(nodes.why), nodes.why = why;
+        if (!why) nodes.line[0] = control, nodes.engine[0] = engine.fd;
         nodes_wake();
-        go = frame_take(&engine, 0, &why) == FRAME_GO;
-        pthread_mutex_lock(&nodes.mutex);
-        nodes.complete = go &= nodes.line[0].fd >= 0;  // it may have left just after
-        if (!go) fd_close(&nodes.engine[0]), fd_close(&nodes.line[0].fd);
+        while (!why && !nodes.complete && nodes.line[0].fd >= 0)
+            pthread_cond_wait(&nodes.changed, &nodes.mutex);
         pthread_mutex_unlock(&nodes.mutex);
+        if (server.failure) wait_for_end();
     }
-    memcpy(&nodes.go, engine.in, sizeof nodes.go);
-}
-
-// The leader's: waits for all, and lets them go. The cache is as large as all of them can hold.
-static void workers_join(void) {
-    int n = server.options.nnodes;
-    pthread_mutex_lock(&nodes.mutex);
-    while (!nodes.complete) pthread_cond_wait(&nodes.changed, &nodes.mutex);
-    pthread_mutex_unlock(&nodes.mutex);
-    nodes.go.tokens = server.max_total_tokens;
-    for (int i = 1; i < n; i++)
-        if (nodes.tokens[i] < nodes.go.tokens) nodes.go.tokens = nodes.tokens[i];
-    for (int i = 1; i < n; i++)
-        if (!frame_send(nodes.engine[i], FRAME_GO, &nodes.go))
-            peer_lost(i, "%s", strerror(errno)), wait_for_end();
-}
-
-// What all nodes must agree in; the rest of what decides a step's shapes follows from it.
-static void facts_write(void) {
-    Buf b = {0};
-    buf_printf(&b, "version=%s\nmodel fingerprint=r1-%016lx\n", R1_VERSION, server.fingerprint);
-    options_agree(&b);
-    snprintf(nodes.hello.facts, sizeof nodes.hello.facts, "%s", b.data);
-    buf_free(&b);
 }
 
 // From here on the others are watched. Returns when all are there and agree.
 static void nodes_connect(Group *g) {
     const Options *o = &server.options;
+    Hello *h = &nodes.hello;
+    Buf facts = {0};
     pthread_t watch;
     if (o->nnodes < 2) return;
     for (int i = 0; i < LINES; i++) nodes.line[i].fd = -1;
     for (int i = 0; i < o->nnodes; i++) nodes.engine[i] = -1, node_state(i, STATE_CONNECTING);
     nodes.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
     nodes.report = now_seconds() + report_s;
-    nodes.hello.node = server.node, nodes.hello.tokens = server.max_total_tokens;
-    if (!server.node && getrandom(&nodes.hello.nonce, sizeof nodes.hello.nonce, 0) < 0)
+    facts_write(&facts);
+    snprintf(h->facts, sizeof h->facts, "%s", facts.data);
+    buf_free(&facts);
+    h->node = server.node, h->tokens = server.max_total_tokens;
+    if (!server.node && getrandom(&h->nonce, sizeof h->nonce, 0) < 0)
         die("getrandom: %s", strerror(errno));
-    nodes.hello.nonce |= !server.node;  // 0 is nobody's
-    facts_write();
-    if (!server.node) group_id(nodes.go.id);
+    h->nonce |= !server.node;  // 0 is nobody's
+    if (!server.node) group_id(nodes.id);
     if (pthread_create(&watch, NULL, watch_main, NULL)) die("can't start the watch thread");
-    server.node ? leader_join() : workers_join();
-    server.max_total_tokens = nodes.go.tokens;
-    g->id = nodes.go.id;
-    g->peer = nodes.engine + !server.node, g->n_peers = server.node ? 1 : o->nnodes - 1;
+    if (server.node) leader_join();
+    pthread_mutex_lock(&nodes.mutex);
+    while (!nodes.complete) pthread_cond_wait(&nodes.changed, &nodes.mutex);
+    pthread_mutex_unlock(&nodes.mutex);
+    *g = (Group){g->rank, g->size, g->local, g->n_local, nodes.id, nodes.engine + !server.node,
+                 server.node ? 1 : o->nnodes - 1};
 }
 
 // All ranks of this node have loaded. Waits for those of the others.
@@ -1686,7 +1649,7 @@ static void nodes_send(const Order *o) {
     buf_add(out, b->out, b->n_out * size), buf_add(out, pages->data, pages->len);
     for (int i = 1; i < server.options.nnodes; i++)
         if (!all_written(nodes.engine[i], out->data, out->len))
-            peer_lost(i, "%s", strerror(errno)), wait_for_end();
+            peer_lost(i, strerror(errno)), wait_for_end();
 }
 
 static bool all_below(const int *values, size_t n, size_t end) {
@@ -1734,7 +1697,7 @@ static bool nodes_receive(Order *o) {
         if (whole && order_read(o, h, (int *)in->data)) return o->kind != ORDER_END;
         if (whole || !fits) why = "it sent an impossible order";
     }
-    peer_lost(0, "%s", why);
+    peer_lost(0, why);
     wait_for_end();
 }
 
@@ -2830,8 +2793,9 @@ static void options_write(Buf *b, const Options *o, bool json) {
     }
 }
 
-// A line for each flag that all nodes must have alike.
-static void options_agree(Buf *b) {
+// What all nodes must have alike, a line for each; all that decides a step's shapes follows from it.
+static void facts_write(Buf *b) {
+    buf_printf(b, "version=%s\nmodel fingerprint=r1-%016lx\n", R1_VERSION, server.fingerprint);
     for (const Flag *f = flags; f < flags + COUNT(flags); f++) {
         if (!(f->commands & AGREE)) continue;
         buf_printf(b, "%.*s=", (int)strcspn(f->names, " "), f->names);

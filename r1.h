@@ -613,7 +613,7 @@ typedef struct {  // what both threads see; no lock but the two queues'
 extern Server server;
 // A rank of another node can't be reached: why, for the log, /health and open requests. Any thread;
 // the first one counts. The process ends with 1 soon.
-void peer_lost(int node, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void peer_lost(int node, const char *why);
 long max_req_len(void);  // tokens of the longest sequence: the model's limit, or the cache's
 void engine_submit(Seq *s);          // any thread; ownership passes until its finish event
 Event *engine_events(void);  // the waiting events, oldest first, a list to free; never blocks
@@ -679,15 +679,16 @@ typedef struct {  // the tests make them smaller
 } HttpLimits;
 
 extern HttpLimits http_limits;
-// Binds options.host:port and returns the listening socket; dies with one line where it can't.
-int http_listen(const char *host, int port);
+// Binds host:port and returns the listening socket; dies with one line where it can't.
+int tcp_listen(const char *host, int port);
+int http_listen(const char *host, int port);  // the same for HTTP, and says so in the log
 // Serves until http_stop() was called and all requests are answered. Runs in the calling thread.
 void http_serve(int listen_fd);
 // 1 drains, 2 aborts; less than before changes nothing. Any thread or signal handler; needs wake_fd.
 void http_stop(int level);
-// How much of its weights a rank has, 0..1, and which rank is furthest behind. Any thread.
+// How much of its weights a rank has, 0..1, and which of n ranks is furthest behind. Any thread.
 double rank_loaded(int rank);
-int rank_slowest(void);
+int rank_slowest(int first, int n);
 // Any thread: the group can't go on. All who wait are told why, then http_serve ends. The first
 // reason stays; false for others. Takes the malloc'ed text.
 bool http_fail(char *reason);
