@@ -1429,7 +1429,8 @@ static void watch_wait(double now) {
         int state = server.ranks[slow].state;
         if (state == STATE_READY || (i == server.node && !(late && nodes.complete))) continue;
         snprintf(percent, sizeof percent, "loading, %.1f %%", 100 * rank_loaded(slow));
-        const char *why = state == STATE_LOADING ? percent : nodes.why ? nodes.why : "not connected";
+        const char *why = nodes.why ? nodes.why : "not connected";
+        if (state == STATE_LOADING) why = percent;
         node_ranks(name, i);
         if (!late) log_line(-1, "Waiting for node %d (%s): %s, %d s of %d s", i, name, why, waited,
                             o->dist_timeout);
@@ -2793,7 +2794,7 @@ static void options_write(Buf *b, const Options *o, bool json) {
     }
 }
 
-// What all nodes must have alike, a line for each; all that decides a step's shapes follows from it.
+// What all nodes must have alike, a line for each: a step's shapes follow from it.
 static void facts_write(Buf *b) {
     buf_printf(b, "version=%s\nmodel fingerprint=r1-%016lx\n", R1_VERSION, server.fingerprint);
     for (const Flag *f = flags; f < flags + COUNT(flags); f++) {

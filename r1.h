@@ -684,7 +684,7 @@ int tcp_listen(const char *host, int port);
 int http_listen(const char *host, int port);  // the same for HTTP, and says so in the log
 // Serves until http_stop() was called and all requests are answered. Runs in the calling thread.
 void http_serve(int listen_fd);
-// 1 drains, 2 aborts; less than before changes nothing. Any thread or signal handler; needs wake_fd.
+// 1 drains, 2 aborts; less than before changes nothing. Any thread, or a signal handler.
 void http_stop(int level);
 // How much of its weights a rank has, 0..1, and which of n ranks is furthest behind. Any thread.
 double rank_loaded(int rank);

@@ -1,7 +1,8 @@
 // tests/test_ranks.c: what becomes of a group of nodes when something goes wrong: a node that dies,
 // hangs, comes late or differs, and strangers at the leader's door. Nodes are the program itself
-// ($R1, default ./r1) on loopback, tiny-r1 on two ranks; where one has to misbehave, this test speaks
-// its part, and includes r1.c for the words. Every wait has an end. Runs from the top of the tree.
+// ($R1, default ./r1) on loopback, tiny-r1 on two ranks; where one has to misbehave, this test
+// speaks its part, and includes r1.c for the words. Every wait has an end. Runs from the top of the
+// tree.
 #define main r1_main
 #include "../r1.c"
 #undef main
@@ -175,7 +176,8 @@ static int stream_start(const Child *c) {
 }
 
 // The stream ends with this error, /health says why for a moment, and the exit code is 1.
-static void check_failure(Child *c, int stream, const char *reason, double begin, const char *what) {
+static void check_failure(Child *c, int stream, const char *reason, double begin,
+                          const char *what) {
     Buf seen = {0};
     char chunk[4096], want[400];
     snprintf(want, sizeof want, "data: {\"error\":{\"object\":\"error\",\"message\":\"%s", reason);
@@ -229,7 +231,7 @@ static void test_serve(void) {
     CHECK(exit_code(&c[0], 5) == 0 && exit_code(&c[1], 5) == 0);
 }
 
-// Signals: one to the leader; one to each at the same time, which is no second one; two to the worker.
+// One signal to the leader; one to each at the same time, which is no second one; two to the worker.
 static void test_signals(void) {
     enum { LEADER, BOTH, TWICE };
     for (int which = LEADER; which <= TWICE; which++) {
@@ -315,7 +317,8 @@ static void test_different(void) {
     char command[600], other[64];
     snprintf(other, sizeof other, "%s/other", dir);
     snprintf(command, sizeof command, "mkdir %s && ln -s $PWD/tiny-r1/* %s && rm %s/config.json && "
-             "cp tiny-r1/config.json %s && echo >>%s/config.json", other, other, other, other, other);
+             "cp tiny-r1/config.json %s && echo >>%s/config.json", other, other, other, other,
+             other);
     if (system(command)) die("can't copy tiny-r1");
     check_different((const char *[]){"--model-path", other, NULL},
                     "node 1: model fingerprint: got r1-");
@@ -524,7 +527,7 @@ static void test_orders(void) {
     nodes.engine[0] = pair[0], nodes.engine[1] = pair[1];
     for (int i = 0; i < SEQS; i++) {
         for (int p = 0; p < CONTEXT / PAGE; p++) table[i][p] = (i * 37 + p * 101) % 8192;
-        id[i] = i * 3, position[i] = CONTEXT - 1 - i, seq[i] = SEQS - 1 - i / 2, out[i] = SEQS - 1 - i;
+        id[i] = i * 3, position[i] = CONTEXT - 1 - i, seq[i] = SEQS - 1 - i / 2;
     }
     Order o = {.kind = ORDER_STEP, .batch = {.n = SEQS, .id = id, .position = position, .seq = seq,
                .pages = table[0], .max_pages = CONTEXT / PAGE, .out = out, .n_out = SEQS}};
@@ -543,13 +546,14 @@ static void test_orders(void) {
             sending += now_seconds() - start;
             if (read(back[0], &byte, 1) != 1) die("read: %s", strerror(errno));
         }
-        printf("note: an order of %d rows at %d tokens: %.1f us to send, %.1f us with its way there "
-               "and an answer's back\n", sizes[k], CONTEXT, 1e6 * sending / TIMES,
+        printf("note: an order of %d rows at %d tokens: %.1f us to send, %.1f us with its way "
+               "there and an answer's back\n", sizes[k], CONTEXT, 1e6 * sending / TIMES,
                1e6 * (now_seconds() - begin) / TIMES);
         const Batch *b = &received.batch;
         CHECK(received.kind == ORDER_STEP && b->n == sizes[k] && b->n_out == sizes[k]);
-        int wrong = memcmp(b->id, id, b->n * sizeof(int)) || memcmp(b->out, out, b->n * sizeof(int)) ||
-                    memcmp(b->position, position, b->n * sizeof(int));
+        size_t bytes = b->n * sizeof(int);
+        int wrong = memcmp(b->id, id, bytes) || memcmp(b->out, out, bytes) ||
+                    memcmp(b->position, position, bytes);
         for (int i = 0; i < b->n; i++)
             for (int p = 0; p <= position[i] / PAGE; p++)
                 wrong += b->pages[b->seq[i] * b->max_pages + p] != table[seq[i]][p];
@@ -565,8 +569,9 @@ static void test_orders(void) {
     // No index of an order may point outside.
     OrderHead h = {ORDER_STEP, 0, 0, 1, 1, 2};
     const int good[] = {999, 127, 0, 0, 8192, 0};  // id, position, seq, out, two pages
-    static const struct { int at, value; } bad[] = {{0, -1}, {0, 1000}, {1, -1}, {1, 128}, {1, CONTEXT},
-        {2, -1}, {2, 1}, {2, 2}, {3, -1}, {3, 1}, {4, -1}, {4, 8193}, {5, INT_MIN}};
+    static const struct { int at, value; } bad[] = {
+        {0, -1}, {0, 1000}, {1, -1}, {1, 128}, {1, CONTEXT}, {2, -1}, {2, 1}, {2, 2}, {3, -1},
+        {3, 1}, {4, -1}, {4, 8193}, {5, INT_MIN}};
     CHECK(order_read(&o, &h, good));
     for (size_t i = 0; i < COUNT(bad); i++) {
         int data[COUNT(good)];
