@@ -45,6 +45,8 @@ $(shell mkdir -p $(BUILD); echo '$(CC) $(CFLAGS) $(NVCCFLAGS)' | cmp -s - $(FLAG
 SOURCES := r1 $(TWIN) tokenizer json http bench
 TESTS := json tokenizer kernels checkpoint slices slices_exact sample scheduler http bench ranks oracle \
     oracle_exact end_to_end
+# In Python, where there is one: the manifests, the fetch of the weights, two nodes on one machine.
+SCRIPTS := k8s fetch group
 ifeq ($(TWIN),kernels_cuda)
 TESTS += cuda gemm mla slices_cuda oracle_cuda
 endif
@@ -119,7 +121,7 @@ $(BUILD)/bench_linear: tests/bench_linear.c r1.h $(PARTS)
 	$(CC) $(CFLAGS) $< $(PARTS) -o $@ $(LIBS)
 
 test: $(BUILD)/r1 $(TESTS:%=$(BUILD)/test_%)
-	@R1=$(BUILD)/r1 sh tests/run.sh $(TESTS:%=$(BUILD)/test_%)
+	@R1=$(BUILD)/r1 sh tests/run.sh $(TESTS:%=$(BUILD)/test_%) $(SCRIPTS:%=tests/test_%.py)
 ifneq ($(TWIN),kernels_cuda)
 	@echo "test_cuda: skipped: this build is for the CPU"
 endif

@@ -18,6 +18,7 @@
 #include <sys/epoll.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -691,6 +692,17 @@ static void bench_setup(void) {
     bos = tokenizer_bos(tokenizer) >= 0;
 }
 
+// A bucket has no directories before someone makes them. What can't be made fails again in fopen.
+static void directories_make(const char *file) {
+    char *copy = format_string("%s", file);
+    for (char *slash = copy; *slash && (slash = strchr(slash + 1, '/'));) {
+        *slash = '\0';
+        mkdir(copy, 0777);
+        *slash = '/';
+    }
+    free(copy);
+}
+
 static FILE *output_open(void) {
     char date[8];
     bool sharegpt = !strcmp(o.dataset_name, "sharegpt");
@@ -699,6 +711,7 @@ static FILE *output_open(void) {
         o.output_file = format_string(
             sharegpt ? "%s_%s_%d_sharegpt.jsonl" : "%s_%s_%d_%d_%d.jsonl", o.backend, date,
             o.num_prompts, o.random_input_len, o.random_output_len);
+    directories_make(o.output_file);
     FILE *f = fopen(o.output_file, "a");
     if (!f) die("--output-file %s: %s", o.output_file, strerror(errno));
     return f;

@@ -1,9 +1,18 @@
 #!/bin/sh
 # Runs test programs one after the other, prints each one's last line, and adds the three numbers up. A
-# program that fails, crashes or says nothing counts as a failure, and its output is shown.
+# program that fails, crashes or says nothing counts as a failure, and its output is shown. Python is
+# no must: without it, tests in Python are skipped.
 passed=0 failed=0 skipped=0
 for program in "$@"; do
-    output=$("$program" 2>&1)
+    case $program in
+    *.py) if ! command -v python3 >/dev/null; then
+              echo "$(basename "$program"): skipped: there is no python3"
+              skipped=$((skipped + 1))
+              continue
+          fi
+          output=$(python3 "$program" 2>&1) ;;
+    *) output=$("$program" 2>&1) ;;
+    esac
     status=$?
     last=$(printf '%s\n' "$output" | tail -n 1)
     set -- $(printf '%s\n' "$last" | sed -n 's/^\([0-9]*\) passed, \([0-9]*\) failed, \([0-9]*\) skipped$/\1 \2 \3/p')

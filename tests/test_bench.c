@@ -654,10 +654,11 @@ static char *command_end(const char *name, pid_t pid, int want) {
 }
 
 static void check_command(void) {
-    char url[64], out[] = "build/test_bench.jsonl", *text;
+    char url[64], out[] = "build/test_bench.d/made/out.jsonl", *text;
     size_t len;
     snprintf(url, sizeof url, "http://127.0.0.1:%d/", server_port);
     unlink(out);
+    rmdir("build/test_bench.d/made");  // to be made anew
     arrived = 0;
     keys = 0;
     flushes = 0;
@@ -724,7 +725,7 @@ static void check_usage(void) {
         {"x", "y", "got \"x\", want a flag", 2},
         {"--tokenizer", "/nonexistent", "got /nonexistent, want a directory with tokenizer.json",
          1},
-        {"--output-file", "/nonexistent/x", "--output-file /nonexistent/x: No such file", 1},
+        {"--output-file", "/dev/null/x", "--output-file /dev/null/x: Not a directory", 1},
         {"--dataset-path", "/nonexistent", "--dataset-path /nonexistent: No such file", 1},
         {"--dataset-path", "tiny-r1/config.json",
          "--dataset-path tiny-r1/config.json: got no array", 1},
