@@ -237,13 +237,12 @@ int rank_slowest(int first, int n) {
     return slowest;
 }
 
-static Progress group_progress(void) {
-    Progress sum = {0};
+static void group_loaded(uint64_t *loaded, uint64_t *total) {
+    *loaded = *total = 0;
     for (int i = 0; i < server.n_ranks; i++) {
-        sum.loaded_bytes += server.ranks[i].progress.loaded_bytes;
-        sum.total_bytes += server.ranks[i].progress.total_bytes;
+        *loaded += server.ranks[i].progress.loaded_bytes;
+        *total += server.ranks[i].progress.total_bytes;
     }
-    return sum;
 }
 
 // A rank that has loaded is where the group is.
@@ -261,8 +260,8 @@ static void ranks_write(Buf *b, int state) {
 // The JSON of /health. It asks no other thread and waits for nothing.
 static const char *health_json(void) {
     int state = server_state();
-    Progress all = group_progress();
-    uint64_t loaded = all.loaded_bytes, total = all.total_bytes;
+    uint64_t loaded, total;
+    group_loaded(&loaded, &total);
     const double giga = 1e9, instant = 1e-3;
     double uptime = fmax(now - server.boot, instant), rate = (double)loaded / uptime;
     const char *eta = loaded ? at("%.1f", (double)(total - loaded) / rate) : "null";
@@ -1690,13 +1689,14 @@ static bool request_admit(Conn *c) {
     if (!always && failure) return refuse(c, 503, NULL, "%s", failure);
     if (!always && state == STATE_DRAINING) return refuse(c, 503, NULL, "r1 is shutting down");
     if (!always && state != STATE_READY) {
-        Progress all = group_progress();
-        double part = (double)all.loaded_bytes / fmax(1, (double)all.total_bytes);
+        uint64_t loaded, total;
         int slowest = rank_slowest(0, server.n_ranks);
+        group_loaded(&loaded, &total);
         r->extra = "Retry-After: 5\r\n";
         return refuse(c, 503, NULL, "r1 is not ready: %s%s", state_names[state],
                       state != STATE_LOADING ? "" :
-                      at(", %.1f %% (slowest: rank %d, %.1f %%)", 100 * part, slowest,
+                      at(", %.1f %% (slowest: rank %d, %.1f %%)",
+                         100 * (double)loaded / fmax(1, (double)total), slowest,
                          100 * rank_loaded(slowest)));
     }
     if (!r->route)

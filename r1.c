@@ -1546,7 +1546,7 @@ static char *leader_open(Line *control, Line *engine) {
 // A worker's way into the group: again and again, until a leader says that all are there.
 static void leader_join(void) {
     static Line control, engine;
-    for (; !nodes.complete; sleep(!nodes.complete)) {
+    while (!nodes.complete) {
         char *why = leader_open(&control, &engine);
         pthread_mutex_lock(&nodes.mutex);
         free(nodes.why), nodes.why = why;
@@ -1556,6 +1556,7 @@ static void leader_join(void) {
             pthread_cond_wait(&nodes.changed, &nodes.mutex);
         pthread_mutex_unlock(&nodes.mutex);
         if (server.failure) wait_for_end();
+        if (!nodes.complete) sleep(1);
     }
 }
 
