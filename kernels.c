@@ -736,6 +736,10 @@ void linear(bf16 *y, const Act *a, const Linear *w, int n) {
     parallel(linear_unit, &task, units(w->out, COLUMNS));
 }
 
+void linear_pair(bf16 *y0, bf16 *y1, const Act *a, const Linear *w0, const Linear *w1, int n) {
+    linear(y0, a, w0, n), linear(y1, a, w1, n);
+}
+
 // All that attention will ever know of a token: its normed latent, and one key part that all heads
 // share, turned by the token's position. R1's 128 heads of 192 + 128 numbers became 576.
 struct Latent {

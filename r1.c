@@ -901,8 +901,8 @@ void model_layer(Model *m, int layer, const Batch *b) {
     // Attention. All heads look at one latent of 512 + 64 numbers per token: that is all that is
     // cached.
     add_norm(m->x, m->normed, layer ? m->y : NULL, &l->input_layernorm, eps, n);
-    linear(m->q_a, m->normed, &l->self_attn.q_a_proj, n);
-    linear(m->kv_a, m->normed, &l->self_attn.kv_a_proj_with_mqa, n);
+    linear_pair(m->q_a, m->kv_a, m->normed, &l->self_attn.q_a_proj,
+                &l->self_attn.kv_a_proj_with_mqa, n);
     mla_latent(m->q_latent, cache, m->q_a, m->kv_a, &l->self_attn.q_a_layernorm,
                &l->self_attn.kv_a_layernorm, eps, m->rope, b);
     linear(m->q, m->q_latent, &l->self_attn.q_b_proj, n);

@@ -413,6 +413,8 @@ void add_norm(bf16 *x, Act *a, const bf16 *y, const Vector *gain, float eps, int
 // y [n][out] = a W^T: e4m3 x e4m3 summed over 128 columns, times both scales, summed in f32; with a
 // bf16 W the unquantised a. (V3 report 3.3.2; DeepGEMM)
 void linear(bf16 *y, const Act *a, const Linear *w, int n);
+// The same for two matrices of one input. (q_a_proj and kv_a_proj_with_mqa)
+void linear_pair(bf16 *y0, bf16 *y1, const Act *a, const Linear *w0, const Linear *w1, int n);
 
 // q [n][q_lora_rank] is normed and quantised into qa; kv [n][576]'s latent part is normed, its k_pe
 // rotated, and both go to the row's place in cache [pages][64][576]. (V2 paper 2.1.2; V3 eq. 1-5)
