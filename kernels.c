@@ -334,7 +334,7 @@ static void travel(int i, bool out, void *data, size_t n) {
             out ? send(me.peer[i], at, n, MSG_NOSIGNAL) : recv(me.peer[i], at, n, 0);
         if (moved < 0 && errno == EINTR) continue;
         if (moved <= 0) {
-            peer_lost(me.rank ? 0 : i + 1, "%s", moved ? strerror(errno) : "connection closed");
+            peer_lost(me.rank ? 0 : i + 1, moved ? strerror(errno) : "connection closed");
             for (;;) pause();
         }
         at += moved, n -= moved;
