@@ -43,7 +43,8 @@ $(shell mkdir -p $(BUILD); echo '$(CC) $(CFLAGS) $(NVCCFLAGS)' | cmp -s - $(FLAG
     echo '$(CC) $(CFLAGS) $(NVCCFLAGS)' >$(FLAGS))
 
 SOURCES := r1 $(TWIN) tokenizer json http bench
-TESTS := json tokenizer kernels checkpoint reading slices slices_exact sample scheduler http bench oracle oracle_exact end_to_end
+TESTS := json tokenizer kernels checkpoint reading slices slices_exact sample scheduler http bench ranks \
+    oracle oracle_exact end_to_end
 # In Python, where there is one: the manifests, the fetch of the weights, two nodes on one machine.
 SCRIPTS := k8s fetch group
 ifeq ($(TWIN),kernels_cuda)
@@ -85,7 +86,8 @@ $(BUILD)/test_http: tests/test_http.c tests/test.h r1.h $(patsubst %,$(BUILD)/%.
 	$(CC) $(CFLAGS) $< $(patsubst %,$(BUILD)/%.o,tokenizer json http) -o $@ $(LIBS)
 
 # These include r1.c and kernels.c, to reach what is static there.
-$(BUILD)/test_scheduler $(BUILD)/test_reading: $(BUILD)/test_%: tests/test_%.c tests/test.h r1.c r1.h $(PARTS)
+$(BUILD)/test_scheduler $(BUILD)/test_ranks $(BUILD)/test_reading: $(BUILD)/test_%: tests/test_%.c \
+    tests/test.h r1.c r1.h $(PARTS)
 	$(CC) $(CFLAGS) $< $(filter-out %/r1_test.o,$(PARTS)) -o $@ $(LIBS)
 
 $(BUILD)/test_kernels: tests/test_kernels.c tests/test.h kernels.c r1.h $(BUILD)/json.o

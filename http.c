@@ -101,9 +101,7 @@ static int n_open;              // connections, without the dead ones
 static int max_files;           // RLIMIT_NOFILE, as high as http_listen() could set it
 static size_t bodies_held;      // bytes, of all requests
 static double now;              // of this round
-static char failure[SHOWN];     // why the server can't go on; "" while it can
-static int stops;               // how often http_stop() was called, and
-static atomic_int stops_called; // the calls that http_serve() has not seen yet
+static int stops;               // of server.stops, what http_serve() has acted upon
 
 #define ARG(s) (int)(s).len, (s).data  // a Str for %.*s
 
@@ -213,8 +211,8 @@ static bool respond_as(Conn *c, int code, const char *type) {
 
 static bool respond(Conn *c, int code) { return respond_as(c, code, "application/json"); }
 
-static const char *const state_names[] = {"starting", "loading",  "warmup",
-                                          "ready",    "draining", "failed"};
+static const char *const state_names[] = {"starting", "connecting", "loading", "warmup",
+                                          "ready",    "draining",   "failed"};
 
 static Str served_name(void) {
     const Options *o = &server.options;
@@ -223,13 +221,47 @@ static Str served_name(void) {
 
 // Draining is this thread's to decide; the engine may still report progress of its own.
 static int server_state(void) {
+    if (server.failure) return STATE_FAILED;
     return stops && server.state != STATE_FAILED ? STATE_DRAINING : server.state;
+}
+
+double rank_loaded(int rank) {
+    const Progress *p = &server.ranks[rank].progress;
+    return (double)p->loaded_bytes / fmax(1, (double)p->total_bytes);
+}
+
+int rank_slowest(int first, int n) {
+    int slowest = first;
+    for (int i = first; i < first + n; i++)
+        if (rank_loaded(i) < rank_loaded(slowest)) slowest = i;
+    return slowest;
+}
+
+static void group_loaded(uint64_t *loaded, uint64_t *total) {
+    *loaded = *total = 0;
+    for (int i = 0; i < server.n_ranks; i++) {
+        *loaded += server.ranks[i].progress.loaded_bytes;
+        *total += server.ranks[i].progress.total_bytes;
+    }
+}
+
+// A rank that has loaded is where the group is.
+static void ranks_write(Buf *b, int state) {
+    bool serving = state >= STATE_WARMUP && state < STATE_FAILED;
+    for (int i = 0; i < server.n_ranks; i++) {
+        const RankStatus *r = &server.ranks[i];
+        buf_printf(b, "%s{\"rank\":%d,\"node\":%d,\"state\":\"%s\",\"loaded_bytes\":%lu,"
+                   "\"total_bytes\":%lu}", i ? "," : "", i, i / server.n_local,
+                   state_names[serving ? state : r->state], r->progress.loaded_bytes,
+                   r->progress.total_bytes);
+    }
 }
 
 // The JSON of /health. It asks no other thread and waits for nothing.
 static const char *health_json(void) {
     int state = server_state();
-    uint64_t loaded = server.progress[0].loaded_bytes, total = server.progress[0].total_bytes;
+    uint64_t loaded, total;
+    group_loaded(&loaded, &total);
     const double giga = 1e9, instant = 1e-3;
     double uptime = fmax(now - server.boot, instant), rate = (double)loaded / uptime;
     const char *eta = loaded ? at("%.1f", (double)(total - loaded) / rate) : "null";
@@ -238,12 +270,13 @@ static const char *health_json(void) {
            server.queued) :
         at("\"loaded_bytes\":%lu,\"total_bytes\":%lu,\"gb_per_s\":%.2f,\"eta_s\":%s", loaded, total,
            rate / giga, eta);
-    const char *reason = *failure ? at(",\"reason\":%s", quoted(str_of(failure))) : "";
+    const char *failure = server.failure;
+    const char *reason = failure ? at(",\"reason\":%s", quoted(str_of(failure))) : "";
+    Buf *ranks = scratch();
+    ranks_write(ranks, state);
     return at("{\"status\":\"%s\",\"ready\":%s,\"version\":\"%s\",\"uptime_s\":%.1f,%s%s,"
-              "\"ranks\":[{\"rank\":0,\"node\":0,\"state\":\"%s\",\"loaded_bytes\":%lu,"
-              "\"total_bytes\":%lu}]}",
-              state_names[state], state == STATE_READY ? "true" : "false", R1_VERSION, uptime, work,
-              reason, state_names[state], loaded, total);
+              "\"ranks\":[%s]}", state_names[state], state == STATE_READY ? "true" : "false",
+              R1_VERSION, uptime, work, reason, ranks->data);
 }
 
 // One event of a stream, which is a chunk by itself.
@@ -665,37 +698,42 @@ static void histogram_write(Buf *b, const Histogram *h) {
 static bool metrics(Conn *c) {
     static const char *const reasons[] = {"shutdown", "disconnect", "api", "error"};
     const Server *s = &server;
-    const char *rank = ",rank=\"0\"", *g = "gauge", *n = "counter";
+    const char *g = "gauge", *n = "counter";
     double usage = s->used_tokens / fmax(1, s->max_total_tokens);
-    const struct { const char *name, *type, *label, *help; double value; } rows[] = {
-        {"sglang:num_running_reqs", g, "", "Sequences that run.", s->running},
-        {"sglang:num_queue_reqs", g, "", "Sequences that wait.", s->queued},
-        {"sglang:num_used_tokens", g, "", "Tokens of the cache in use.", s->used_tokens},
-        {"sglang:token_usage", g, "", "The same as a part of the cache.", usage},
-        {"sglang:cache_hit_rate", g, "", "Prompt tokens found in the cache.", s->cache_hit_rate},
-        {"sglang:gen_throughput", g, "", "Tokens a second.", s->gen_throughput},
-        {"sglang:spec_accept_length", g, "", "Tokens that speculation gains a step.", 0},
-        {"sglang:prompt_tokens_total", n, "", "Prompt tokens prefilled.", s->prompt_tokens},
-        {"sglang:cached_tokens_total", n, "", "Those found in the cache.", s->cached_tokens},
-        {"sglang:generation_tokens_total", n, "", "Tokens generated.", tokens_generated},
-        {"sglang:num_requests_total", n, "", "Sequences finished.", sequences_finished},
-        {"r1:ready", g, "", "1 when requests are answered.", server_state() == STATE_READY},
-        {"r1:load_bytes", g, rank, "Bytes of weights loaded.", s->progress[0].loaded_bytes},
-        {"r1:load_total_bytes", g, rank, "Bytes of weights to load.", s->progress[0].total_bytes},
-        {"r1:steps_total", n, "", "Runs of the model.", s->steps},
-        {"r1:preempted_total", n, "", "Sequences that gave their pages back.", s->preempted},
+    const struct { const char *name, *type, *help; double value; } rows[] = {
+        {"sglang:num_running_reqs", g, "Sequences that run.", s->running},
+        {"sglang:num_queue_reqs", g, "Sequences that wait.", s->queued},
+        {"sglang:num_used_tokens", g, "Tokens of the cache in use.", s->used_tokens},
+        {"sglang:token_usage", g, "The same as a part of the cache.", usage},
+        {"sglang:cache_hit_rate", g, "Prompt tokens found in the cache.", s->cache_hit_rate},
+        {"sglang:gen_throughput", g, "Tokens a second.", s->gen_throughput},
+        {"sglang:spec_accept_length", g, "Tokens that speculation gains a step.", 0},
+        {"sglang:prompt_tokens_total", n, "Prompt tokens prefilled.", s->prompt_tokens},
+        {"sglang:cached_tokens_total", n, "Those found in the cache.", s->cached_tokens},
+        {"sglang:generation_tokens_total", n, "Tokens generated.", tokens_generated},
+        {"sglang:num_requests_total", n, "Sequences finished.", sequences_finished},
+        {"r1:ready", g, "1 when requests are answered.", server_state() == STATE_READY},
+        {"r1:steps_total", n, "Runs of the model.", s->steps},
+        {"r1:preempted_total", n, "Sequences that gave their pages back.", s->preempted},
     };
     Buf *b = &c->out;
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
-        metric_write(b, rows[i].name, rows[i].type, rows[i].label, rows[i].help, rows[i].value);
+        if (!s->node || str_begins(str_of(rows[i].name), STR("r1:")))
+            metric_write(b, rows[i].name, rows[i].type, "", rows[i].help, rows[i].value);
+    for (int i = 0; i < s->n_ranks; i++)
+        metric_write(b, "r1:load_bytes", g, at(",rank=\"%d\"", i),
+                     i ? NULL : "Bytes of weights loaded.", s->ranks[i].progress.loaded_bytes);
+    for (int i = 0; i < s->n_ranks; i++)
+        metric_write(b, "r1:load_total_bytes", g, at(",rank=\"%d\"", i),
+                     i ? NULL : "Bytes of weights to load.", s->ranks[i].progress.total_bytes);
     for (int i = 0; i <= FAULT; i++)
         metric_write(b, "r1:aborted_total", n, at(",reason=\"%s\"", reasons[i]),
                      i ? NULL : "Sequences that did not end by themselves.", aborted[i]);
     for (int i = 0; i < STATUSES; i++)
         metric_write(b, "r1:http_responses_total", n, at(",code=\"%d\"", statuses[i].code),
                      i ? NULL : "Answers by status.", responses[i]);
-    histogram_write(b, &first_token), histogram_write(b, &per_token);
-    histogram_write(b, &between_tokens), histogram_write(b, &whole_request);
+    const Histogram *h[] = {&first_token, &per_token, &between_tokens, &whole_request};
+    for (int i = 0; i < 4 && !s->node; i++) histogram_write(b, h[i]);
     return respond_as(c, 200, "text/plain; version=0.0.4; charset=utf-8");
 }
 
@@ -1437,7 +1475,7 @@ static void probe_answer(Conn *c) {
 // Proves that the engine moves: one token, within 20 s. conn_expire() answers where it doesn't.
 static bool health_generate(Conn *c) {
     static const Api api = {.answer = probe_answer};
-    if (server_state() != STATE_READY) return health(c);
+    if (server_state() != STATE_READY || server.node) return health(c);
     Call *call = call_new(c, &api);
     Seq *s = &call->params.seq;
     s->max_tokens = 1, s->sampling.temperature = 0, s->probe = true;
@@ -1639,19 +1677,27 @@ static bool request_admit(Conn *c) {
         return !respond(c, 204);
     }
     int state = server_state();
-    double total = fmax(1, (double)server.progress[0].total_bytes);
-    double percent = 100 * (double)server.progress[0].loaded_bytes / total;
     // The page holds no secret, and asks for the key by itself.
     bool open = !server.options.api_key || str_equal(r->path, "/") ||
                 str_begins(r->path, STR("/health"));
     bool always = r->route && r->route->always;
     if (!open && !key_matches(r->authorization)) return refuse(c, 401, NULL, "Unauthorized");
+    const char *failure = server.failure;
+    if (server.node && !(r->route && r->route->quiet))
+        return refuse(c, 503, NULL, "node %d serves /health and /metrics only; ask the leader at "
+                      "%s", server.node, server.leader);
+    if (!always && failure) return refuse(c, 503, NULL, "%s", failure);
     if (!always && state == STATE_DRAINING) return refuse(c, 503, NULL, "r1 is shutting down");
     if (!always && state != STATE_READY) {
+        uint64_t loaded, total;
+        int slowest = rank_slowest(0, server.n_ranks);
+        group_loaded(&loaded, &total);
         r->extra = "Retry-After: 5\r\n";
         return refuse(c, 503, NULL, "r1 is not ready: %s%s", state_names[state],
                       state != STATE_LOADING ? "" :
-                      at(", %.1f %% (slowest: rank 0, %.1f %%)", percent, percent));
+                      at(", %.1f %% (slowest: rank %d, %.1f %%)",
+                         100 * (double)loaded / fmax(1, (double)total), slowest,
+                         100 * rank_loaded(slowest)));
     }
     if (!r->route)
         return refuse(c, 404, NULL, "%.*s %.*s: no such route", ARG(r->method),
@@ -2013,28 +2059,27 @@ static void take_events(void) {
     }
 }
 
-// A step that does not end can't be taken back. All who wait are told; then the program ends, so
-// that whoever watches it starts it anew.
-static void server_fail(int seconds) {
-    log_line(0, "Watchdog timeout (self.watchdog_timeout=%d)", seconds);
-    snprintf(failure, sizeof failure, "a step took longer than %d s", seconds);
+// What has failed can't be taken back. All who wait are told; then the program ends, so that
+// whoever watches it starts it anew.
+bool http_fail(char *reason) {
+    const char *none = NULL;
+    bool first = atomic_compare_exchange_strong(&server.failure, &none, reason);
+    if (!first) free(reason);
+    (void)!write(server.wake_fd, &(uint64_t){1}, sizeof(uint64_t));
+    return first;
+}
+
+static void failure_tell(void) {
     server.state = STATE_FAILED;
     for (Conn *c = conns; c; c = c->next) {
         if (c->state != COMPUTING && c->state != STREAMING) continue;
         c->request.close = true;
-        refuse(c, 503, NULL, "%s", failure);
+        refuse(c, 503, NULL, "%s", server.failure);
         conn_run(c);
     }
 }
 
-int http_listen(const char *host, int port) {
-    struct rlimit files;
-    const rlim_t most = 65535;
-    getrlimit(RLIMIT_NOFILE, &files);
-    files.rlim_cur = files.rlim_max < most ? files.rlim_max : most;
-    max_files = (int)files.rlim_cur;
-    setrlimit(RLIMIT_NOFILE, &files);
-    signal(SIGPIPE, SIG_IGN);  // a client that left is an error of send(), no signal
+int tcp_listen(const char *host, int port) {
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *a;
     int error = getaddrinfo(host, at("%d", port), &hints, &a);
     if (error) die("cannot listen on %s:%d: %s", host, port, gai_strerror(error));
@@ -2045,35 +2090,53 @@ int http_listen(const char *host, int port) {
     if (fd < 0 || bind(fd, a->ai_addr, a->ai_addrlen) || listen(fd, backlog))
         die("cannot listen on %s:%d: %s", host, port, strerror(errno));
     freeaddrinfo(a);
-    struct sockaddr_in6 bound;  // port 0 takes a free one; IPv4 has it in the same place
-    getsockname(fd, (void *)&bound, &(socklen_t){sizeof bound});
-    log_line(-1, "INFO:     r1 %s running on http://%s:%d (Press CTRL+C to quit)", R1_VERSION,
-             strchr(host, ':') ? at("[%s]", host) : host, ntohs(bound.sin6_port));
     return fd;
 }
 
-void http_stop(void) {
+int http_listen(const char *host, int port) {
+    struct rlimit files;
+    const rlim_t most = 65535;
+    getrlimit(RLIMIT_NOFILE, &files);
+    files.rlim_cur = files.rlim_max < most ? files.rlim_max : most;
+    max_files = (int)files.rlim_cur;
+    setrlimit(RLIMIT_NOFILE, &files);
+    signal(SIGPIPE, SIG_IGN);  // a client that left is an error of send(), no signal
+    int fd = tcp_listen(host, port);
+    struct sockaddr_in6 bound;  // port 0 takes a free one; IPv4 has it in the same place
+    getsockname(fd, (void *)&bound, &(socklen_t){sizeof bound});
+    server.port = ntohs(bound.sin6_port);
+    log_line(-1, "INFO:     r1 %s running on http://%s:%d (Press CTRL+C to quit)", R1_VERSION,
+             strchr(host, ':') ? at("[%s]", host) : host, server.port);
+    return fd;
+}
+
+void http_stop(int level) {
     int saved = errno;  // of what the signal interrupted
-    stops_called++;
+    for (int had = server.stops; had < level;)
+        if (atomic_compare_exchange_weak(&server.stops, &had, level)) break;
     (void)!write(server.wake_fd, &(uint64_t){1}, sizeof(uint64_t));
     errno = saved;
 }
 
-// The second stop ends the loop after a while, the first when nobody is to get an answer any more;
-// every five seconds until then it says for how many it waits. A failure waits for no answers.
+// The second stop ends the loop after a while, the first when nobody is to get an answer any more,
+// which is the leader's to say; every five seconds until then it says for how many it waits. After
+// a failure /health tells of it for a second more, and nobody is waited for.
 void http_serve(int listen_fd) {
     Buf polls = {0};
     const double pause = 0.1, most = 1;  // without files to accept with; between two looks around
     double give_up = INFINITY, rest = 0, report = 0;
-    stops = 0, *failure = 0;
-    for (;;) {
+    stops = 0;
+    for (bool failed = false;;) {
         now = now_seconds();
         double step = server.step_start;
         int patience = server.options.watchdog_timeout;
-        if (!*failure && patience > 0 && step > 0 && now - step > patience)
-            server_fail(patience), give_up = now + most;
-        double wake = now + most;
-        int left = 0, unsent = 0;
+        if (patience > 0 && step > 0 && now - step > patience && !server.failure &&
+            http_fail(format_string("a step took longer than %d s", patience)))
+            log_line(0, "Watchdog timeout (self.watchdog_timeout=%d)", patience);
+        if (server.failure && !failed) failed = true, failure_tell(), give_up = now + most;
+        double wake = fmin(now + most, give_up);
+        bool led = server.node && !server.over;
+        int left = led ? server.running + server.queued : 0, unsent = 0;
         struct pollfd first[] = {{listen_fd, now < rest ? 0 : POLLIN, 0},
                                  {server.wake_fd, POLLIN, 0}};
         polls.len = 0;
@@ -2087,7 +2150,7 @@ void http_serve(int listen_fd) {
             wake = fmin(wake, conn_deadline(c));
             left += c->n_live > 0, unsent += c->state != DEAD && c->out.len;
         }
-        if ((stops || *failure) && ((!unsent && (!left || *failure)) || now >= give_up)) break;
+        if ((stops && !failed && !led && !left && !unsent) || now >= give_up) break;
         if (stops && now >= report) {
             log_line(-1, "Gracefully exiting... remaining number of requests %d", left);
             report = now + 5;
@@ -2096,10 +2159,12 @@ void http_serve(int listen_fd) {
         if (poll(p, polls.len / sizeof *p, (int)ceil(fmax(0, wake - now) * 1000)) < 0) continue;
         now = now_seconds();
         if (p[1].revents) take_events();  // before the sockets: tokens first
-        for (; stops_called; stops_called--) {  // the first drains, the second aborts
-            if (stops++) give_up = now + http_limits.linger_s;
-            else log_line(-1, "SIGTERM received. Draining requests and shutting down...");
-            if (server.state != STATE_FAILED) server.state = STATE_DRAINING;
+        if (server.stops > stops) {  // the first drains, the second aborts
+            if (!stops && !server.over)
+                log_line(-1, "SIGTERM received. Draining requests and shutting down...");
+            stops = server.stops;
+            if (stops > 1) give_up = fmin(give_up, now + http_limits.linger_s);
+            server.state = STATE_DRAINING;
             engine_stop(stops > 1);
         }
         struct pollfd *next = p + 2;

@@ -336,7 +336,7 @@ static void travel(int i, bool out, void *data, size_t n) {
             out ? send(me.peer[i], at, n, MSG_NOSIGNAL) : recv(me.peer[i], at, n, 0);
         if (moved < 0 && errno == EINTR) continue;
         if (moved <= 0) {
-            peer_lost(me.rank ? 0 : i + 1, "%s", moved ? strerror(errno) : "connection closed");
+            peer_lost(me.rank ? 0 : i + 1, moved ? strerror(errno) : "connection closed");
             for (;;) pause();
         }
         at += moved, n -= moved;
@@ -736,6 +736,10 @@ static void linear_unit(void *arg, int unit) {
 void linear(bf16 *y, const Act *a, const Linear *w, int n) {
     struct LinearTask task = {y, NULL, act_view(a, w, NULL), w, n};
     parallel(linear_unit, &task, units(w->out, COLUMNS));
+}
+
+void linear_pair(bf16 *y0, bf16 *y1, const Act *a, const Linear *w0, const Linear *w1, int n) {
+    linear(y0, a, w0, n), linear(y1, a, w1, n);
 }
 
 // All that attention will ever know of a token: its normed latent, and one key part that all heads

@@ -239,6 +239,10 @@ static __device__ void sync_threads(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+static __device__ void arrive_threads(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
 static __device__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 
 static __device__ void wgmma_commit() {
@@ -260,21 +264,27 @@ static __device__ uint64_t warp_desc(const void *p) {
     return __shfl_sync(~0u, smem_address(p) >> 4, 0) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
-// c [64][128] (+)= a [64][32] b [128][32]^T. Thread (warp, g = lane / 4, t = lane % 4) holds in
-// c[4 j + i] row 16 warp + g + i / 2 * 8, column 8 j + 2 t + i % 2.
-static __device__ void wgmma_128(float c[64], uint64_t a, uint64_t b, int add) {
+// c [64][128] (+)= a [64][32] b [128][32]^T in e4m3, or of 16 columns in bf16: 32 bytes of each
+// row. Thread (warp, g = lane / 4, t = lane % 4) holds in c[4 j + i] row 16 warp + g + i / 2 * 8,
+// column 8 j + 2 t + i % 2.
 #define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "
-                 "%64, %65, p, 1, 1; }"
-                 : C4(0), C4(4), C4(8), C4(12), C4(16), C4(20), C4(24), C4(28), C4(32), C4(36),
-                   C4(40), C4(44), C4(48), C4(52), C4(56), C4(60)
-                 : "l"(a), "l"(b), "r"(add));
+#define WGMMA_128(types, transposes)                                                               \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"                                        \
+                 "wgmma.mma_async.sync.aligned.m64n128" types " {"                                 \
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
+                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "\
+                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "\
+                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},"\
+                 " %64, %65, p, 1, 1" transposes "; }"                                             \
+                 : C4(0), C4(4), C4(8), C4(12), C4(16), C4(20), C4(24), C4(28), C4(32), C4(36),    \
+                   C4(40), C4(44), C4(48), C4(52), C4(56), C4(60)                                  \
+                 : "l"(a), "l"(b), "r"(add))
+template <bool FP8>
+static __device__ void wgmma_128(float c[64], uint64_t a, uint64_t b, int add) {
+    if (FP8) WGMMA_128("k32.f32.e4m3.e4m3", "");
+    else WGMMA_128("k16.f32.bf16.bf16", ", 0, 0");
 }
+#undef WGMMA_128
 
 // c [64][N] likewise, bf16, of 16 columns. TRANS: a lies as [16][64].
 template <int TRANS> static __device__ void wgmma(float (&c)[8], uint64_t a, uint64_t b, int add) {
@@ -860,6 +870,10 @@ typedef struct {  // one matrix, or one for each expert
     size_t expert_bytes, expert_scales;  // from expert to expert
     int strips, blocks;  // a block is 128 columns in e4m3, 64 in bf16
     int scale_strips;
+    // Strips from `split` on are a second matrix's, which lies so much further than it would as the
+    // first one's rest.
+    int split;
+    ptrdiff_t jump, scale_jump;
 } Weights;
 
 // Products are made for slots. The first n are the rows, for the one matrix that takes every row:
@@ -885,6 +899,7 @@ typedef struct {  // a kernel's work: y = x W^T for all slots
     int x_stride;
     const float *weight;    // of a pair, for the experts' second product
     void *y;                // bf16 [slots][out], or f32 [parts][slots][out]
+    bf16 *y2;               // bf16 [slots][out] of the second matrix, if there is one
     bool y_f32;
     int slots, parts, part_blocks;  // K is split into parts; the next kernel adds them
     // What launch_skinny works out.
@@ -892,20 +907,39 @@ typedef struct {  // a kernel's work: y = x W^T for all slots
     uint64_t by_groups, by_parts;   // for divide
 } Product;
 
-// How many tiles of `tile` slots there are that no list is needed for: they come first.
+static __device__ const uint8_t *strip_at(const Weights &w, int expert, int strip) {
+    return w.data + expert * w.expert_bytes + (size_t)strip * w.blocks * UNIT +
+           (strip < w.split ? 0 : w.jump);
+}
+
+static __device__ const float *scales_at(const Weights &w, int half_of, int expert, int strip) {
+    return w.scale[half_of] + expert * w.expert_scales + strip / w.scale_strips * w.blocks +
+           (strip < w.split ? 0 : w.scale_jump);
+}
+
+// Where a result goes as bf16.
+static __device__ bf16 *result_at(const Product &p, size_t slot, int column) {
+    int first = p.w.split * STRIP, second = p.w.strips * STRIP - first;
+    return column < first ? (bf16 *)p.y + slot * first + column
+                          : p.y2 + slot * second + column - first;
+}
+
+// How many tiles of `tile` slots there are that no list is needed for.
 static __host__ __device__ int known_entries(const Slots *s, int tile) {
     return (s->n + tile - 1) / tile;
 }
 
-static int max_entries(const Slots *s, int tile) {  // that list_entries can make
+static int max_entries(const Slots *s, int tile) {  // of the table
     int pairs = s->n * s->top_k;
-    return min_int(pairs, 2 * s->n_experts + pairs / tile);
+    return known_entries(s, tile) + min_int(pairs, 2 * s->n_experts + pairs / tile);
 }
 
-static __device__ Entry entry_at(const Slots &s, const Entry *table, int tile, int i) {
+// They come first in the table. Returns how many they are.
+static __device__ int list_known(const Slots &s, Entry *table, int tile) {
     int known = known_entries(&s, tile);
-    if (i >= known) return table[i - known];
-    return (Entry){i * tile, (short)s.n_experts, (short)min(tile, s.n - i * tile)};
+    for (int i = threadIdx.x; i < known; i += blockDim.x)
+        table[i] = (Entry){i * tile, (short)s.n_experts, (short)min(tile, s.n - i * tile)};
+    return known;
 }
 
 static __device__ int slot_row(const Slots &s, int slot) {
@@ -921,6 +955,7 @@ static __device__ int list_entries(const Slots &s, Entry *table, int tile, int a
     __shared__ int warp_sum[16];
     int e = threadIdx.x, warp = e / 32, first = 0, last = 0;
     if (e < s.n_experts) first = s.n + __ldcg(s.start + e), last = s.n + __ldcg(s.start + e + 1);
+#pragma unroll 4
     for (int i = threadIdx.x; row_of && i < slots; i += blockDim.x) row_of[i] = slot_row(s, i);
     int begin = first / align * align, sum = first < last ? (last - begin + tile - 1) / tile : 0;
     int tiles = sum, before = 0, total = 0;
@@ -956,7 +991,8 @@ static __device__ int list_entries(const Slots &s, Entry *table, int tile, int a
 //
 // `parts` splits K over blocks where strips don't fill the chip; the next kernel adds. DOWN is the
 // experts' second product: a block owns 4 strips of the output and walks all experts, adding weight
-// x product to its rows in shared memory. Nothing is written but y, in one order.
+// x product to its rows in shared memory; its warpgroups take stages in turns, and while one adds,
+// the other multiplies. Nothing is written but y, in one order.
 
 enum {
     CONSUMERS = 8, PRODUCERS = 4, SKINNY_THREADS = (CONSUMERS + PRODUCERS) * 32,
@@ -1004,18 +1040,16 @@ static __device__ void load_weights(const Product &p, const Item &item, int bloc
     int lane = threadIdx.x % 32, first = item.group << SHIFT;
     int strips = min(1 << SHIFT, p.w.strips - first);
     int blocks = max(0, min(UNITS >> SHIFT, item.end - block));
-    const uint8_t *from = p.w.data + expert * p.w.expert_bytes +
-                          ((size_t)first * p.w.blocks + block) * UNIT;
     if (lane == 0) bar_expect(bar, strips * blocks * UNIT);
     __syncwarp();
     int unit = SHIFT == 0 ? lane / 2 : lane, k = unit >> SHIFT, strip = unit & (1 << SHIFT) - 1;
+    const uint8_t *from = strip_at(p.w, expert, first + strip) + (size_t)(block + k) * UNIT;
     if (SHIFT == 0 && lane == 0 && blocks) bulk_load(stage, from, blocks * UNIT, bar);
     if (SHIFT > 0 && k < blocks && strip < strips)
-        bulk_load(stage + unit * UNIT, from + ((size_t)strip * p.w.blocks + k) * UNIT, UNIT, bar);
+        bulk_load(stage + unit * UNIT, from, UNIT, bar);
     unit = lane / 2, k = unit >> SHIFT, strip = unit & (1 << SHIFT) - 1;
     if (FP8 && k < blocks && strip < strips)
-        copy_4(scales + lane, p.w.scale[lane % 2] + expert * p.w.expert_scales +
-                                  (first + strip) / p.w.scale_strips * p.w.blocks + block + k);
+        copy_4(scales + lane, scales_at(p.w, lane % 2, expert, first + strip) + block + k);
 }
 
 // Eight lanes bring 128 bytes of a row and swizzle them by its place in the stage.
@@ -1042,34 +1076,40 @@ static __device__ void load_rows(const Product &p, const Item &item, int block, 
     }
 }
 
-// A warpgroup's share of a stage. sum[tile] is [16][8]: this warp's unit times 8 rows.
-template <bool FP8, int SHIFT>
+// Some halves of a stage, from `first` on. sum[tile] is [16][8]: this warp's units times 8 rows.
+template <bool FP8, int SHIFT, int HALVES>
 static __device__ void multiply(float sum[1 << SHIFT][4], const uint8_t *stage, const float *scales,
-                                int blocks, int rows) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32, block = warp >> SHIFT;
-    int group = __shfl_sync(~0u, warp / 4, 0);  // so that the compiler knows it is one for all
-    uint64_t w = smem_desc(stage) + group * (4 * UNIT >> 4);
-    uint64_t x = smem_desc(stage + STAGE_WEIGHTS) + group * (COLUMNS * ROW_BYTES >> 4);
-    float c[16], low = scales[2 * warp], high = scales[2 * warp + 1];
-    const float2 *x_scale = (const float2 *)(scales + 2 * UNITS + (block << SHIFT + 3)) + lane % 4;
+                                int first, int blocks, int rows) {
+    float c[HALVES][16];
+    int lane = threadIdx.x % 32;
+    uint64_t w = smem_desc(stage) + first * (4 * UNIT >> 4);
+    uint64_t x = smem_desc(stage + STAGE_WEIGHTS) + first * (COLUMNS * ROW_BYTES >> 4);
     wgmma_fence();
-    for (int k = 0; k < 4; k++) wgmma_32<FP8>(c, w + 2 * k, x + 2 * k, k > 0);
+    for (int h = 0; h < HALVES; h++, w += 4 * UNIT >> 4, x += COLUMNS * ROW_BYTES >> 4)
+        for (int k = 0; k < 4; k++) wgmma_32<FP8>(c[h], w + 2 * k, x + 2 * k, k > 0);
     wgmma_commit();
     wgmma_wait<0>();
-    if (block >= blocks) return;
 #pragma unroll
-    for (int tile = 0; tile < 1 << SHIFT; tile++) {
-        if (tile > 0 && tile * 8 >= rows) break;
-        float v[4], by[4] = {1, 1, 1, 1};
-        for (int i = 0; i < 4; i++) {
-            float even = warp & 2 ? c[8 + i] : c[i], odd = warp & 2 ? c[12 + i] : c[4 + i];
-            v[i] = SHIFT ? c[4 * tile + i] : warp & 1 ? odd : even;
+    for (int h = 0; h < HALVES; h++) {
+        int unit = (first + h) * 4 + threadIdx.x / 32 % 4, block = unit >> SHIFT;
+        float low = scales[2 * unit], high = scales[2 * unit + 1];
+        const float2 *x_scale = (const float2 *)(scales + 2 * UNITS + (block << SHIFT + 3));
+        if (block >= blocks) return;
+#pragma unroll
+        for (int tile = 0; tile < 1 << SHIFT; tile++) {
+            if (tile > 0 && tile * 8 >= rows) break;
+            float v[4], by[4] = {1, 1, 1, 1};
+            for (int i = 0; i < 4; i++) {
+                float even = unit & 2 ? c[h][8 + i] : c[h][i];
+                float odd = unit & 2 ? c[h][12 + i] : c[h][4 + i];
+                v[i] = SHIFT ? c[h][4 * tile + i] : unit & 1 ? odd : even;
+            }
+            if (FP8) {
+                float2 s = x_scale[tile * 4 + lane % 4];
+                by[0] = s.x * low, by[1] = s.y * low, by[2] = s.x * high, by[3] = s.y * high;
+            }
+            for (int i = 0; i < 4; i++) sum[tile][i] += v[i] * by[i];
         }
-        if (FP8) {
-            float2 s = x_scale[tile * 4];
-            by[0] = s.x * low, by[1] = s.y * low, by[2] = s.x * high, by[3] = s.y * high;
-        }
-        for (int i = 0; i < 4; i++) sum[tile][i] += v[i] * by[i];
     }
 }
 
@@ -1079,21 +1119,26 @@ static __device__ void keep_item(const Entry &entry, float *sums, const uint16_t
                                  const float *weight_of, const float sum[1 << SHIFT][4]) {
     int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int i = 0; i < 2 << SHIFT; i++) {
-        int row = i / 2 * 8 + lane % 4 * 2 + i % 2, slot = entry.slot + row;
-        if (i / 2 * 8 >= entry.rows) break;
-        if (row >= entry.rows) continue;
-        float *to = sums + (DOWN ? row_of[slot] : row) * STRIP + lane / 4;
-        float by = DOWN ? weight_of[slot] : 1;
-        to[0] = (DOWN ? to[0] : 0) + by * sum[i / 2][i % 2];
-        to[8] = (DOWN ? to[8] : 0) + by * sum[i / 2][2 + i % 2];
+    for (int tile = 0; tile < 1 << SHIFT; tile++) {
+        float *to[2], old[2][2] = {}, by[2] = {1, 1};
+        if (tile * 8 >= entry.rows) break;
+        for (int i = 0; i < 2; i++) {  // all loads before the stores, which they would wait for
+            int row = tile * 8 + lane % 4 * 2 + i, slot = entry.slot + min(row, entry.rows - 1);
+            to[i] = sums + (DOWN ? row_of[slot] : row) * STRIP + lane / 4;
+            if (DOWN) old[i][0] = to[i][0], old[i][1] = to[i][8], by[i] = weight_of[slot];
+        }
+        for (int i = 0; i < 2; i++) {
+            if (tile * 8 + lane % 4 * 2 + i >= entry.rows) continue;
+            to[i][0] = old[i][0] + by[i] * sum[tile][i];
+            to[i][8] = old[i][1] + by[i] * sum[tile][2 + i];
+        }
     }
     __syncwarp();  // the next expert may give a row to another lane
 }
 
-// y's rows from y_row on: the sums [warp][stride][16] of the warps that shared a strip, added.
+// y's rows from y_row on: the sums [warps][stride][16] of the warps that shared a strip, added.
 template <int SHIFT>
-static __device__ void store_sums(const Product &p, size_t y_row, int rows, int group,
+static __device__ void store_sums(const Product &p, size_t y_row, int rows, int group, int warps,
                                   const float *sums, int stride) {
     enum { WIDTH = STRIP << SHIFT };
     int out = p.w.strips * STRIP;
@@ -1102,10 +1147,10 @@ static __device__ void store_sums(const Product &p, size_t y_row, int rows, int 
         int row = i / WIDTH, column = i % WIDTH, to = group * WIDTH + column;
         const float *from = sums + (column / STRIP * stride + row) * STRIP + column % STRIP;
         float total = 0;
-        for (int k = 0; k < UNITS; k += 1 << SHIFT) total += from[k * stride * STRIP];
+        for (int k = 0; k < warps; k += 1 << SHIFT) total += from[k * stride * STRIP];
         if (to >= out) continue;
         if (p.y_f32) ((float *)p.y)[(y_row + row) * out + to] = total;
-        else ((bf16 *)p.y)[(y_row + row) * out + to] = bf16_pair(total, 0);
+        else *result_at(p, y_row + row, to) = bf16_pair(total, 0);
     }
 }
 
@@ -1123,7 +1168,7 @@ skinny(const __grid_constant__ Product p) {
     float *weight_of = (float *)(table + p.table);
     uint16_t *row_of = (uint16_t *)(weight_of + (DOWN ? p.slots : 0));
     int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = 8 << SHIFT, per = UNITS >> SHIFT;
-    int entries = known_entries(&p.s, tile), issued = 0;
+    int entries = list_known(p.s, table, tile), issued = 0;
     bool producer = warp >= CONSUMERS;
     // No more producers than stages: one that was two rounds of the ring ahead of the consumers
     // would take the parity of an old phase for its own.
@@ -1131,39 +1176,45 @@ skinny(const __grid_constant__ Product p) {
     if (turn >= turns) turn = INT_MAX;
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.stages; i++)
-            bar_init(&full[i], 2), bar_init(&empty[i], CONSUMERS);
+            bar_init(&full[i], 2), bar_init(&empty[i], DOWN ? CONSUMERS / 2 : CONSUMERS);
         bar_init_done();
     }
     __syncthreads();
     launch_dependents();
-    // The kernel before DOWN starts it only when the lists are complete.
-    // Weights of entries that are known without the lists are asked for now.
-    if (DOWN) entries += list_entries(p.s, table, tile, 1, row_of, p.slots);
+    // The kernel before DOWN starts it only when the lists are complete. Others ask now for weights
+    // of entries that are known without them.
+    if (DOWN) entries += list_entries(p.s, table + entries, tile, 1, row_of, p.slots);
     Item item = first_item<DOWN>(p);
     for (; producer && issued < p.stages && has_item<DOWN>(p, item, entries);
          next_item<DOWN>(p, &item, entries)) {
-        int expert = entry_at(p.s, table, tile, item.entry).expert;
+        int expert = table[item.entry].expert;
         for (int n = 0; n < p.item_stages && issued < p.stages; n++, issued++)
             if (issued % turns == turn)
                 load_weights<FP8, SHIFT>(p, item, item.block + n * per, expert,
                                          smem + issued * STAGE_BYTES, scales[issued],
                                          &full[issued]);
     }
+#pragma unroll 4
     for (int i = threadIdx.x; DOWN && i < p.slots; i += blockDim.x)
         weight_of[i] = i < p.s.n ? 1 : __ldcg(p.weight + __ldcg(p.s.list + i - p.s.n));
     grid_wait();
-    if (!DOWN && p.s.list) entries += list_entries(p.s, table, tile, 1, row_of, p.slots);
+    if (!DOWN && p.s.list)
+        entries += list_entries(p.s, table + entries, tile, 1, row_of, p.slots);
     __syncthreads();
 
-    int slot = 0, parity = producer, half = 0;
+    int slot = 0, parity = producer, other = 0;
+    int group = __shfl_sync(~0u, warp / 4, 0);  // so that the compiler knows it is one for all
     float sum[1 << SHIFT][4] = {};
     int room = DOWN ? p.s.n : p.x_rows;  // rows of a warp's sums
-    for (int i = lane; DOWN && !producer && i < room * STRIP; i += 32)
-        sums[warp * room * STRIP + i] = 0;
-    __syncwarp();
+    // DOWN's warpgroups take stages in turns, and add to the sums in turns, too: barrier 2 + group
+    // says that it is the group's.
+    for (int i = threadIdx.x; DOWN && !producer && i < p.n_sums; i += CONSUMERS * 32) sums[i] = 0;
+    if (DOWN && !producer) sync_threads(1, CONSUMERS * 32);
+    if (DOWN && group == 1) arrive_threads(2, CONSUMERS * 32);
     for (item = first_item<DOWN>(p); has_item<DOWN>(p, item, entries);
          next_item<DOWN>(p, &item, entries)) {
-        Entry entry = entry_at(p.s, table, tile, item.entry);
+        Entry entry = table[item.entry];
+        bool mine = false;
         for (int block = item.block, n = 0; n < p.item_stages; n++, block += per) {
             uint8_t *stage = smem + slot * STAGE_BYTES;
             if (producer) {
@@ -1182,9 +1233,11 @@ skinny(const __grid_constant__ Product p) {
                     if (lane == 0) bar_arrive(&full[slot]);
                 }
                 issued--;
-            } else {
+            } else if (!DOWN || slot % 2 == group) {
                 bar_wait(&full[slot], parity);
-                multiply<FP8, SHIFT>(sum, stage, scales[slot], item.end - block, entry.rows);
+                multiply<FP8, SHIFT, DOWN ? 2 : 1>(sum, stage, scales[slot], DOWN ? 0 : group,
+                                                   item.end - block, entry.rows);
+                mine = true;
                 __syncwarp();
                 if (lane == 0) bar_arrive(&empty[slot]);
             }
@@ -1192,37 +1245,42 @@ skinny(const __grid_constant__ Product p) {
         }
         if (producer) continue;
         // Without DOWN, the next item's sums go to the other half, so that one barrier is enough.
-        float *to = sums + (DOWN ? 0 : half ^= p.n_sums / 2);
-        keep_item<DOWN, SHIFT>(entry, to + warp * room * STRIP, row_of, weight_of, sum);
+        float *to = sums + (DOWN ? 0 : other ^= p.n_sums / 2);
+        if (!DOWN) keep_item<DOWN, SHIFT>(entry, to + warp * room * STRIP, row_of, weight_of, sum);
+        else if (mine) {
+            sync_threads(2 + group, CONSUMERS * 32);
+            keep_item<DOWN, SHIFT>(entry, to + warp % 4 * room * STRIP, row_of, weight_of, sum);
+            arrive_threads(3 - group, CONSUMERS * 32);
+        }
         memset(sum, 0, sizeof sum);
         if (!DOWN)
             store_sums<SHIFT>(p, (size_t)item.part * p.slots + entry.slot, entry.rows, item.group,
-                              to, room);
+                              UNITS, to, room);
         else if (item.entry == entries - 1) {
-            store_sums<SHIFT>(p, 0, room, item.group, to, room);
+            store_sums<SHIFT>(p, 0, room, item.group, 1 << SHIFT, to, room);
             sync_threads(1, CONSUMERS * 32);
-            for (int i = lane; i < room * STRIP; i += 32) to[warp * room * STRIP + i] = 0;
-            __syncwarp();
+            for (int i = threadIdx.x; i < p.n_sums; i += CONSUMERS * 32) to[i] = 0;
+            sync_threads(1, CONSUMERS * 32);
         }
     }
 }
 
-// Shares the shared memory out between ring and sums. With few rows two kernels fit side by side,
-// but DOWN can't start before its predecessor's predecessor is done.
+// Shares the shared memory out between ring and sums. With few rows two kernels fit side by side.
 template <bool FP8, bool DOWN, int SHIFT> static void launch_skinny(Product *p) {
-    int tile = 8 << SHIFT, pairs = p->s.n * p->s.top_k;
+    int tile = 8 << SHIFT;
     p->groups = units(p->w.strips, 1 << SHIFT);
     p->by_groups = divisor(p->groups), p->by_parts = divisor(p->parts);
     p->table = max_entries(&p->s, tile);
     p->x_rows = min_int(p->s.n, tile);
     p->item_stages = units(p->part_blocks, UNITS >> SHIFT);
-    p->n_sums = CONSUMERS * STRIP * (DOWN ? p->s.n : 2 * p->x_rows);
+    p->n_sums = STRIP * (DOWN ? p->s.n << SHIFT : 2 * CONSUMERS * p->x_rows);
     int rest = p->n_sums * sizeof(float) + p->table * sizeof(Entry) +
                (p->s.list ? p->slots : 0) * (sizeof(uint16_t) + (DOWN ? sizeof(float) : 0));
-    int room = (p->s.n <= 8 && !DOWN ? 110 : 222) << 10;
+    int room = (p->s.n <= 8 ? 110 : 222) << 10;
     p->stages = min_int(MAX_STAGES, (room - rest) / STAGE_BYTES);
+    if (DOWN) p->stages = p->stages / 2 * 2;  // so that a stage is always the same warpgroup's
     assert(p->stages >= 2 && p->s.n_experts <= 256);
-    int items = p->groups * p->parts * (known_entries(&p->s, tile) + min_int(pairs, p->table));
+    int items = p->groups * p->parts * p->table;
     launch(skinny<FP8, DOWN, SHIFT>, min_int(n_sms, DOWN ? p->groups : items), SKINNY_THREADS,
            (size_t)p->stages * STAGE_BYTES + rest, *p);
 }
@@ -1230,9 +1288,10 @@ template <bool FP8, bool DOWN, int SHIFT> static void launch_skinny(Product *p) 
 // ---- The products: many rows --------------------------------------------------------------------
 // y = x W^T with tiles of 128 or 192 weight rows by 128 slots on wgmma, which takes a strip's rows
 // as they lie: W is always the first operand, so that few slots waste nothing of it. One warpgroup
-// copies, two or three (GROUPS) multiply, 64 weight rows each. After each block of 128 columns the
-// tensor cores' sums are scaled and added to f32 sums, for their own keep only about 14 bits.
-// Warpgroups take turns: while one scales, the others multiply.
+// copies, two or three (GROUPS) multiply, 64 weight rows each. In e4m3, after each block of 128
+// columns the tensor cores' sums are scaled and added to f32 sums, for their own keep only about 14
+// bits. Warpgroups take turns: while one scales, the others multiply. In bf16 the tensor cores' own
+// sums are exact enough.
 
 enum {
     WIDE_SLOTS = 128, WIDE_STAGES = 4, WARP_STAGING = 1024,
@@ -1252,51 +1311,70 @@ static __device__ WideTile wide_tile(const Product &p, const Entry *table, int i
     int strips = GROUPS * 4, columns = (p.w.strips + strips - 1) / strips;
     int part = i % p.parts, block = part * p.part_blocks;
     i /= p.parts;
-    return (WideTile){entry_at(p.s, table, WIDE_SLOTS, i / columns), i % columns * strips, part,
+    return (WideTile){table[i / columns], i % columns * strips, part,
                       block, min(block + p.part_blocks, p.w.blocks)};
 }
 
-// Gathered rows are swizzled by their own number and wanted by their place: 8 lanes bring a row's
-// chunks and turn them. Others come as one copy.
+// A stage's weights, and word of all bulk copies that will come for it.
 template <int GROUPS>
+static __device__ void wide_weights(const Product &p, const WideTile &t, int block, bool gather,
+                                    WideStage<GROUPS> *stage, uint64_t *full) {
+    int strips = min(GROUPS * 4, p.w.strips - t.strip);
+    int rows = min(WIDE_SLOTS, p.x_stride - t.entry.slot);
+    int mine = threadIdx.x / 32 + threadIdx.x % 32 * 4;  // this lane's strip
+    if (threadIdx.x == 0)
+        bar_expect(full, strips * UNIT + (gather ? 0 : rows * (ROW_BYTES + 4)));
+    if (mine < strips)
+        bulk_load(stage->w + mine * UNIT,
+                  strip_at(p.w, t.entry.expert, t.strip + mine) + (size_t)block * UNIT, UNIT, full);
+}
+
+// The first weights don't wait for the kernel before, unless they need its lists. Gathered rows are
+// swizzled by their own number and wanted by their place, and bf16 ones lie plain: 8 lanes bring a
+// row's chunks and turn them. Others come as one copy.
+template <bool FP8, int GROUPS>
 static __device__ void wide_produce(const Product &p, const Entry *table, int tiles,
                                     WideStage<GROUPS> *ring, uint64_t *full, uint64_t *empty) {
     int thread = threadIdx.x, lane = thread % 32, chunk = thread % 8;
     int slot = 0, parity = 1, behind = -LAG, row[8], scale_row = 0;
+    bool gather = p.s.gather || !FP8;
+    int issued = 0;
+    if (!p.s.n_experts && (int)blockIdx.x < tiles) {
+        WideTile t = wide_tile<GROUPS>(p, table, blockIdx.x);
+        for (; issued < min((int)WIDE_STAGES, t.end - t.block); issued++)
+            wide_weights(p, t, t.block + issued, gather, &ring[issued], &full[issued]);
+    }
+    grid_wait();
     for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
         WideTile t = wide_tile<GROUPS>(p, table, i);
-        if (p.s.gather) {
+        if (gather) {
             int last = t.entry.slot + t.entry.rows - 1;
             for (int k = 0; k < 8; k++)
                 row[k] = slot_row(p.s, min(t.entry.slot + k * 16 + thread / 8, last));
             scale_row = slot_row(p.s, min(t.entry.slot + thread, last));
         }
-        int strips = min(GROUPS * 4, p.w.strips - t.strip);
         int rows = min(WIDE_SLOTS, p.x_stride - t.entry.slot);
-        const uint8_t *w = p.w.data + t.entry.expert * p.w.expert_bytes +
-                           (size_t)t.strip * p.w.blocks * UNIT;
         for (int block = t.block; block < t.end; block++) {
             WideStage<GROUPS> *stage = &ring[slot];
-            bar_wait(&empty[slot], parity);
             size_t from = (size_t)block * p.x_stride + t.entry.slot;
-            int mine = thread / 32 + lane * 4;  // this lane's strip
-            if (thread == 0)
-                bar_expect(&full[slot], strips * UNIT + (p.s.gather ? 0 : rows * (ROW_BYTES + 4)));
-            if (mine < strips)
-                bulk_load(stage->w + mine * UNIT, w + ((size_t)mine * p.w.blocks + block) * UNIT,
-                          UNIT, &full[slot]);
-            if (thread == 32 && !p.s.gather)
+            if (--issued < 0) {
+                bar_wait(&empty[slot], parity);
+                wide_weights(p, t, block, gather, stage, &full[slot]);
+            }
+            if (thread == 32 && !gather)
                 bulk_load(stage->x, p.x + from * ROW_BYTES, rows * ROW_BYTES, &full[slot]);
-            if (thread == 64 && !p.s.gather)
+            if (thread == 64 && !gather)
                 bulk_load(stage->scale, p.x_scale + from, rows * 4, &full[slot]);
-            if (p.s.gather) {
-                const uint8_t *x = p.x + (size_t)block * p.x_stride * ROW_BYTES;
+            if (gather) {
+                const uint8_t *x = p.x + block * p.x_block + chunk * 16;
                 for (int k = 0; k < 8; k++) {
-                    int to = k * 16 + thread / 8;
-                    copy_16(stage->x + to * ROW_BYTES + ((chunk ^ row[k] & 7 ^ to & 7) << 4),
-                            x + (size_t)row[k] * ROW_BYTES + chunk * 16);
+                    int to = k * 16 + thread / 8, turned = chunk ^ to & 7 ^ (FP8 ? row[k] & 7 : 0);
+                    if (FP8 || to < t.entry.rows)
+                        copy_16(stage->x + to * ROW_BYTES + (turned << 4), x + row[k] * p.x_row);
                 }
-                copy_4(&stage->scale[thread], p.x_scale + (size_t)block * p.x_stride + scale_row);
+                if (FP8)
+                    copy_4(&stage->scale[thread],
+                           p.x_scale + (size_t)block * p.x_stride + scale_row);
                 copies_commit();
                 copies_wait<LAG>();
                 fence_async();
@@ -1307,7 +1385,7 @@ static __device__ void wide_produce(const Product &p, const Entry *table, int ti
             if (++slot == WIDE_STAGES) slot = 0, parity ^= 1;
         }
     }
-    if (!p.s.gather) return;
+    if (!gather) return;
     copies_wait<0>();
     fence_async();
     __syncwarp();
@@ -1340,14 +1418,40 @@ static __device__ void wide_store(const Product &p, const WideTile &t, int strip
         __syncwarp();
         int slot = t.entry.slot + j / 4 * 32 + lane;
         if (slot >= first && slot < end) {
-            uint4 *y = (uint4 *)((bf16 *)p.y + (size_t)slot * out + strip * STRIP);
+            uint4 *y = (uint4 *)result_at(p, slot, strip * STRIP);
             for (int i = 0; i < 2; i++) y[i] = ((const uint4 *)staging)[lane * 2 + i];
         }
         __syncwarp();
     }
 }
 
-template <int GROUPS>
+static __device__ void add_plain(float sum[64], uint64_t w, uint64_t x) {
+    wgmma_fence();
+    for (int k = 0; k < 4; k++) wgmma_128<false>(sum, w + k * 2, x + k * 2, 1);
+    wgmma_commit();
+    wgmma_wait<0>();
+}
+
+// low and high: the weights' scales of a thread's rows g and g + 8.
+static __device__ void add_scaled(float sum[64], uint64_t w, uint64_t x, const float2 *x_scale,
+                                  float low, float high) {
+    float c[64];
+    wgmma_fence();
+    for (int k = 0; k < 4; k++) wgmma_128<true>(c, w + k * 2, x + k * 2, k > 0);
+    wgmma_commit();
+    float2 s = x_scale[0], next = x_scale[4];
+    wgmma_wait<0>();
+#pragma unroll
+    for (int j = 0; j < 16; j++) {
+        sum[4 * j] += c[4 * j] * (s.x * low), sum[4 * j + 1] += c[4 * j + 1] * (s.y * low);
+        sum[4 * j + 2] += c[4 * j + 2] * (s.x * high);
+        sum[4 * j + 3] += c[4 * j + 3] * (s.y * high);
+        s = next;
+        if (j < 14) next = x_scale[(j + 2) * 4];
+    }
+}
+
+template <bool FP8, int GROUPS>
 static __device__ void wide_consume(const Product &p, const Entry *table, int tiles,
                                     WideStage<GROUPS> *ring, uint64_t *full, uint64_t *empty,
                                     uint8_t *staging) {
@@ -1356,30 +1460,18 @@ static __device__ void wide_consume(const Product &p, const Entry *table, int ti
     uint64_t first_x = smem_desc(ring->x), first_w = smem_desc(ring->w) + group * 512;
     for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
         WideTile t = wide_tile<GROUPS>(p, table, i);
-        float sum[64] = {}, c[64];
+        float sum[64] = {};
         int own = group * 4 + warp;  // strip of the tile
-        size_t scales = t.entry.expert * p.w.expert_scales +
-                        min(t.strip + own, p.w.strips - 1) / p.w.scale_strips * p.w.blocks;
-        const float *low_at = p.w.scale[0] + scales, *high_at = p.w.scale[1] + scales;
+        int strip = min(t.strip + own, p.w.strips - 1);
+        const float *low_at = scales_at(p.w, 0, t.entry.expert, strip);
+        const float *high_at = scales_at(p.w, 1, t.entry.expert, strip);
         for (int block = t.block; block < t.end; block++) {
             const WideStage<GROUPS> *stage = &ring[slot];
             uint64_t at = slot * (sizeof *stage >> 4), x = first_x + at, w = first_w + at;
-            const float2 *x_scale = (const float2 *)stage->scale + lane % 4;
-            float low = low_at[block], high = high_at[block];  // come while the tensor cores work
+            float low = FP8 ? low_at[block] : 1, high = FP8 ? high_at[block] : 1;  // early
             bar_wait(&full[slot], parity);
-            wgmma_fence();
-            for (int k = 0; k < 4; k++) wgmma_128(c, w + k * 2, x + k * 2, k > 0);
-            wgmma_commit();
-            float2 s = x_scale[0], next = x_scale[4];
-            wgmma_wait<0>();
-#pragma unroll
-            for (int j = 0; j < 16; j++) {
-                sum[4 * j] += c[4 * j] * (s.x * low), sum[4 * j + 1] += c[4 * j + 1] * (s.y * low);
-                sum[4 * j + 2] += c[4 * j + 2] * (s.x * high);
-                sum[4 * j + 3] += c[4 * j + 3] * (s.y * high);
-                s = next;
-                if (j < 14) next = x_scale[(j + 2) * 4];
-            }
+            if (FP8) add_scaled(sum, w, x, (const float2 *)stage->scale + lane % 4, low, high);
+            else add_plain(sum, w, x);
             __syncwarp();
             if (lane == 0) bar_arrive(&empty[slot]);
             if (++slot == WIDE_STAGES) slot = 0, parity ^= 1;
@@ -1392,7 +1484,7 @@ static __device__ void wide_consume(const Product &p, const Entry *table, int ti
 
 // Blocks take tiles in turns, those of the same slots one after the other. A full barrier counts
 // what comes as bulk copies and, where rows are gathered, the four warps whose copies it can't see.
-template <int GROUPS>
+template <bool FP8, int GROUPS>
 static __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
 wide(const __grid_constant__ Product p) {
     extern __shared__ __align__(1024) uint8_t smem[];
@@ -1402,45 +1494,49 @@ wide(const __grid_constant__ Product p) {
     Entry *table = (Entry *)(staging + GROUPS * 4 * WARP_STAGING);
     if (threadIdx.x == 0) {
         for (int i = 0; i < WIDE_STAGES; i++)
-            bar_init(&full[i], p.s.gather ? 1 + 4 : 1), bar_init(&empty[i], GROUPS * 4);
+            bar_init(&full[i], p.s.gather || !FP8 ? 1 + 4 : 1), bar_init(&empty[i], GROUPS * 4);
         bar_init_done();
     }
     launch_dependents();
-    grid_wait();
-    int entries = known_entries(&p.s, WIDE_SLOTS);
-    if (p.s.n_experts) entries += list_entries(p.s, table, WIDE_SLOTS, 8, NULL, 0);
+    int entries = list_known(p.s, table, WIDE_SLOTS);
+    if (p.s.n_experts)
+        grid_wait(), entries += list_entries(p.s, table + entries, WIDE_SLOTS, 8, NULL, 0);
     __syncthreads();
     int tiles = entries * ((p.w.strips + GROUPS * 4 - 1) / (GROUPS * 4)) * p.parts;
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-        wide_produce<GROUPS>(p, table, tiles, ring, full, empty);
+        wide_produce<FP8, GROUPS>(p, table, tiles, ring, full, empty);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
-        wide_consume<GROUPS>(p, table, tiles, ring, full, empty, staging);
+        grid_wait();  // before y is written
+        wide_consume<FP8, GROUPS>(p, table, tiles, ring, full, empty, staging);
     }
 }
 
-template <int GROUPS> static void launch_wide(Product *p) {
+template <bool FP8, int GROUPS> static void launch_wide(Product *p) {
     size_t smem = WIDE_STAGES * sizeof(WideStage<GROUPS>) + GROUPS * 4 * WARP_STAGING +
                   max_entries(&p->s, WIDE_SLOTS) * sizeof(Entry);
-    launch(wide<GROUPS>, n_sms, 128 * (GROUPS + 1), smem, *p);
+    launch(wide<FP8, GROUPS>, n_sms, 128 * (GROUPS + 1), smem, *p);
 }
 
 // ---- The products: between them -----------------------------------------------------------------
 
 // y [rows][out] = the sum over parts of f32 [parts][rows][out], rounded. A thread makes four; the
 // parts were written just before and lie in L2.
-static __global__ void add_parts(bf16 *y, const float *from, int parts, int size) {
+static __global__ void add_parts(const __grid_constant__ Product p, const float *from) {
     launch_dependents();
     grid_wait();
+    int out = p.w.strips * STRIP, size = p.slots * out;
     int i = (blockIdx.x * blockDim.x + threadIdx.x) * 4;
     if (i >= size) return;
     float4 sum = {};
-    for (int part = 0; part < parts; part++) {
+#pragma unroll 4
+    for (int part = 0; part < p.parts; part++) {
         float4 v = *(const float4 *)(from + (size_t)part * size + i);
         sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
     }
-    *(uint2 *)(y + i) = make_uint2(bf16_pair(sum.x, sum.y), bf16_pair(sum.z, sum.w));
+    *(uint2 *)result_at(p, i / out, i % out) =
+        make_uint2(bf16_pair(sum.x, sum.y), bf16_pair(sum.z, sum.w));
 }
 
 static __device__ float gated(float gate, float up) {
@@ -1606,7 +1702,7 @@ static Weights weights(const Linear *w) {
     const float *scale = (const float *)w->scale;
     assert(w->dtype != DTYPE_F32 && w->out % STRIP == 0 && w->in % BLOCK == 0);
     return (Weights){w->data, {scale, scale}, 0, 0, w->out / STRIP,
-                     w->in / (w->dtype == DTYPE_F8_E4M3 ? 128 : 64), BLOCK / STRIP};
+                     w->in / (w->dtype == DTYPE_F8_E4M3 ? 128 : 64), BLOCK / STRIP, INT_MAX, 0, 0};
 }
 
 static Weights gate_up_weights(const Mlp *m) {  // interleaved: a strip holds 8 rows of each
@@ -1616,11 +1712,12 @@ static Weights gate_up_weights(const Mlp *m) {  // interleaved: a strip holds 8 
     return w;
 }
 
-static Slots all_rows(int n) { return (Slots){n, 0, 0, NULL, NULL, 0, 1, false}; }
+static Slots all_rows(int n) { return (Slots){n, 0, 0, NULL, NULL, n, 1, false}; }
 
 static Product product_of(const Act *a, Weights w, Slots s, DType dtype) {
     Product p = {};
     p.w = w, p.s = s, p.parts = 1, p.slots = s.n * (s.top_k + 1);
+    p.w.split = min_int(w.split, w.strips);
     p.fp8 = dtype == DTYPE_F8_E4M3;
     p.x = p.fp8 ? a->q : (const uint8_t *)a->x, p.x_scale = a->scale, p.x_stride = a->stride;
     p.x_block = p.fp8 ? (size_t)a->stride * ROW_BYTES : (size_t)ROW_BYTES;
@@ -1629,7 +1726,7 @@ static Product product_of(const Act *a, Weights w, Slots s, DType dtype) {
 }
 
 static bool few_rows(const Product *p) {
-    return !p->fp8 || p->s.n <= (p->s.n_experts ? EXPERT_ROWS : SKINNY_ROWS);
+    return p->s.n <= (p->s.n_experts ? EXPERT_ROWS : SKINNY_ROWS);
 }
 
 // Few tiles would leave most of the chip idle: K is split, each part at least 4 blocks. For few
@@ -1652,17 +1749,40 @@ static void run(Product *p) {
     else if (few && p->weight) launch_skinny<true, true, 2>(p);
     else if (few && fewest) launch_skinny<true, false, 0>(p);
     else if (few) launch_skinny<true, false, 2>(p);
-    else if (p->s.n_experts || tiles >= n_sms) launch_wide<3>(p);
-    else launch_wide<2>(p);  // smaller tiles, so that no block is idle
+    else if (!p->fp8) launch_wide<false, 2>(p);
+    else if (p->s.n_experts || tiles >= n_sms) launch_wide<true, 3>(p);
+    else launch_wide<true, 2>(p);  // smaller tiles, so that no block is idle
+}
+
+// For all rows, to p->y as bf16.
+static void run_rows(Product *p) {
+    void *y = p->y;
+    p->parts = k_parts(p), p->y_f32 = p->parts > 1;
+    if (p->y_f32) p->y = scratch;
+    run(p);
+    if (p->parts == 1) return;
+    p->y = y;
+    launch(add_parts, units((size_t)p->slots * p->w.strips * STRIP, 4 * 256), 256, 0, *p, scratch);
 }
 
 void linear(bf16 *y, const Act *a, const Linear *w, int n) {
     assert(a->cols == w->in);
     Product p = product_of(a, weights(w), all_rows(n), w->dtype);
-    p.parts = k_parts(&p), p.y_f32 = p.parts > 1, p.y = p.y_f32 ? (void *)scratch : y;
-    run(&p);
-    if (p.parts == 1) return;
-    launch(add_parts, units((size_t)n * w->out, 4 * 256), 256, 0, y, scratch, p.parts, n * w->out);
+    p.y = y;
+    run_rows(&p);
+}
+
+// One kernel: the second matrix's strips are the first one's further strips.
+void linear_pair(bf16 *y0, bf16 *y1, const Act *a, const Linear *w0, const Linear *w1, int n) {
+    assert(a->cols == w0->in && a->cols == w1->in && w0->dtype == w1->dtype);
+    assert(w0->out % BLOCK == 0);
+    Weights w = weights(w0), second = weights(w1);
+    w.split = w.strips, w.strips += second.strips;
+    w.jump = second.data - w.data - (ptrdiff_t)w.split * w.blocks * UNIT;
+    w.scale_jump = second.scale[0] - w.scale[0] - w.split / w.scale_strips * w.blocks;
+    Product p = product_of(a, w, all_rows(n), w0->dtype);
+    p.y = y0, p.y2 = y1;
+    run_rows(&p);
 }
 
 // out f32 [parts][n][w.out] = rows of a, unquantised, times a bf16 matrix, to be summed over parts.
@@ -1671,7 +1791,7 @@ static void product_bf16(float *out, const Act *a, const Linear *w, const int *r
                          int parts) {
     assert(w->dtype == DTYPE_BF16 && a->cols == w->in);
     Slots s = all_rows(n);
-    if (rows) s.list = rows, s.gather = true;
+    if (rows) s.list = rows, s.listed = 0, s.gather = true;
     Product p = product_of(a, weights(w), s, DTYPE_BF16);
     p.y = out, p.y_f32 = true, p.parts = parts;
     run(&p);
@@ -1925,8 +2045,8 @@ static __global__ void __launch_bounds__(PLAN_THREADS)
         work[b] = (Work){0, 0, 0, chunk};
 }
 
-// Once per step, and at least one more kernel before the first mla_attend, which reads the plan and
-// the page table without waiting for its predecessor.
+// Once per step. mla_attend reads the plan and the page table without waiting for its predecessor,
+// mla_query, which starts it behind its own wait only: then the plan is complete.
 static void mla_plan(const Batch *b, int heads) {
     launch(plan_kernel, 1, PLAN_THREADS, 0, plan.tile, plan.work, b->position, b->seq, b->max_pages,
            b->n, shape_of(heads, step.prompts), n_sms);
@@ -1993,7 +2113,7 @@ static __device__ void attend_load(AttendShared<N, W> *s, const Attend &a, const
                 bulk_load(s->page[k % STAGES], a.cache + page * PAGE * CACHE_DIM, PAGE_BYTES, full);
             }
             if (i > w.first) continue;
-            if (n_tiles == 0) grid_wait(), launch_dependents();
+            if (n_tiles == 0) grid_wait();
             bar_wait(&s->q_empty, n_tiles % 2 ^ 1);
             if (lane == 0) bar_expect(&s->q_full, CACHE_BLOCKS * w.tile.slices * held * 128);
             __syncwarp();
@@ -2178,6 +2298,7 @@ template <int N, int W>
 static __global__ void __launch_bounds__((W + 1) * 128, 1) attend_kernel(Attend a) {
     extern __shared__ __align__(1024) uint8_t shared[];  // swizzled tiles need multiples of 1,024
     AttendShared<N, W> *s = (AttendShared<N, W> *)shared;
+    launch_dependents();
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) bar_init(&s->full[i], 1), bar_init(&s->empty[i], W * 4);
         bar_init(&s->q_full, 1), bar_init(&s->q_empty, W * 4);
@@ -2220,8 +2341,8 @@ static __global__ void __launch_bounds__(COMBINE_WARPS * 32)
     int v = by_tile ? b : a.work[b].tile, chunk = a.work[0].chunk;
     Tile tile = a.tile[v];
     int from = tile.start / chunk, to = (tile.start + tile.pages - 1) / chunk;
-    grid_wait();
     launch_dependents();
+    grid_wait();
     if (tile.slices == 0 || from == to || (!by_tile && from != b - 1)) return;
     float best = -INFINITY, total = 0;
     float4 sum = {};
@@ -2309,10 +2430,10 @@ static __global__ void __launch_bounds__(VALUE_WARPS * 32)
     const bf16 *mine = u + head * LATENT_DIM + quarter * BLOCK;
     size_t stride = (size_t)heads * LATENT_DIM;
     int first = blockIdx.y * VALUE_TOKENS;
+    launch_dependents();
     if (first < n) brick_load(a, bricks, head, UK_BRICKS + warp);
     float factor = scale ? scale[(2 * head + 1) * LATENT_SCALES + quarter] : 1;
     grid_wait();
-    launch_dependents();
     rows_load(x, mine, stride, first, n);
     for (; first < n; first += step) {
         for (int j = 0; j < VALUE_TILES && first + j * TOKENS < n; j++) {
@@ -2368,13 +2489,6 @@ static __device__ float order_value(uint32_t key) {
 
 typedef struct { int n_experts, group_size, topk_group, k, parts; float scale; } RouteDims;
 
-// The router's product, of which parts of the columns may stand in [parts] places.
-static __device__ float route_score(const float *product, size_t stride, int parts) {
-    float sum = product[0];
-    for (int p = 1; p < parts; p++) sum += product[p * stride];
-    return __frcp_rn(1 + expf(-sum));
-}
-
 // Finds the largest key of all lanes, for each of them the lowest lane that has it.
 static __device__ int vote(uint32_t key) {
     return __ffs(__ballot_sync(~0u, key == __reduce_max_sync(~0u, key))) - 1;
@@ -2385,26 +2499,28 @@ static __device__ int vote(uint32_t key) {
 // inside them: a dozen dependent votes. The bias steers the choice and never enters a weight. A row
 // reads 1 KB; its latency is all.
 template <int EACH>
-static __global__ void route_kernel(Routing r, const float *product, const float *bias,
-                                    RouteDims d) {
-    __shared__ int chosen[WARP];
-    __shared__ float score[EACH * WARP];
+static __device__ void route_row(const Routing &r, const float *product, const float *bias,
+                                 const RouteDims &d, int row, int n, int *chosen, float *score) {
     const uint32_t none = order(-INFINITY);
-    int lane = threadIdx.x, lanes = d.group_size / EACH, group = lane / lanes * lanes;
-    size_t stride = (size_t)gridDim.x * d.n_experts;  // from part to part
+    int lane = threadIdx.x % WARP, lanes = d.group_size / EACH, group = lane / lanes * lanes;
+    size_t stride = (size_t)n * d.n_experts;  // from part to part
     uint32_t key[EACH], best = none, second = none;
-    float add[EACH], total = 0;
+    float add[EACH], sum[EACH] = {}, total = 0;
     bool open = false;
-    product += (size_t)blockIdx.x * d.n_experts;
-    launch_dependents();
+    product += (size_t)row * d.n_experts;
 #pragma unroll
     for (int j = 0; j < EACH; j++)
         add[j] = lane * EACH + j < d.n_experts ? bias[lane * EACH + j] : 0;
     grid_wait();
+#pragma unroll 8
+    for (int p = 0; p < d.parts; p++)  // all loads first: each takes as long as all
+#pragma unroll
+        for (int j = 0; j < EACH; j++)
+            if (lane * EACH + j < d.n_experts) sum[j] += product[p * stride + lane * EACH + j];
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
         int e = lane * EACH + j;
-        score[e] = e < d.n_experts ? route_score(product + e, stride, d.parts) : 0;
+        score[e] = e < d.n_experts ? __frcp_rn(1 + expf(-sum[j])) : 0;
         key[j] = e < d.n_experts ? order(score[e] + add[j]) : 0;
         second = max(second, min(best, key[j])), best = max(best, key[j]);
     }
@@ -2437,13 +2553,59 @@ static __global__ void route_kernel(Routing r, const float *product, const float
     float weight = lane < d.k ? score[chosen[lane]] : 0;
     for (int i = 0; i < d.k; i++) total += __shfl_sync(~0u, weight, i);
     if (lane >= d.k) return;
-    r.expert[blockIdx.x * d.k + lane] = chosen[lane];
-    r.weight[blockIdx.x * d.k + lane] = weight / (total + 1e-20f) * d.scale;
+    r.expert[row * d.k + lane] = chosen[lane];
+    r.weight[row * d.k + lane] = weight / (total + 1e-20f) * d.scale;
 }
 
-// A block makes one expert's list: it counts the choices of smaller experts, which is where the
-// list starts, and copies its own in order. All blocks read all choices, 32 bytes a row, from L2;
-// that is less than two kernels and a scan would cost up to some thousand rows.
+enum { LIST_ROWS = 16, LIST_EXPERTS = 512 };
+
+// The experts' lists of up to LIST_ROWS rows, a warp for each. A thread has an expert, and of it a
+// bit for each row that chose it: their number is the list's length, and how many stand below a
+// row's own bit is its place in the list.
+static __device__ void list_rows(const Routing &r, const int (&chosen)[LIST_ROWS][WARP],
+                                 const RouteDims &d, int n) {
+    __shared__ uint32_t rows_of[LIST_EXPERTS];
+    __shared__ int starts[LIST_EXPERTS], warp_sum[WARP];
+    int e = threadIdx.x, lane = e % WARP, warp = e / WARP;
+    bool there = warp < n && lane < d.k;
+    rows_of[e] = 0;
+    __syncthreads();
+    if (there) atomicOr(&rows_of[chosen[warp][lane]], 1u << warp);
+    __syncthreads();
+    int count = __popc(rows_of[e]), start = count;
+    for (int i = 1; i < WARP; i *= 2) {
+        int other = __shfl_up_sync(~0u, start, i);
+        if (lane >= i) start += other;
+    }
+    if (lane == WARP - 1) warp_sum[warp] = start;
+    __syncthreads();
+    for (int w = 0; w < warp; w++) start += warp_sum[w];
+    starts[e] = start - count;
+    if (e < d.n_experts) r.start[e + 1] = start;
+    if (e == 0) r.start[0] = 0;
+    __syncthreads();
+    if (!there) return;
+    e = chosen[warp][lane];
+    r.pair[starts[e] + __popc(rows_of[e] & ((1u << warp) - 1))] = warp * d.k + lane;
+}
+
+// Many rows: a block of one warp for each. Few: all in one block, which also makes the lists.
+template <int EACH>
+static __global__ void __launch_bounds__(LIST_EXPERTS)
+    route_kernel(Routing r, const float *product, const float *bias, RouteDims d, int n) {
+    __shared__ int chosen[LIST_ROWS][WARP];
+    __shared__ float score[EACH == 32 ? 4 : LIST_ROWS][EACH * WARP];
+    int warp = threadIdx.x / WARP;
+    launch_dependents();
+    if (warp < n)
+        route_row<EACH>(r, product, bias, d, blockIdx.x + warp, n, chosen[warp], score[warp]);
+    else grid_wait();
+    if (gridDim.x == 1) list_rows(r, chosen, d, n);
+}
+
+// Many rows' lists: a block makes one expert's. It counts the choices of smaller experts, which is
+// where the list starts, and copies its own in order. All blocks read all choices, 32 bytes a row,
+// from L2; that is less than two kernels and a scan would cost up to some thousand rows.
 static __global__ void route_lists_kernel(Routing r, int pairs) {
     __shared__ int own[WARP], smaller[WARP];
     int e = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, before = 0, at = 0;
@@ -2481,15 +2643,20 @@ static void route(Routing *r, const Vector *bias, const Config *c, int n, int pa
     int each = d.n_experts <= WARP ? 1 : d.n_experts <= 8 * WARP ? 8 : 32;
     if (d.group_size % each)
         die("got groups of %d experts, a GPU wants a multiple of %d", d.group_size, each);
-    launch(each == 1 ? route_kernel<1> : each == 8 ? route_kernel<8> : route_kernel<32>, n, WARP, 0,
-           *r, r->sum, (const float *)bias->data, d);
-    launch(route_lists_kernel, d.n_experts, threads, 0, *r, pairs);
+    bool few = n <= (each == 32 ? 4 : LIST_ROWS) && d.n_experts <= LIST_EXPERTS;
+    int whole = max_int(n, units(d.n_experts, WARP)) * WARP;  // threads of a block for all
+    launch(each == 1 ? route_kernel<1> : each == 8 ? route_kernel<8> : route_kernel<32>,
+           few ? 1 : n, few ? whole : WARP, 0, *r, r->sum, (const float *)bias->data, d, n);
+    if (!few) launch(route_lists_kernel, d.n_experts, threads, 0, *r, pairs);
 }
 
-// 256 rows of weights would keep 16 multiprocessors busy, so few rows' product is cut along K.
+// 256 rows of weights would keep 16 multiprocessors busy, so the product is cut along K, as long as
+// rows leave some idle.
 static int router_parts(const Config *c, int n) {
     int most = max_int(c->hidden_size, c->n_routed_experts) / c->n_routed_experts;
-    return n > 64 ? 1 : min_int(min_int(8, most), c->hidden_size / (BLOCK / 2));
+    int tiles = units(n, WIDE_SLOTS) * units(c->n_routed_experts, WIDE_SLOTS);
+    most = min_int(most, max_int(n_sms / tiles, 1));
+    return min_int(min_int(n > SKINNY_ROWS ? 14 : 8, most), c->hidden_size / (BLOCK / 2));
 }
 
 void moe_route(Routing *r, const Act *a, const Linear *gate, const Vector *bias, const Config *c,
@@ -2521,7 +2688,7 @@ static Weights expert_weights(Weights w, const Linear *first, const Linear *seco
 // f32 [parts][slots][2 cols of h]; returns how many parts.
 static int experts_up(float *products, const Act *a, Weights up, Slots s) {
     Product p = product_of(a, up, s, DTYPE_F8_E4M3);
-    p.parts = s.n <= SKINNY_ROWS ? 4 : 1, p.y = products, p.y_f32 = true;
+    p.parts = s.n <= 2 ? 4 : 1, p.y = products, p.y_f32 = true;
     run(&p);
     return p.parts;
 }

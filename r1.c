@@ -8,12 +8,16 @@
 #include <fcntl.h>
 #include <limits.h>
 #include <math.h>
+#include <netdb.h>
+#include <netinet/tcp.h>
+#include <poll.h>
 #include <pthread.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
+#include <sys/random.h>
 #include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
@@ -915,11 +919,13 @@ static size_t layer_place(Layer *l, int n_experts) {
 static void progress_add(Progress *p, size_t n, double start, double *reported) {
     enum { REPORT = 5 };  // seconds
     double now = now_seconds(), done = p->loaded_bytes += n, total = p->total_bytes;
-    if (now - *reported < REPORT) return;
+    int first = server.node * server.n_local, slowest = rank_slowest(0, server.n_ranks);
+    if (now - *reported < REPORT || p != &server.ranks[first].progress) return;
     *reported = now;
     double speed = done / (now - start);
-    log_line(0, "Load weight: %.1f %%, %.1f of %.1f GB, %.2f GB/s, %.0f s left",
-             100 * done / total, done / 1e9, total / 1e9, speed / 1e9, (total - done) / speed);
+    log_line(first, "Load weight: %.1f %%, %.1f of %.1f GB, %.2f GB/s, %.0f s left; slowest rank "
+             "%d at %.1f %%", 100 * done / total, done / 1e9, total / 1e9, speed / 1e9,
+             (total - done) / speed, slowest, 100 * rank_loaded(slowest));
 }
 
 // ==== One layer, one step ========================================================================
@@ -1058,8 +1064,8 @@ void model_layer(Model *m, int layer, const Batch *b) {
     // Attention. All heads look at one latent of 512 + 64 numbers per token: that is all that is
     // cached.
     add_norm(m->x, m->normed, layer ? m->y : NULL, &l->input_layernorm, eps, n);
-    linear(m->q_a, m->normed, &l->self_attn.q_a_proj, n);
-    linear(m->kv_a, m->normed, &l->self_attn.kv_a_proj_with_mqa, n);
+    linear_pair(m->q_a, m->kv_a, m->normed, &l->self_attn.q_a_proj,
+                &l->self_attn.kv_a_proj_with_mqa, n);
     mla_latent(m->q_latent, cache, m->q_a, m->kv_a, &l->self_attn.q_a_layernorm,
                &l->self_attn.kv_a_layernorm, eps, m->rope, b);
     linear(m->q, m->q_latent, &l->self_attn.q_b_proj, n);
@@ -1148,7 +1154,7 @@ static void rank_load(int local) {
     int rank = g->rank + local;
     device_init(local, g->n_local);
     ranks.model[local] = model_load(ranks.config, ranks.files, rank, g->size, ranks.max_rows,
-                                    ranks.max_out, ranks.n_pages, &server.progress[rank]);
+                                    ranks.max_out, ranks.n_pages, &server.ranks[rank].progress);
 }
 
 static void rank_obey(int local, const Order *o) {
@@ -1202,7 +1208,14 @@ static void order_here(const Order *o) {
     ranks_wait();
 }
 
-static void order_give(const Order *o) { order_here(o); }
+static void nodes_send(const Order *o);  // what follows of other nodes stands in the next part
+static void nodes_loaded(void);
+static void facts_write(Buf *b);
+
+static void order_give(const Order *o) {
+    nodes_send(o);
+    order_here(o);
+}
 
 // Loads all ranks of this node, side by side, and lets them meet those of other nodes.
 static void ranks_load(const Config *c, Checkpoint *files, int max_rows, int max_out, int n_pages) {
@@ -1218,6 +1231,7 @@ static void ranks_load(const Config *c, Checkpoint *files, int max_rows, int max
             die("can't start the thread of rank %d", ranks.group.rank + i);
     rank_load(0);
     ranks_wait();
+    nodes_loaded();
     order_here(&(Order){.kind = ORDER_JOIN});
 }
 
@@ -1227,13 +1241,629 @@ static void ranks_end(void) {
     free(ranks.model), free(ranks.thread);
 }
 
-void peer_lost(int lost, const char *format, ...) {
-    va_list args;
-    Buf why = {0};
-    va_start(args, format);
-    buf_vprintf(&why, format, args);
-    va_end(args);
-    die("node %d was lost: %s", lost, why.data);
+// ---- Nodes
+// Node 0 leads, the others are its workers. Each worker opens two TCP connections to the leader.
+// Over "control" a thread at both ends says once a second how its node is, whatever the engines do:
+// who is silent for five seconds is lost, and with it the group. Over "engine" come the leader's
+// orders and, behind an order, what kernels.c sums. Everything is sent in frames, a Frame and one
+// of the structs below, little-endian as both ends are:
+//   worker   HELLO    first on each connection: who it is, and all that must be equal
+//   leader   ANSWER   its boot's nonce, which the second HELLO repeats; or a refusal
+//   both     STATUS   control: how this node is; the leader's, how the whole group is
+//   leader   ORDER    engine: what to compute
+// Until all are there a node may leave and come again, and strangers who knock do no harm. From
+// then on nobody is let in. Nothing that comes is believed: no length and no index.
+
+enum { FRAME_HELLO = 1, FRAME_ANSWER, FRAME_STATUS, FRAME_ORDER };
+enum {
+    FRAME_MAGIC = 0x646e3172,       // "r1nd"
+    PROTOCOL = 1,
+    GUESTS = 16,                    // connections that have not said HELLO yet
+    LINES = MAX_RANKS + GUESTS,
+    MAX_ORDER = 1 << 28,            // bytes
+    STATE_OVER = STATE_FAILED + 1,  // the leader's last word when all went well
+};
+static const double beat_s = 1, silence_s = 5, report_s = 5, farewell_s = 3;
+
+typedef struct { uint32_t magic, protocol, kind, bytes; } Frame;
+
+typedef struct {
+    uint64_t nonce;                 // of the boot that the worker takes part in; 0: of none yet
+    uint32_t node, engine;          // engine: this is the second connection
+    uint32_t tokens, unused;        // that the cache could hold on this node
+    char facts[4096];               // lines of name=value
+} Hello;
+
+typedef struct {
+    uint64_t nonce;
+    uint32_t http_port;
+    enum { WELCOME, NOT_NOW, NEVER } verdict;
+    char why[512];
+} Answer;
+
+typedef struct {
+    uint64_t steps;
+    uint32_t state, stops, running, queued;
+    uint32_t complete, tokens;      // the leader's: all are there; how many the cache holds
+    uint8_t id[GROUP_ID];           // and what group_join() needs
+    char failure[256];
+    struct { uint32_t state, unused; uint64_t loaded, total; } rank[MAX_RANKS];
+} NodeStatus;
+
+// Behind it: id [rows], position [rows], seq [rows], out [n_out], pages [n_pages], all int.
+typedef struct { uint32_t kind, first, n, rows, n_out, n_pages; } OrderHead;
+
+static const uint32_t frame_bytes[] = {
+    [FRAME_HELLO] = sizeof(Hello), [FRAME_ANSWER] = sizeof(Answer),
+    [FRAME_STATUS] = sizeof(NodeStatus)};
+
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "frames are sent as they lie in memory");
+
+typedef struct {
+    int fd;                         // -1: none
+    double heard;                   // when it opened, or its last frame came
+    char address[INET6_ADDRSTRLEN];
+    size_t n_in;                    // how much of a frame has come
+    _Alignas(8) uint8_t in[sizeof(Frame) + sizeof(Hello)];
+} Line;
+
+static struct {
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+    Line line[LINES];               // control, by node: a worker's [0], the leader's others; guests
+    int engine[MAX_RANKS];          // the nodes' other sockets
+    uint32_t tokens[MAX_RANKS];
+    int listener, wake_fd;          // wake_fd: the watch is to say at once how this node is
+    double beat, report;            // when it does so next, and when it says for whom it waits
+    Hello hello;                    // what this node says of itself
+    char host[256], port[6];        // --dist-init-addr
+    char *why;                      // a worker's: why it has no leader yet
+    atomic_bool complete;           // all are there
+    atomic_bool closing;            // this node has done its work: nobody is missed from now on
+    uint8_t id[GROUP_ID];
+    Buf out, in, seq, pages;        // of orders
+} nodes = {.mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER,
+           .listener = -1, .wake_fd = -1};
+
+static void nodes_wake(void) { (void)!write(nodes.wake_fd, &(uint64_t){1}, sizeof(uint64_t)); }
+
+// What a thread does that can only wait for the program's end.
+static _Noreturn void wait_for_end(void) { for (;;) pause(); }
+
+static const char *node_ranks(char out[24], int node) {  // "rank 8-15"
+    int first = node * server.n_local, last = first + server.n_local - 1;
+    snprintf(out, 24, first < last ? "rank %d-%d" : "rank %d", first, last);
+    return out;
+}
+
+static void node_state(int node, int state) {
+    for (int i = 0; i < server.n_local; i++) server.ranks[node * server.n_local + i].state = state;
+}
+
+// The group can't go on: the malloc'ed text goes to the log, to all who wait, and to all nodes.
+static void group_fail(char *text) {
+    if (http_fail(text)) log_line(-1, "%s", server.failure);
+    nodes_wake();
+}
+
+void peer_lost(int node, const char *why) {
+    char name[24];
+    if (nodes.closing || server.over || server.stops > 1) return;
+    node_state(node, STATE_FAILED);
+    group_fail(format_string("%s (node %d) was lost: %s", node_ranks(name, node), node, why));
+}
+
+// Control frames are small and few: where one doesn't fit into the socket the other end is gone.
+static bool frame_send(int fd, int kind, const void *payload) {
+    uint8_t out[sizeof(Frame) + sizeof(Hello)];
+    const Frame f = {FRAME_MAGIC, PROTOCOL, kind, frame_bytes[kind]};
+    ssize_t n = sizeof f + f.bytes;
+    memcpy(out, &f, sizeof f);
+    memcpy(out + sizeof f, payload, f.bytes);
+    return send(fd, out, n, MSG_NOSIGNAL | MSG_DONTWAIT) == n;
+}
+
+// The kind of the next frame, whose payload then lies in l->in; 0: it is not complete; -1: there
+// will be none. The latter two have a reason.
+static int frame_take(Line *l, int flags, const char **why) {
+    Frame f;
+    for (size_t whole = sizeof f;; whole = sizeof f) {
+        if (l->n_in >= sizeof f) {
+            memcpy(&f, l->in, sizeof f);
+            if (f.magic != FRAME_MAGIC) return *why = "it does not speak r1's protocol", -1;
+            if (f.protocol != PROTOCOL) return *why = "it speaks another version's protocol", -1;
+            if (f.kind < FRAME_HELLO || f.kind > FRAME_STATUS || f.bytes != frame_bytes[f.kind])
+                return *why = "it sent a malformed frame", -1;
+            whole += f.bytes;
+        }
+        if (l->n_in == whole) {
+            memmove(l->in, l->in + sizeof f, f.bytes);
+            return l->n_in = 0, l->heard = now_seconds(), (int)f.kind;
+        }
+        ssize_t n = recv(l->fd, l->in + l->n_in, whole - l->n_in, flags);
+        if (n < 0 && errno == EAGAIN) return *why = "it does not answer", 0;
+        if (n <= 0) return *why = n ? strerror(errno) : "connection closed", -1;
+        l->n_in += n;
+    }
+}
+
+static void fd_close(int *fd) {
+    if (*fd >= 0) close(*fd);
+    *fd = -1;
+}
+
+static void line_init(Line *l, int fd) {
+    struct sockaddr_storage a;
+    *l = (Line){.fd = fd, .heard = now_seconds()};
+    getpeername(fd, (void *)&a, &(socklen_t){sizeof a});
+    getnameinfo((void *)&a, sizeof a, l->address, sizeof l->address, NULL, 0, NI_NUMERICHOST);
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));  // an order is not to wait
+}
+
+// Without its control connection a node is gone. Before all are there it may come again.
+static void node_gone(int node, const char *why) {
+    char name[24];
+    fd_close(&nodes.line[node].fd);
+    if (nodes.complete) peer_lost(node, why);
+    if (nodes.complete || nodes.closing || server.over) return;
+    log_line(-1, "node %d (%s) has left: %s", node, node_ranks(name, node), why);
+    node_state(node, STATE_CONNECTING);
+    fd_close(&nodes.engine[node]);
+    pthread_cond_broadcast(&nodes.changed);
+}
+
+// ---- What each node knows of the others
+
+static bool all_loaded(void) {
+    for (int i = 0; i < server.n_ranks; i++)
+        if (server.ranks[i].state != STATE_READY) return false;
+    return true;
+}
+
+static void status_send(void) {
+    const char *failure = server.failure;
+    int state = failure ? STATE_FAILED : nodes.closing ? (int)STATE_OVER : server.state;
+    NodeStatus s = {.steps = server.steps, .state = state, .stops = server.stops,
+                    .running = server.running, .queued = server.queued,
+                    .complete = nodes.complete, .tokens = server.max_total_tokens};
+    memcpy(s.id, nodes.id, sizeof s.id);
+    snprintf(s.failure, sizeof s.failure, "%s", failure ? failure : "");
+    for (int i = 0; i < server.n_ranks; i++) {
+        const RankStatus *r = &server.ranks[i];
+        s.rank[i].state = r->state, s.rank[i].loaded = r->progress.loaded_bytes;
+        s.rank[i].total = r->progress.total_bytes;
+    }
+    for (int i = 0; i < MAX_RANKS; i++)
+        if (nodes.line[i].fd >= 0 && !frame_send(nodes.line[i].fd, FRAME_STATUS, &s))
+            node_gone(i, strerror(errno));
+}
+
+static void leader_over(void) {
+    server.over = true;
+    http_stop(1);
+}
+
+// The leader believes a worker what it says of its own ranks, a worker the leader all but that.
+static bool status_take(int from, NodeStatus *s) {
+    s->failure[sizeof s->failure - 1] = 0;
+    if (s->state > STATE_OVER) return false;
+    for (int i = 0; i < server.n_ranks; i++) {
+        RankStatus *r = &server.ranks[i];
+        int node = i / server.n_local;
+        if (s->rank[i].state > STATE_FAILED) return false;
+        if (from ? node != from : node == server.node) continue;
+        r->state = s->rank[i].state;
+        r->progress.loaded_bytes = s->rank[i].loaded;
+        r->progress.total_bytes = s->rank[i].total;
+    }
+    if (!from && s->complete && !nodes.complete) {
+        if (s->tokens < PAGE || s->tokens > (uint32_t)server.max_total_tokens) return false;
+        server.max_total_tokens = s->tokens;
+        memcpy(nodes.id, s->id, sizeof nodes.id);
+        nodes.complete = true;
+    }
+    pthread_cond_broadcast(&nodes.changed);
+    if (from && s->stops && nodes.complete) http_stop(s->stops > 1 ? 2 : 1);
+    if (from) return true;
+    server.steps = s->steps;
+    server.running = s->running;
+    server.queued = s->queued;
+    if (s->state == STATE_OVER) leader_over();
+    else if (s->state == STATE_FAILED) group_fail(format_string("%s", s->failure));
+    else server.state = s->state;
+    return true;
+}
+
+static void control_take(int node) {
+    Line *l = &nodes.line[node];
+    const char *why = "it sent a frame out of turn";
+    int kind;
+    while (l->fd >= 0 && (kind = frame_take(l, MSG_DONTWAIT, &why)))
+        if (kind != FRAME_STATUS || !status_take(node, (void *)l->in)) node_gone(node, why);
+}
+
+// ---- Who comes to the leader
+
+// The first of the facts that differs: "--tp-size: got 4, want 2". NULL: none.
+static char *facts_differ(const char *got, const char *want) {
+    for (size_t n, m; *want; got += n + !!got[n], want += m + 1) {
+        n = strcspn(got, "\n"), m = strcspn(want, "\n");
+        size_t name = strcspn(want, "=") + 1;
+        if (n == m && !memcmp(got, want, n)) continue;
+        size_t skip = n >= name && !memcmp(got, want, name) ? name : 0;
+        return format_string("%.*s: got %.*s, want %.*s", (int)name - 1, want, (int)(n - skip),
+                             got + skip, (int)(m - name), want + name);
+    }
+    return NULL;
+}
+
+// Why a HELLO is refused, malloc'ed; NULL: it is not. Only what differs will differ again.
+static char *hello_refuse(const Hello *h, bool *differs) {
+    const Hello *own = &nodes.hello;
+    if (h->nonce != (h->engine ? own->nonce : 0))
+        return format_string("boot nonce: got %016lx, want %016lx: it belongs to another boot",
+                             h->nonce, own->nonce);
+    char *difference = facts_differ(h->facts, own->facts);
+    *differs = difference;
+    if (difference) return difference;
+    if (h->node < 1 || h->node >= (uint32_t)server.options.nnodes || h->engine > 1 ||
+        h->tokens < PAGE)
+        return format_string("there can't be such a node");
+    const Line *control = &nodes.line[h->node];
+    if (control->fd < 0) return h->engine ? format_string("it is not there yet") : NULL;
+    return h->engine && nodes.engine[h->node] < 0 ? NULL :
+           format_string("it is there already, from %s", control->address);
+}
+
+static void guest_refuse(Line *g, const char *why) {
+    log_line(-1, "Refused %s at --dist-init-addr: %s", g->address, why);
+    fd_close(&g->fd);
+}
+
+static void guest_hello(Line *g) {
+    Hello *h = (void *)g->in;
+    Answer a = {.nonce = nodes.hello.nonce, .http_port = server.port};
+    char name[24];
+    bool differs = false;
+    h->facts[sizeof h->facts - 1] = 0;
+    char *refusal = hello_refuse(h, &differs);
+    if (refusal) a.verdict = differs ? NEVER : NOT_NOW;
+    if (refusal) snprintf(a.why, sizeof a.why, "node %u: %s", h->node, refusal);
+    frame_send(g->fd, FRAME_ANSWER, &a);
+    free(refusal);
+    if (refusal) guest_refuse(g, a.why);
+    if (differs) group_fail(format_string("%s", a.why));
+    if (refusal) return;
+    if (h->engine) {
+        nodes.engine[h->node] = g->fd;
+    } else {
+        log_line(-1, "node %u (%s) has come from %s", h->node, node_ranks(name, h->node),
+                 g->address);
+        nodes.tokens[h->node] = h->tokens;
+        nodes.line[h->node] = *g;
+    }
+    g->fd = -1;
+}
+
+static void guest_accept(void) {
+    Line *g = &nodes.line[MAX_RANKS];  // an empty place, or that of who has been silent for longest
+    int fd = accept4(nodes.listener, NULL, NULL, SOCK_CLOEXEC);
+    if (fd < 0) return;
+    for (Line *i = g; i < nodes.line + LINES; i++)
+        if (g->fd >= 0 && (i->fd < 0 || i->heard < g->heard)) g = i;
+    if (g->fd >= 0) guest_refuse(g, "too many came at once");
+    line_init(g, fd);
+}
+
+static void guest_take(Line *g) {
+    const char *why;
+    int kind = frame_take(g, MSG_DONTWAIT, &why);
+    if (kind == FRAME_HELLO) guest_hello(g);
+    else if (kind) guest_refuse(g, kind < 0 ? why : "it did not say HELLO");
+}
+
+// Once all are there the door closes. A node of the next boot finds it so, and tries again until
+// its own leader has come. The cache is as large as all of them can hold.
+static void nodes_count(void) {
+    for (int i = 1; i < server.options.nnodes; i++)
+        if (nodes.line[i].fd < 0 || nodes.engine[i] < 0) return;
+    for (int i = 1; i < server.options.nnodes; i++)
+        if (nodes.tokens[i] < (uint32_t)server.max_total_tokens)
+            server.max_total_tokens = nodes.tokens[i];
+    for (int i = MAX_RANKS; i < LINES; i++) fd_close(&nodes.line[i].fd);
+    fd_close(&nodes.listener);
+    nodes.beat = 0;
+    nodes.complete = true;
+    pthread_cond_broadcast(&nodes.changed);
+}
+
+// ---- The watch: a thread that never computes
+
+// Says who is waited for, every five seconds; after --dist-timeout, that it was in vain.
+static void watch_wait(double now) {
+    const Options *o = &server.options;
+    int waited = (int)(now - server.boot);
+    bool late = waited >= o->dist_timeout;
+    if (!late && now < nodes.report) return;
+    nodes.report = now + report_s;
+    for (int i = 0; i < o->nnodes; i++) {
+        char name[24], percent[32];
+        int slow = rank_slowest(i * server.n_local, server.n_local);
+        int state = server.ranks[slow].state;
+        if (state == STATE_READY || (i == server.node && !(late && nodes.complete))) continue;
+        snprintf(percent, sizeof percent, "loading, %.1f %%", 100 * rank_loaded(slow));
+        const char *why = nodes.why ? nodes.why : "not connected";
+        if (state == STATE_LOADING) why = percent;
+        node_ranks(name, i);
+        if (!late) log_line(-1, "Waiting for node %d (%s): %s, %d s of %d s", i, name, why, waited,
+                            o->dist_timeout);
+        else group_fail(format_string("node %d (%s): %s after %d s (--dist-timeout)", i, name, why,
+                                      waited));
+        if (server.node && nodes.line[0].fd < 0) break;  // what of the others, nobody knows
+    }
+}
+
+static void watch_round(double now) {
+    static double failed;
+    char silence[40];
+    for (int i = 0; i < LINES; i++) {
+        double silent = now - nodes.line[i].heard;
+        if (nodes.line[i].fd < 0 || silent < silence_s) continue;
+        snprintf(silence, sizeof silence, "no heartbeat for %.1f s", silent);
+        if (i < MAX_RANKS) node_gone(i, silence);
+        else guest_refuse(&nodes.line[i], "it said nothing");
+    }
+    if (nodes.listener >= 0) nodes_count();
+    if (server.stops && !nodes.complete && server.node) leader_over();  // nobody misses it yet
+    if (!server.failure && !all_loaded()) watch_wait(now);
+    if (now >= nodes.beat) status_send(), nodes.beat = now + beat_s;
+    // The HTTP thread ends the program. Should it not come to that, this one does.
+    if (server.failure && !failed) failed = now;
+    if (failed && now - failed > farewell_s) _exit(1);
+}
+
+static void *watch_main(void *unused) {
+    uint64_t count;
+    for (;;) {
+        struct pollfd p[LINES + 2];
+        pthread_mutex_lock(&nodes.mutex);
+        double now = now_seconds(), wake = nodes.beat;
+        for (int i = 0; i < LINES; i++) {
+            p[i] = (struct pollfd){nodes.line[i].fd, POLLIN, 0};
+            if (p[i].fd >= 0) wake = fmin(wake, nodes.line[i].heard + silence_s);
+        }
+        p[LINES] = (struct pollfd){nodes.wake_fd, POLLIN, 0};
+        p[LINES + 1] = (struct pollfd){nodes.listener, POLLIN, 0};
+        pthread_mutex_unlock(&nodes.mutex);
+        poll(p, LINES + 2, (int)ceil(fmax(0, wake - now) * 1000));
+        pthread_mutex_lock(&nodes.mutex);
+        if (read(nodes.wake_fd, &count, sizeof count) > 0) nodes.beat = 0;
+        for (int i = 0; i < LINES; i++) {
+            if (!p[i].revents) continue;
+            if (i < MAX_RANKS) control_take(i);
+            else guest_take(&nodes.line[i]);
+        }
+        if (p[LINES + 1].revents) guest_accept();
+        watch_round(now_seconds());
+        pthread_mutex_unlock(&nodes.mutex);
+    }
+    return unused;
+}
+
+// ---- How a group comes together
+
+// The leader's port is taken before anything is loaded: on all addresses, for its own name may not
+// be known yet, but where that is an address of this machine alone.
+static void nodes_open(const Options *o) {
+    if (o->nnodes < 2 || o->node_rank) return;
+    bool local = !strncmp(nodes.host, "127.", 4) || !strcmp(nodes.host, "::1");
+    const char *all = strchr(nodes.host, ':') ? "::" : "0.0.0.0";
+    nodes.listener = tcp_listen(local ? nodes.host : all, atoi(nodes.port));
+}
+
+static void line_patience(int fd, double seconds) {  // 0: without an end
+    struct timeval t = {(time_t)seconds, 0};
+    setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &t, sizeof t);  // it holds for connect(), too
+    setsockopt(fd, SOL_SOCKET, SO_RCVTIMEO, &t, sizeof t);
+}
+
+// A worker's connection, as far as ANSWER. NULL when it stands; else why not, malloc'ed.
+static char *line_open(Line *l, const struct addrinfo *a, bool engine) {
+    const char *why = "it sent a frame out of turn";
+    int kind = 0, fd = socket(a->ai_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    Answer *answer = (void *)l->in;
+    nodes.hello.engine = engine;
+    line_patience(fd, silence_s);
+    if (connect(fd, a->ai_addr, a->ai_addrlen) || !frame_send(fd, FRAME_HELLO, &nodes.hello))
+        why = errno == EINPROGRESS ? "it does not answer" : strerror(errno);
+    else line_init(l, fd), kind = frame_take(l, 0, &why);
+    line_patience(fd, 0);
+    if (kind == FRAME_ANSWER && answer->verdict == WELCOME) return NULL;
+    if (kind == FRAME_ANSWER) why = answer->why, answer->why[sizeof answer->why - 1] = 0;
+    if (kind == FRAME_ANSWER && answer->verdict == NEVER)
+        group_fail(format_string("refused by the leader: %s", why));
+    fd_close(&fd);
+    return format_string("%s", why);
+}
+
+// Both connections to the leader, whose name is looked up anew each time: it may have moved.
+static char *leader_open(Line *control, Line *engine) {
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *list;
+    int error = getaddrinfo(nodes.host, nodes.port, &hints, &list);
+    if (error) return format_string("%s: %s", nodes.host, gai_strerror(error));
+    char *why = NULL;
+    for (const struct addrinfo *a = list; a; a = why && !server.failure ? a->ai_next : NULL) {
+        free(why);
+        nodes.hello.nonce = 0;
+        if ((why = line_open(control, a, false))) continue;
+        const Answer *answer = (void *)control->in;
+        nodes.hello.nonce = answer->nonce;
+        server.leader = format_string(strchr(control->address, ':') ? "[%s]:%u" : "%s:%u",
+                                      control->address, answer->http_port);
+        if ((why = line_open(engine, a, true))) fd_close(&control->fd);
+    }
+    freeaddrinfo(list);
+    return why;
+}
+
+// A worker's way into the group: again and again, until a leader says that all are there.
+static void leader_join(void) {
+    static Line control, engine;
+    while (!nodes.complete) {
+        char *why = leader_open(&control, &engine);
+        pthread_mutex_lock(&nodes.mutex);
+        free(nodes.why), nodes.why = why;
+        if (!why) nodes.line[0] = control, nodes.engine[0] = engine.fd;
+        nodes_wake();
+        while (!why && !nodes.complete && nodes.line[0].fd >= 0)
+            pthread_cond_wait(&nodes.changed, &nodes.mutex);
+        pthread_mutex_unlock(&nodes.mutex);
+        if (server.failure) wait_for_end();
+        if (!nodes.complete) sleep(1);
+    }
+}
+
+// From here on the others are watched. Returns when all are there and agree.
+static void nodes_connect(Group *g) {
+    const Options *o = &server.options;
+    Hello *h = &nodes.hello;
+    Buf facts = {0};
+    pthread_t watch;
+    if (o->nnodes < 2) return;
+    for (int i = 0; i < LINES; i++) nodes.line[i].fd = -1;
+    for (int i = 0; i < o->nnodes; i++) nodes.engine[i] = -1, node_state(i, STATE_CONNECTING);
+    nodes.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    nodes.report = now_seconds() + report_s;
+    facts_write(&facts);
+    snprintf(h->facts, sizeof h->facts, "%s", facts.data);
+    buf_free(&facts);
+    h->node = server.node, h->tokens = server.max_total_tokens;
+    if (!server.node && getrandom(&h->nonce, sizeof h->nonce, 0) < 0)
+        die("getrandom: %s", strerror(errno));
+    h->nonce |= !server.node;  // 0 is nobody's
+    if (!server.node) group_id(nodes.id);
+    if (pthread_create(&watch, NULL, watch_main, NULL)) die("can't start the watch thread");
+    if (server.node) leader_join();
+    pthread_mutex_lock(&nodes.mutex);
+    while (!nodes.complete) pthread_cond_wait(&nodes.changed, &nodes.mutex);
+    pthread_mutex_unlock(&nodes.mutex);
+    *g = (Group){g->rank, g->size, g->local, g->n_local, nodes.id, nodes.engine + !server.node,
+                 server.node ? 1 : o->nnodes - 1};
+}
+
+// All ranks of this node have loaded. Waits for those of the others.
+static void nodes_loaded(void) {
+    node_state(server.node, STATE_READY);
+    if (server.options.nnodes < 2) return;
+    nodes_wake();
+    pthread_mutex_lock(&nodes.mutex);
+    while (!all_loaded()) pthread_cond_wait(&nodes.changed, &nodes.mutex);
+    pthread_mutex_unlock(&nodes.mutex);
+}
+
+// The last word, of success or failure. The leader goes last, so that nobody misses it.
+static void nodes_close(void) {
+    if (server.options.nnodes < 2) return;
+    nodes.closing = true;
+    nodes_wake();
+    for (int i = 0; i < 100 && !server.node; i++) {  // of 10 ms
+        int open = 0;
+        pthread_mutex_lock(&nodes.mutex);
+        for (int k = 1; k < server.options.nnodes; k++) open += nodes.line[k].fd >= 0;
+        pthread_mutex_unlock(&nodes.mutex);
+        if (!open) break;
+        usleep(10000);
+    }
+}
+
+// ---- Orders
+
+static bool all_read(int fd, void *data, size_t n) {
+    for (ssize_t done; n; data = (char *)data + done, n -= done)
+        if ((done = recv(fd, data, n, 0)) <= 0) return false;
+    return true;
+}
+
+static bool all_written(int fd, const void *data, size_t n) {
+    for (ssize_t done; n; data = (const char *)data + done, n -= done)
+        if ((done = send(fd, data, n, MSG_NOSIGNAL)) <= 0) return false;
+    return true;
+}
+
+// Tells all workers what the leader orders. Of the page tables only the pages that the rows read go
+// out, one run behind the other, and a row's `seq` says where its run begins: max_pages is 1 there.
+static void nodes_send(const Order *o) {
+    if (server.node || server.options.nnodes < 2) return;
+    const Batch *b = &o->batch;
+    Buf *out = &nodes.out, *seq = &nodes.seq, *pages = &nodes.pages;
+    size_t size = sizeof(int), rows = b->n * size;
+    out->len = seq->len = pages->len = 0;
+    for (int i = 0, end; i < b->n; i = end) {
+        int run = pages->len / size, last = 0;
+        for (end = i; end < b->n && b->seq[end] == b->seq[i]; end++) {
+            buf_add(seq, &run, size);
+            if (b->position[end] > last) last = b->position[end];
+        }
+        buf_add(pages, b->pages + (size_t)b->seq[i] * b->max_pages, (last / PAGE + 1) * size);
+    }
+    OrderHead h = {o->kind, o->first, o->n, b->n, b->n_out, pages->len / size};
+    size_t bytes = sizeof h + 3 * rows + b->n_out * size + pages->len;
+    buf_add(out, &(Frame){FRAME_MAGIC, PROTOCOL, FRAME_ORDER, bytes}, sizeof(Frame));
+    buf_add(out, &h, sizeof h);
+    buf_add(out, b->id, rows), buf_add(out, b->position, rows), buf_add(out, seq->data, rows);
+    buf_add(out, b->out, b->n_out * size), buf_add(out, pages->data, pages->len);
+    for (int i = 1; i < server.options.nnodes; i++)
+        if (!all_written(nodes.engine[i], out->data, out->len))
+            peer_lost(i, strerror(errno)), wait_for_end();
+}
+
+static bool all_below(const int *values, size_t n, size_t end) {
+    for (size_t i = 0; i < n; i++)
+        if (values[i] < 0 || (size_t)values[i] >= end) return false;
+    return true;
+}
+
+// Makes an order of what came; its arrays stay where they are. False when it can't be one.
+static bool order_read(Order *o, const OrderHead *h, const int *data) {
+    static uint32_t n_out;          // of the last step
+    const int *id = data, *position = id + h->rows, *seq = position + h->rows;
+    const int *out = seq + h->rows, *pages = out + h->n_out;
+    *o = (Order){.kind = h->kind, .first = h->first, .n = h->n,
+                 .batch = {.n = h->rows, .id = id, .position = position, .seq = seq,
+                           .pages = pages, .max_pages = 1, .out = out, .n_out = h->n_out}};
+    if (h->kind == ORDER_END) return true;
+    if (h->kind == ORDER_MORE_LOGITS)
+        return h->n <= (uint32_t)ranks.max_out && h->n <= n_out && h->first <= n_out - h->n;
+    n_out = h->n_out;
+    bool inside = h->kind == ORDER_STEP && n_out <= h->rows &&
+                  h->rows <= (uint32_t)ranks.max_rows &&
+                  all_below(id, h->rows, server.config.vocab_size) &&
+                  all_below(position, h->rows, server.config.max_position_embeddings) &&
+                  all_below(seq, h->rows, h->n_pages) && all_below(out, n_out, h->rows) &&
+                  all_below(pages, h->n_pages, ranks.n_pages);
+    for (size_t i = 0; i < h->rows && inside; i++)
+        inside = (size_t)seq[i] + position[i] / PAGE < h->n_pages;
+    return inside;
+}
+
+// A worker's next order; a step's arrays are good until the next step. False: there are no more.
+static bool nodes_receive(Order *o) {
+    struct { Frame frame; OrderHead head; } f;
+    const OrderHead *h = &f.head;
+    Buf *in = &nodes.in;
+    int fd = nodes.engine[0];
+    const char *why = "connection closed";
+    if (all_read(fd, &f, sizeof f)) {
+        size_t bytes = ((size_t)3 * h->rows + h->n_out + h->n_pages) * sizeof(int);
+        bool fits = f.frame.magic == FRAME_MAGIC && f.frame.kind == FRAME_ORDER &&
+                    f.frame.bytes == sizeof *h + bytes && bytes <= MAX_ORDER;
+        if (fits && bytes > in->cap) in->data = xrealloc(in->data, in->cap = bytes);
+        bool whole = fits && all_read(fd, in->data, bytes);
+        if (whole && order_read(o, h, (int *)in->data)) return o->kind != ORDER_END;
+        if (whole || !fits) why = "it sent an impossible order";
+    }
+    peer_lost(0, why);
+    wait_for_end();
 }
 
 // ==== Many at once ===============================================================================
@@ -1789,6 +2419,7 @@ void engine_flush(void) { engine.flush = true; }
 
 void engine_stop(bool abort_all) {
     if (abort_all) engine.abort_all = true;
+    if (server.node) nodes_wake();  // the leader must know
     pthread_mutex_lock(&inbox.mutex);
     inbox.draining = true;
     pthread_cond_signal(&inbox.wake);
@@ -1922,24 +2553,33 @@ static double free_memory(void) {  // GB
     return available / 1e9;
 }
 
+// The group's state goes one further, unless it is draining by now.
+static bool state_advance(int from, int to) {
+    return atomic_compare_exchange_strong(&server.state, &from, to);
+}
+
 static void *engine_main(void *unused) {
     (void)unused;
-    int from = STATE_STARTING;  // a signal may have made it draining meanwhile, and that stays
-    atomic_compare_exchange_strong(&server.state, &from, STATE_LOADING);
+    Order order;
+    int first = ranks.group.rank;
+    state_advance(STATE_STARTING, STATE_CONNECTING);
     engine_open();
-    log_line(0, "Load weight begin. avail mem=%.2f GB", free_memory());
+    nodes_connect(&ranks.group);
+    node_state(server.node, STATE_LOADING);
+    state_advance(STATE_CONNECTING, STATE_LOADING);
+    log_line(first, "Load weight begin. avail mem=%.2f GB", free_memory());
     engine_load(running_limit());
-    log_line(0,
+    log_line(first,
              "Load weight end. type=DeepseekV3ForCausalLM, dtype=torch.bfloat16, avail mem=%.2f GB",
              free_memory());
+    while (server.node && nodes_receive(&order)) order_here(&order);
+    if (server.node) return engine_free(), NULL;
     log_line(0, "max_total_num_tokens=%d, chunked_prefill_size=%d, max_prefill_tokens=%d, "
              "max_running_requests=%d, context_len=%d", server.max_total_tokens, engine.chunk,
              server.options.max_prefill_tokens, engine.max_running, server.context_len);
-    from = STATE_LOADING;
-    atomic_compare_exchange_strong(&server.state, &from, STATE_WARMUP);
-    if (!server.options.skip_server_warmup && server.state == STATE_WARMUP) engine_warmup();
-    from = STATE_WARMUP;
-    if (atomic_compare_exchange_strong(&server.state, &from, STATE_READY))
+    if (state_advance(STATE_LOADING, STATE_WARMUP) && !server.options.skip_server_warmup)
+        engine_warmup();
+    if (state_advance(STATE_WARMUP, STATE_READY))
         log_line(-1, "The server is fired up and ready to roll!");
     engine.serving = true;
     while (inbox_take()) outbox_add(engine_step());
@@ -1952,29 +2592,31 @@ static void *engine_main(void *unused) {
 // line. SGLang's other flags are known too, so that its command lines keep working: those without a
 // meaning here are accepted, those that would change what is served are refused.
 
-enum { SERVE = 1, RUN = 2, TOKENIZE = 4, MODEL = SERVE | RUN, ALL = MODEL | TOKENIZE };
+// AGREE: a flag that all nodes of a group must have alike.
+enum { SERVE = 1, RUN = 2, TOKENIZE = 4, MODEL = SERVE | RUN, ALL = MODEL | TOKENIZE, AGREE = 8 };
 
 #define AT(field) offsetof(Options, field)
 static const Flag flags[] = {
     {"--model-path --model", ALL, TEXT, AT(model_path), 0, 0, NULL,
      "a directory, or a name in the local Hugging Face cache; else the tiny-r1 beside r1"},
     {"--tokenizer-path", ALL, TEXT, AT(tokenizer_path), 0, 0, NULL, "default: as --model-path"},
-    {"--load-format", MODEL, WORD, AT(load_format), 0, 0, "auto",
+    {"--load-format", MODEL | AGREE, WORD, AT(load_format), 0, 0, "auto",
      "auto safetensors dummy: dummy makes up weights for config.json's geometry"},
     {"--served-model-name", SERVE, TEXT, AT(served_model_name), 0, 0, NULL, "as --model-path"},
     {"--host", SERVE, TEXT, AT(host), 0, 0, "0.0.0.0", "to listen on; :: is IPv6 and IPv4"},
     {"--port", SERVE, INTEGER, AT(port), 0, 65535, "30000", "0 takes a free one and logs it"},
     {"--api-key", SERVE, TEXT, AT(api_key), 0, 0, NULL, "Authorization: Bearer K is wanted"},
-    {"--context-length", MODEL, INTEGER, AT(context_length), 2, 1 << 24, NULL, "config.json's"},
-    {"--max-total-tokens", MODEL, INTEGER, AT(max_total_tokens), PAGE, 1 << 30, NULL,
+    {"--context-length", MODEL | AGREE, INTEGER, AT(context_length), 2, 1 << 24, NULL,
+     "config.json's"},
+    {"--max-total-tokens", MODEL | AGREE, INTEGER, AT(max_total_tokens), PAGE, 1 << 30, NULL,
      "tokens that the cache holds; default: what fits"},
     {"--mem-fraction-static", MODEL, REAL, AT(mem_fraction_static), 1e-6, 1, "0.1",
      "part of the memory for the cache, where --max-total-tokens doesn't say"},
-    {"--chunked-prefill-size", MODEL, INTEGER, AT(chunked_prefill_size), -1, 1 << 20, "8192",
-     "prompt tokens of a step, at most; -1: --max-prefill-tokens"},
-    {"--max-prefill-tokens", MODEL, INTEGER, AT(max_prefill_tokens), 1, 1 << 20, "16384",
+    {"--chunked-prefill-size", MODEL | AGREE, INTEGER, AT(chunked_prefill_size), -1, 1 << 20,
+     "8192", "prompt tokens of a step, at most; -1: --max-prefill-tokens"},
+    {"--max-prefill-tokens", MODEL | AGREE, INTEGER, AT(max_prefill_tokens), 1, 1 << 20, "16384",
      "prompt tokens of a step, at most, chunked or not"},
-    {"--max-running-requests", SERVE, INTEGER, AT(max_running_requests), 1, 1 << 16, NULL,
+    {"--max-running-requests", SERVE | AGREE, INTEGER, AT(max_running_requests), 1, 1 << 16, NULL,
      "sequences in a step; default: 2048 to 4096, by what the cache holds"},
     {"--schedule-policy", SERVE, WORD, AT(schedule_policy), 0, 0, "fcfs",
      "fcfs lpm random dfs-weight: all of them mean first come, first served"},
@@ -2007,6 +2649,15 @@ static const Flag flags[] = {
      "a log line when a request begins and when it ends"},
     {"--skip-server-warmup", SERVE, SWITCH, AT(skip_server_warmup), 0, 0, NULL,
      "ready without a first step"},
+    {"--tp-size --tensor-parallel-size --tp", MODEL | AGREE, INTEGER, AT(tensor_parallel_size), 1,
+     MAX_RANKS, "1", "ranks that share the model, an equal number on each node"},
+    {"--nnodes", SERVE | AGREE, INTEGER, AT(nnodes), 1, MAX_RANKS, "1", "nodes of the group"},
+    {"--node-rank", SERVE, INTEGER, AT(node_rank), 0, MAX_RANKS - 1, "0",
+     "which of them this is; 0 leads, and answers requests"},
+    {"--dist-init-addr --nccl-init-addr", SERVE, TEXT, AT(dist_init_addr), 0, 0, NULL,
+     "HOST:PORT at which the leader waits for the other nodes"},
+    {"--dist-timeout", SERVE, INTEGER, AT(dist_timeout), 1, 1 << 30, "3600",
+     "seconds until all nodes have come and loaded; then r1 ends with 1"},
     {"--system", RUN, TEXT, AT(system), 0, 0, NULL, "a system prompt"},
     {"--raw", RUN, SWITCH, AT(raw), 0, 0, NULL, "no template: the text itself is continued"},
     {"--max-tokens", RUN, INTEGER, AT(max_tokens), 0, 1 << 24, NULL, "what the context leaves"},
@@ -2020,11 +2671,6 @@ static const Flag flags[] = {
     {"--ids", TOKENIZE, SWITCH, AT(ids), 0, 0, NULL, "the ids on one line"},
     {"--chat", TOKENIZE, SWITCH, AT(chat), 0, 0, NULL, "the text as a user's message"},
     {"--decode", TOKENIZE, SWITCH, AT(decode), 0, 0, NULL, "the text is ids; print their text"},
-    {"--tensor-parallel-size --tp --tp-size", MODEL, INTEGER, AT(tensor_parallel_size), 1, 4096,
-     "1", "ranks that share the model"},
-    {"--nnodes", SERVE, ONLY, 0, 0, 0, "1", "nodes"},
-    {"--node-rank", SERVE, ONLY, 0, 0, 0, "0", "which of them this is"},
-    {"--dist-init-addr --nccl-init-addr", SERVE, ONLY, 0, 0, 0, NULL, "the leader's HOST:PORT"},
     {"--quantization", SERVE, ONLY, 0, 0, 0, "fp8", "config.json says how"},
     {"--dtype", SERVE, ONLY, 0, 0, 0, "auto bfloat16", "of activations"},
     {"--cpu-offload-gb", SERVE, ONLY, 0, 0, 0, "0", "weights off the GPU"},
@@ -2044,7 +2690,7 @@ static const Flag flags[] = {
      "--file-storage-pth --load-balance-method --constrained-json-whitespace-pattern "
      "--schedule-conservativeness --max-loras-per-batch --lora-backend --cuda-graph-bs "
      "--speculative-draft-model-path --speculative-algorithm --speculative-num-steps "
-     "--speculative-eagle-topk --speculative-num-draft-tokens --dist-timeout "
+     "--speculative-eagle-topk --speculative-num-draft-tokens "
      "--base-gpu-id --cuda-graph-max-bs --kv-cache-dtype "
      "--tool-call-parser --ds- --dp-size --dp --data-parallel-size --ep-size --ep "
      "--expert-parallel-size",
@@ -2277,31 +2923,49 @@ static void server_size(const Options *o) {
     int tp = o->tensor_parallel_size;
     config_check_ranks(err, sizeof err, &server.config, tp);
     if (*err) die("--tensor-parallel-size: %s", err);
-    server.progress = xcalloc(tp, sizeof *server.progress);
-    ranks.group.size = ranks.group.n_local = tp;
+    server.node = o->node_rank, server.n_ranks = tp;
+    server.n_local = o->nnodes > 1 ? tp / o->nnodes : tp;
+    ranks.group = (Group){.rank = server.node * server.n_local, .size = tp,
+                          .n_local = server.n_local};
 }
 
-// What every flag of serve came to, as name=value: for the log as Python writes it, or as JSON. The
-// key stays secret: the log hides it, JSON leaves it out.
+// What a flag came to: for the log as Python writes it, or as JSON.
+static void flag_write(Buf *b, const Flag *f, const Options *o, bool json) {
+    const void *field = (const char *)o + f->offset;
+    bool on = f->kind == SWITCH && *(const bool *)field, text = f->kind == TEXT || f->kind == WORD;
+    const char *value = text ? *(const char *const *)field : NULL;
+    if (f->kind == SWITCH) buf_str(b, json ? on ? "true" : "false" : on ? "True" : "False");
+    else if (f->kind == INTEGER && (f->fallback || *(const int *)field))
+        buf_printf(b, "%d", *(const int *)field);
+    else if (f->kind == REAL) buf_printf(b, "%g", *(const double *)field);
+    else if (value && json) json_write_string(b, (Str){value, strlen(value)});
+    else if (value) buf_printf(b, "'%s'", field == &o->api_key ? "***" : value);
+    else buf_str(b, json ? "null" : "None");
+}
+
+// All flags of serve as name=value, or as JSON. The key stays secret: the log hides it, JSON leaves
+// it out.
 static void options_write(Buf *b, const Options *o, bool json) {
     for (const Flag *f = flags; f < flags + COUNT(flags); f++) {
-        const void *field = (const char *)o + f->offset;
-        bool text = f->kind == TEXT || f->kind == WORD, secret = field == &o->api_key;
+        bool secret = (const char *)o + f->offset == (const char *)&o->api_key;
         if (!(f->commands & SERVE) || f->kind > SWITCH || (secret && json)) continue;
         buf_str(b, !b->len ? "" : json ? "," : ", ");
         if (json) buf_str(b, "\"");
         for (const char *p = f->names + 2; *p && *p != ' '; p++)
             buf_add(b, *p == '-' ? "_" : p, 1);
         buf_str(b, json ? "\":" : "=");
-        const char *value = text ? *(const char *const *)field : NULL;
-        bool on = f->kind == SWITCH && *(const bool *)field;
-        if (f->kind == SWITCH) buf_str(b, json ? on ? "true" : "false" : on ? "True" : "False");
-        else if (f->kind == INTEGER && (f->fallback || *(const int *)field))
-            buf_printf(b, "%d", *(const int *)field);
-        else if (f->kind == REAL) buf_printf(b, "%g", *(const double *)field);
-        else if (value && json) json_write_string(b, (Str){value, strlen(value)});
-        else if (value) buf_printf(b, "'%s'", secret ? "***" : value);
-        else buf_str(b, json ? "null" : "None");
+        flag_write(b, f, o, json);
+    }
+}
+
+// What all nodes must have alike, a line for each: a step's shapes follow from it.
+static void facts_write(Buf *b) {
+    buf_printf(b, "version=%s\nmodel fingerprint=r1-%016lx\n", R1_VERSION, server.fingerprint);
+    for (const Flag *f = flags; f < flags + COUNT(flags); f++) {
+        if (!(f->commands & AGREE)) continue;
+        buf_printf(b, "%.*s=", (int)strcspn(f->names, " "), f->names);
+        flag_write(b, f, &server.options, false);
+        buf_str(b, "\n");
     }
 }
 
@@ -2315,8 +2979,27 @@ static void log_options(const Options *o) {
 }
 
 static void on_stop_signal(int unused) {
+    static atomic_int signals;
     (void)unused;
-    http_stop();
+    http_stop(++signals);
+}
+
+// Which flags go together, and where the leader is.
+static void nodes_flags(const Command *c, const Options *o) {
+    if (o->tensor_parallel_size % o->nnodes)
+        usage_die(c, "--tp: got %d, want a multiple of --nnodes, %d", o->tensor_parallel_size,
+                  o->nnodes);
+    if (o->node_rank >= o->nnodes)
+        usage_die(c, "--node-rank: got %d, want less than --nnodes, %d", o->node_rank, o->nnodes);
+    if (o->nnodes == 1) return;
+    if (!o->dist_init_addr) usage_die(c, "--dist-init-addr: missing, want the leader's HOST:PORT");
+    const char *at = o->dist_init_addr;
+    char *host = nodes.host, *port = nodes.port, more;
+    bool whole = sscanf(at, "[%255[^]]]:%5[0-9]%c", host, port, &more) == 2 ||
+                 sscanf(at, "%255[^][:]:%5[0-9]%c", host, port, &more) == 2;
+    if (!whole || atoi(port) < 1 || atoi(port) > UINT16_MAX)
+        usage_die(c, "--dist-init-addr: got \"%s\", want HOST:PORT or [IPV6]:PORT", at);
+    server.leader = format_string("%s:%d", nodes.host, o->port);  // until it says so itself
 }
 
 // The socket opens before anything is loaded, so that /health can tell how far it is. Then two
@@ -2327,6 +3010,7 @@ static int serve_main(char **argv) {
     Options o = {0};
     flags_parse(&command, &o, argv);
     if (o.api_key && !*o.api_key) usage_die(&command, "--api-key: got nothing, want a key");
+    nodes_flags(&command, &o);
     server.boot = now_seconds();
     server.created = time(NULL);
     server.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
@@ -2334,6 +3018,7 @@ static int serve_main(char **argv) {
     struct sigaction stop = {.sa_handler = on_stop_signal, .sa_flags = SA_RESTART};
     sigaction(SIGTERM, &stop, NULL);
     sigaction(SIGINT, &stop, NULL);
+    nodes_open(&o);
     int listener = http_listen(o.host, o.port);
     server_setup(&o);
     server_size(&o);
@@ -2348,8 +3033,10 @@ static int serve_main(char **argv) {
     http_serve(listener);
     if (server.state == STATE_FAILED) _exit(1);
     // All is answered or given up; a step or a load that still runs is not waited for.
-    if (engine.abort_all || !engine.serving) _exit(engine.abort_all ? 130 : 0);
-    pthread_join(thread, NULL);
+    bool served = engine.serving && !engine.abort_all && !server.failure;
+    if (served) pthread_join(thread, NULL);
+    nodes_close();
+    if (!served) _exit(server.failure ? 1 : engine.abort_all ? 130 : 0);
     tokenizer_free(server.tokenizer);
     return 0;
 }

@@ -439,6 +439,8 @@ void add_norm(bf16 *x, Act *a, const bf16 *y, const Vector *gain, float eps, int
 // y [n][out] = a W^T: e4m3 x e4m3 summed over 128 columns, times both scales, summed in f32; with a
 // bf16 W the unquantised a. (V3 report 3.3.2; DeepGEMM)
 void linear(bf16 *y, const Act *a, const Linear *w, int n);
+// The same for two matrices of one input. (q_a_proj and kv_a_proj_with_mqa)
+void linear_pair(bf16 *y0, bf16 *y1, const Act *a, const Linear *w0, const Linear *w1, int n);
 
 // q [n][q_lora_rank] is normed and quantised into qa; kv [n][576]'s latent part is normed, its k_pe
 // rotated, and both go to the row's place in cache [pages][64][576]. (V2 paper 2.1.2; V3 eq. 1-5)
@@ -567,9 +569,17 @@ typedef struct Event {  // one token of one sequence, or its end, or both
     Buf text;               // what became certain; owned
 } Event;
 
-typedef enum {  // /health's status; failed: a step outlasted --watchdog-timeout
-    STATE_STARTING, STATE_LOADING, STATE_WARMUP, STATE_READY, STATE_DRAINING, STATE_FAILED
+typedef enum {  // /health's status; failed: Server.failure says why
+    STATE_STARTING, STATE_CONNECTING, STATE_LOADING, STATE_WARMUP, STATE_READY, STATE_DRAINING,
+    STATE_FAILED
 } State;
+
+enum { MAX_RANKS = 64 };
+
+typedef struct {  // what is known of a rank, of this node or another
+    _Atomic int state;      // State; ready once it has loaded
+    Progress progress;
+} RankStatus;
 
 typedef struct {  // a flag that may be repeated
     const char *text[MAX_STOPS];
@@ -582,7 +592,9 @@ typedef struct {  // the flags by their long names
     const char *schedule_policy;
     int port, context_length, max_total_tokens, max_running_requests, max_queued_requests;
     int chunked_prefill_size, max_prefill_tokens, random_seed, stream_interval;
-    int decode_log_interval, watchdog_timeout, tensor_parallel_size;
+    int decode_log_interval, watchdog_timeout;
+    int tensor_parallel_size, nnodes, node_rank, dist_timeout;
+    const char *dist_init_addr;
     double mem_fraction_static;
     bool allow_auto_truncate, disable_radix_cache, enable_cache_report, log_requests;
     bool skip_server_warmup;
@@ -605,9 +617,16 @@ typedef struct {  // what both threads see; no lock but the two queues'
     int context_len, max_total_tokens;   // tokens: the longest sequence; what the cache holds
     double boot;            // now_seconds() at start
     long created;           // Unix time at start
-    _Atomic int state;      // State
+    int port;               // that HTTP is served at
+    int node, n_local;      // which node of the group this is, 0 leads; ranks on each node
+    int n_ranks;            // of the whole group
+    RankStatus ranks[MAX_RANKS];
+    _Atomic int state;      // State, of the whole group
+    _Atomic(const char *) failure;  // why it can't go on; NULL while it can
+    _Atomic int stops;      // 1: it drains; 2: it aborts what runs
+    _Atomic bool over;      // a worker's: the leader has ended
+    _Atomic(const char *) leader;   // a worker's: where the leader serves HTTP
     uint64_t fingerprint;   // of config.json, the weight index and r1's version
-    Progress *progress;     // [tensor_parallel_size]
     // What the engine tells of itself. Probes and the warm-up don't count, but for their steps.
     _Atomic uint64_t steps, preempted;      // since boot
     _Atomic uint64_t prompt_tokens, cached_tokens;  // prefilled; those that were in the cache
@@ -622,7 +641,7 @@ typedef struct {  // what both threads see; no lock but the two queues'
 extern Server server;
 // A rank of another node can't be reached: why, for the log, /health and open requests. Any thread;
 // the first one counts. The process ends with 1 soon.
-void peer_lost(int node, const char *format, ...) __attribute__((format(printf, 2, 3)));
+void peer_lost(int node, const char *why);
 long max_req_len(void);  // tokens of the longest sequence: the model's limit, or the cache's
 void engine_submit(Seq *s);          // any thread; ownership passes until its finish event
 Event *engine_events(void);  // the waiting events, oldest first, a list to free; never blocks
@@ -688,11 +707,18 @@ typedef struct {  // the tests make them smaller
 } HttpLimits;
 
 extern HttpLimits http_limits;
-// Binds options.host:port and returns the listening socket; dies with one line where it can't.
-int http_listen(const char *host, int port);
+// Binds host:port and returns the listening socket; dies with one line where it can't.
+int tcp_listen(const char *host, int port);
+int http_listen(const char *host, int port);  // the same for HTTP, and says so in the log
 // Serves until http_stop() was called and all requests are answered. Runs in the calling thread.
 void http_serve(int listen_fd);
-// From a signal handler: first call drains, second aborts. Async-signal-safe; needs wake_fd.
-void http_stop(void);
+// 1 drains, 2 aborts; less than before changes nothing. Any thread, or a signal handler.
+void http_stop(int level);
+// How much of its weights a rank has, 0..1, and which of n ranks is furthest behind. Any thread.
+double rank_loaded(int rank);
+int rank_slowest(int first, int n);
+// Any thread: the group can't go on. All who wait are told why, then http_serve ends. The first
+// reason stays; false for others. Takes the malloc'ed text.
+bool http_fail(char *reason);
 
 #endif

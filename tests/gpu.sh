@@ -77,6 +77,8 @@ for name in rows routes; do
         build/cuda/test_cuda $name 1
 done
 for name in cuda gemm mla; do part bench_$name 60 build/cuda/test_$name bench; done
-grep -h "^note" $logs/cuda_model $logs/cuda_talks $logs/cuda_files $logs/loads $logs/slices $logs/bench_*
+part bench_layer 60 build/cuda/test_cuda bench_layer
+grep -h "^note" $logs/cuda_model $logs/cuda_talks $logs/cuda_files $logs/loads $logs/slices \
+    $logs/bench_*
 echo "$table"
 exit $failed

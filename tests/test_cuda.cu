@@ -817,12 +817,9 @@ static void bench_rows(int n) {
         microseconds([&] { mla_latent(qa, cache, x, y, &gain, &gain, 1e-6f, rope, &b); }),
         microseconds([&] { route(&r, &gain, &c, n, 1); }),
     };
-    RouteDims dims = {256, 32, 4, 8, 1, 2.5};
-    float alone = microseconds(
-        [&] { launch(route_kernel<8>, n, WARP, 0, r, r.sum, (float *)gain.data, dims); });
     printf("note: %5d rows: rope %.2f us, embed %.2f, add_norm %.2f (%.0f GB/s), mla_latent %.2f, "
-           "route %.2f, with lists %.2f\n",
-           n, t[0], t[1], t[2], 8.5 * n * HIDDEN / t[2] / 1e3, t[3], alone, t[4]);
+           "route and lists %.2f\n",
+           n, t[0], t[1], t[2], 8.5 * n * HIDDEN / t[2] / 1e3, t[3], t[4]);
     check(cudaStreamSynchronize(stream), "bench");
     rooms_close();
     place_free();
@@ -860,6 +857,159 @@ static void bench(void) {
         bench_sample(n, "temperature 0.6, top_p 0.95", 0.6, 0.95, -1);
         bench_sample(n, "the same with 5 logprobs", 0.6, 0.95, 5);
     }
+}
+
+// ---- The time of a layer ------------------------------------------------------------------------
+// MoE layers as one of eight ranks has them, 1,024 tokens into each sequence, with random weights
+// that route evenly. The layer as a whole, then what it saves to leave a stage out (edges between
+// kernels included, and what overlaps not), and a chain of this stage alone.
+
+enum { LAYERS = 6, LAYER_ROWS = 256, CONTEXT = 1024, LAYER_PAGES = CONTEXT / PAGE };
+
+static uint8_t *layer_bytes(size_t bytes, uint32_t keep, uint32_t set) {
+    return (uint8_t *)filled(place_alloc(bytes), bytes, keep, set);
+}
+
+static uint8_t *scales(int out, int in) {  // 2^-7 .. 2^-6: sums over some thousands stay near 1
+    return layer_bytes((size_t)units(out, BLOCK) * (in / BLOCK) * 4, 0x007fffff, 0x3c000000);
+}
+
+static Linear layer_linear(int out, int in) {
+    return (Linear){out, in, DTYPE_F8_E4M3, layer_bytes((size_t)out * in, 0xbfbfbfbf, 0x30303030),
+                    scales(out, in)};
+}
+
+static Vector layer_vector(int dim, uint32_t set) {
+    return (Vector){dim, DTYPE_F32, layer_bytes(dim * 4, 0x007fffff, set)};
+}
+
+// Experts 0 and 1 and the shared one, number n: all that kernels.cu looks at.
+static void layer_experts(Layer *l, int hidden, int width, int n) {
+    l->moe_mlp.experts = (Mlp *)xcalloc(2, sizeof(Mlp));
+    for (int i = 0; i < 3; i++) {
+        int out = i < 2 ? width : hidden, in = i < 2 ? hidden : width;
+        static Linear all;  // of all experts; gate and up are one
+        size_t bytes = (size_t)width * hidden * (i < 2 ? 2 : 1);
+        size_t blocks = width / BLOCK * (hidden / BLOCK) * sizeof(float);
+        if (i != 1) all.data = layer_bytes((n + 1) * bytes, 0xbfbfbfbf, 0x30303030);
+        all.scale = layer_bytes((n + 1) * blocks, 0x007fffff, 0x3c000000);
+        for (int e : {0, 1, n}) {
+            Mlp *m = e == n ? &l->moe_mlp.shared_experts : &l->moe_mlp.experts[e];
+            (&m->gate_proj)[i] = (Linear){out, in, DTYPE_F8_E4M3, all.data + e * bytes,
+                                          all.scale + e * blocks};
+        }
+    }
+}
+
+static void layer_fill(Model *m, int i) {
+    const Config *c = &m->config;
+    Layer *l = &m->layers[i];
+    int hidden = c->hidden_size, heads = c->num_attention_heads, q_lora = c->q_lora_rank;
+    l->moe = true;
+    l->input_layernorm = l->post_attention_layernorm = layer_vector(hidden, 0x3f800000);
+    l->self_attn.q_a_layernorm = l->self_attn.kv_a_layernorm = layer_vector(q_lora, 0x3f800000);
+    l->self_attn.q_a_proj = layer_linear(q_lora, hidden);
+    l->self_attn.kv_a_proj_with_mqa = layer_linear(CACHE_DIM, hidden);
+    l->self_attn.q_b_proj = layer_linear(heads * QK_DIM, q_lora);
+    l->self_attn.o_proj = layer_linear(hidden, heads * V_DIM);
+    l->self_attn.kv_b_proj = (Linear){heads * KV_DIM, LATENT_DIM, DTYPE_F8_E4M3,
+                                      layer_bytes((size_t)heads * HEAD_BRICKS, 0x807f807f,
+                                                  0x3f003f00), scales(heads * KV_DIM, LATENT_DIM)};
+    l->moe_mlp.gate = (Linear){c->n_routed_experts, hidden, DTYPE_BF16,  // scores of size 1
+                               layer_bytes((size_t)c->n_routed_experts * hidden * 2, 0x807f807f,
+                                           0x3c003c00), NULL};
+    l->moe_mlp.e_score_correction_bias = layer_vector(c->n_routed_experts, 0);
+    layer_experts(l, hidden, c->moe_intermediate_size, c->n_routed_experts);
+    m->cache[i] = (bf16 *)layer_bytes((size_t)LAYER_ROWS * LAYER_PAGES * PAGE_BYTES, 0x807f807f,
+                                      0x3f003f00);
+}
+
+static Model layer_model(void) {
+    Model m = {};
+    m.config = config_of(7168, 256, 8, 4, 8);
+    Config *c = &m.config;
+    c->num_attention_heads = 16, c->q_lora_rank = 1536, c->rms_norm_eps = 1e-6;
+    c->moe_intermediate_size = 256, c->intermediate_size = 2304, m.softmax_scale = 0.135f;
+    int n = LAYER_ROWS, heads = c->num_attention_heads;
+    m.layers = (Layer *)xcalloc(LAYERS, sizeof *m.layers);
+    m.cache = (bf16 **)xcalloc(LAYERS, sizeof *m.cache);
+    for (int i = 0; i < LAYERS; i++) layer_fill(&m, i);
+    struct { bf16 **to; int cols; } rows[] = {
+        {&m.x, 7168}, {&m.y, 7168}, {&m.q_a, 1536}, {&m.kv_a, CACHE_DIM}, {&m.q, heads * QK_DIM},
+        {&m.query, heads * CACHE_DIM}, {&m.u, heads * LATENT_DIM}};
+    for (auto r : rows)
+        *r.to = (bf16 *)layer_bytes((size_t)n * r.cols * 2, 0x807f807f, 0x3f003f00);
+    m.rope = (float *)layer_bytes(n * ROPE_DIM * 4, 0x807fffff, 0x3f000000);
+    m.normed = act_new(n, 7168), m.q_latent = act_new(n, 1536);
+    m.heads_out = act_new(n, heads * V_DIM), m.expert_hidden = act_new(n * 9, 256);
+    m.routing = routing_new(n, c);
+    step_reserve(n, c);
+    return m;
+}
+
+static const char *const STAGE_NAMES[] = {"add_norm", "qkv_a", "mla_latent", "q_b", "mla_query",
+    "mla_attend", "mla_value", "o", "add_norm", "moe_route", "moe_experts"};
+enum { N_STAGES = sizeof STAGE_NAMES / sizeof *STAGE_NAMES };
+
+static void layer_stage(Model *m, int layer, int stage, const Batch *b) {  // model_layer's
+    const Layer *l = &m->layers[layer];
+    const Config *c = &m->config;
+    int n = b->n, heads = c->num_attention_heads;
+    bf16 *cache = m->cache[layer];
+    switch (stage) {
+    case 0: add_norm(m->x, m->normed, m->y, &l->input_layernorm, 1e-6f, n); break;
+    case 1:
+        linear_pair(m->q_a, m->kv_a, m->normed, &l->self_attn.q_a_proj,
+                    &l->self_attn.kv_a_proj_with_mqa, n);
+        break;
+    case 2:
+        mla_latent(m->q_latent, cache, m->q_a, m->kv_a, &l->self_attn.q_a_layernorm,
+                   &l->self_attn.kv_a_layernorm, 1e-6f, m->rope, b);
+        break;
+    case 3: linear(m->q, m->q_latent, &l->self_attn.q_b_proj, n); break;
+    case 4: mla_query(m->query, m->q, &l->self_attn.kv_b_proj, m->rope, heads, n); break;
+    case 5: mla_attend(m->u, m->query, cache, m->softmax_scale, heads, b); break;
+    case 6: mla_value(m->heads_out, m->u, &l->self_attn.kv_b_proj, heads, n); break;
+    case 7: linear(m->y, m->heads_out, &l->self_attn.o_proj, n); break;
+    case 8: add_norm(m->x, m->normed, m->y, &l->post_attention_layernorm, 1e-6f, n); break;
+    case 9:
+        moe_route(&m->routing, m->normed, &l->moe_mlp.gate, &l->moe_mlp.e_score_correction_bias, c,
+                  n);
+        break;
+    case 10:
+        moe_experts(m->y, m->expert_hidden, m->normed, &m->routing, l->moe_mlp.experts,
+                    &l->moe_mlp.shared_experts, c, n);
+    }
+}
+
+static void bench_layer_rows(Model *m, int n) {
+    int *seq = (int *)xmalloc(n * 4), *position = (int *)xmalloc(n * 4), turn = 0;
+    int *pages = (int *)xmalloc(n * LAYER_PAGES * 4), repeat = n > 8 ? LAYERS : 4 * LAYERS;
+    for (int i = 0; i < n; i++) seq[i] = i, position[i] = CONTEXT - 1;
+    for (int i = 0; i < n * LAYER_PAGES; i++) pages[i] = i;
+    Batch b = {n, NULL, (int *)room(position, n * 4), (int *)room(seq, n * 4),
+               (int *)room(pages, n * LAYER_PAGES * 4), LAYER_PAGES, NULL, 0};
+    mla_plan(&b, m->config.num_attention_heads);
+    float whole = microseconds([&] { model_layer(m, 1 + turn++ % (LAYERS - 1), &b); }, repeat);
+    int *start = (int *)fetch(m->routing.start, 257 * 4), hit = 0;
+    for (int e = 0; e < 256; e++) hit += start[e + 1] > start[e];
+    printf("note: layer, %3d rows, %d experts hit: %.1f us; without a stage, it alone:\n", n, hit,
+           whole);
+    for (int s = 0; s < N_STAGES; s++) {
+        float rest = microseconds([&] {
+            for (int i = 0, layer = turn++ % LAYERS; i < N_STAGES; i++)
+                if (i != s) layer_stage(m, layer, i, &b);
+        }, repeat);
+        float alone = microseconds([&] { layer_stage(m, turn++ % LAYERS, s, &b); }, repeat);
+        printf("note:     %-12s %6.1f us less, %6.1f us\n", STAGE_NAMES[s], whole - rest, alone);
+    }
+    free(seq), free(position), free(pages), free(start), rooms_close();
+}
+
+static void bench_layer(void) {
+    Model m = layer_model();
+    for (int n : {1, 8, 64, 256}) bench_layer_rows(&m, n);
+    place_free();
 }
 
 // ---- Which tests --------------------------------------------------------------------------------
@@ -901,6 +1051,6 @@ int main(int argc, char **argv) {
                                  {"sample", test_sample}, {"model", test_model},
                                  {"files", test_files},
                                  {"talks", test_talks},
-                                 {"bench", bench}};
-    return run_parts(parts, 9, argc, argv);
+                                 {"bench", bench},       {"bench_layer", bench_layer}};
+    return run_parts(parts, 10, argc, argv);
 }

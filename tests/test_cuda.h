@@ -21,6 +21,7 @@ decltype(rope_angles) ref_rope_angles;
 decltype(embed) ref_embed;
 decltype(add_norm) ref_add_norm;
 decltype(linear) ref_linear;
+decltype(linear_pair) ref_linear_pair;
 decltype(mla_latent) ref_mla_latent;
 decltype(mla_query) ref_mla_query;
 decltype(mla_attend) ref_mla_attend;
@@ -184,18 +185,20 @@ template <typename Call> static float microseconds(Call call, int repeat = 100) 
     return time[ROUNDS / 2] * 1000 / repeat;
 }
 
-// Random numbers for a bench, neither huge nor zero in e4m3, bf16 or f32.
-static __global__ void fill_kernel(uint32_t *p, size_t n) {
+// Random numbers for a bench, neither huge nor zero in e4m3, bf16 or f32: of random bits those in
+// `keep`, and those in `set` always.
+static __global__ void fill_kernel(uint32_t *p, size_t n, uint32_t keep, uint32_t set) {
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n;
          i += (size_t)gridDim.x * blockDim.x) {
         uint64_t z = (i + 1) * 0x9e3779b97f4a7c15;
         z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9, z = (z ^ z >> 27) * 0x94d049bb133111eb;
-        p[i] = (uint32_t)(z >> 32) & 0xbfbfbfbf | 0x30303030;
+        p[i] = (uint32_t)(z >> 32) & keep | set;
     }
 }
 
-static inline void *filled(void *p, size_t bytes) {
-    fill_kernel<<<1024, 256, 0, stream>>>((uint32_t *)p, bytes / 4);
+static inline void *filled(void *p, size_t bytes, uint32_t keep = 0xbfbfbfbf,
+                           uint32_t set = 0x30303030) {
+    fill_kernel<<<1024, 256, 0, stream>>>((uint32_t *)p, bytes / 4, keep, set);
     check(cudaGetLastError(), "fill");
     return p;
 }
@@ -243,8 +246,8 @@ typedef struct {
     void (*run)(void);
 } Part;
 
-// PROGRAM [PART [COUNTS]]: one part, and only the first COUNTS numbers of rows. The last part, the
-// bench, must be asked for.
+// PROGRAM [PART [COUNTS]]: one part, and only the first COUNTS numbers of rows. Benches must be
+// asked for.
 static inline int run_parts(const Part *parts, int n, int argc, char **argv) {
     int n_gpus = 0, known = argc < 2;
     if (cudaGetDeviceCount(&n_gpus) != cudaSuccess || !n_gpus) {
@@ -254,7 +257,8 @@ static inline int run_parts(const Part *parts, int n, int argc, char **argv) {
     if (argc > 2) n_counts = min_int(atoi(argv[2]), N_COUNTS);
     device_init(0, 1), ref_device_init(0, 1);
     for (int i = 0; i < n; i++) {
-        if (argc < 2 ? i == n - 1 : strcmp(argv[1], parts[i].name)) continue;
+        if (argc < 2 ? !strncmp(parts[i].name, "bench", 5) : strcmp(argv[1], parts[i].name))
+            continue;
         parts[i].run(), known = 1;
     }
     CHECK(known, "there is no part %s", argv[1]);

@@ -152,14 +152,41 @@ static void try_linear(int out, int in, DType dtype, const int *rows, int n_trie
     linear_free(&w), act_free(a), ref_act_free(ref), free(want);
 }
 
+// Two matrices of one input; the second one ends in half a block.
+static void try_pair(int out0, int out1, int in, const int *rows, int n_tries) {
+    Config c = config_of(in, 0, 1, 1, 0);
+    int out[2] = {out0, out1}, most = rows[n_tries - 1];
+    Linear w[2], p[2];
+    Act *ref, *a = rows_noise(&ref, most, in);
+    bf16 *want[2], *y[2];
+    for (int i = 0; i < 2; i++) {
+        p[i] = w[i] = linear_noise(out[i], in, DTYPE_F8_E4M3);
+        want[i] = (bf16 *)xmalloc((size_t)most * out[i] * 2);
+        place_linear(&p[i], PLACE_MATRIX);
+    }
+    ref_linear_pair(want[0], want[1], ref, &w[0], &w[1], most);
+    for (int i = 0; i < n_tries; i++) {
+        for (int k = 0; k < 2; k++) y[k] = (bf16 *)room(NULL, (size_t)most * out[k] * 2);
+        scratch_open(rows[i], &c);
+        linear_pair(y[0], y[1], a, &p[0], &p[1], rows[i]);
+        for (int k = 0; k < 2; k++)
+            check_rows("pair", y[k], want[k], rows[i], most, out[k], in, WGMMA_LIMIT);
+        CHECK(rooms_close(), "guards");
+    }
+    place_free();
+    for (int i = 0; i < 2; i++) linear_free(&w[i]), free(want[i]);
+    act_free(a), ref_act_free(ref);
+}
+
 static void test_linear(void) {
     static const int many[] = {300, 2000};
     const int *rows = quick() ? QUICK : ROWS, n = quick() ? 3 : N_COUNTS;
     try_linear(256, 256, DTYPE_F8_E4M3, rows, n);
     try_linear(576, 256, DTYPE_F8_E4M3, rows, n);
     try_linear(512, 1152, DTYPE_BF16, rows, n);
+    try_pair(256, 576, 256, rows, n);
     if (quick()) return;
-    try_linear(2112, 7168, DTYPE_F8_E4M3, ROWS, N_COUNTS);
+    try_pair(1536, 576, 7168, ROWS, N_COUNTS);
     try_linear(7168, 2048, DTYPE_F8_E4M3, ROWS, N_COUNTS);
     try_linear(3072, 1536, DTYPE_F8_E4M3, ROWS, N_COUNTS);
     try_linear(3072, 1536, DTYPE_F8_E4M3, many, 2);
@@ -189,7 +216,7 @@ static void test_product(void) {
     try_product(256, 256, 3, 1), try_product(768, 256, 33, 1), try_product(16, 256, 40, 4);
     if (quick()) return;
     for (int n : {1, 9, 77}) try_product(256, 7168, n, 8);
-    for (int n : {1, 8, 33}) try_product(16160, 7168, n, 1);
+    for (int n : {1, 8, 33, 130}) try_product(16160, 7168, n, 1);
 }
 
 // ---- Gated ones ---------------------------------------------------------------------------------

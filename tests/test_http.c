@@ -28,7 +28,7 @@ static const char *const added[] = {"<｜begin▁of▁sentence｜>", "<｜end▁
 
 // ---- The fake engine ----------------------------------------------------------------------------
 
-Server server;
+Server server = {.n_ranks = 1, .n_local = 1};
 
 typedef struct Job {
     struct Job *next;
@@ -215,6 +215,8 @@ static void server_start(void) {
     struct sockaddr_in a;
     abort_all = false;
     server.state = STATE_READY;
+    server.stops = 0;
+    server.failure = NULL;
     listen_fd = http_listen("127.0.0.1", 0);
     getsockname(listen_fd, (struct sockaddr *)&a, &(socklen_t){sizeof a});
     port = ntohs(a.sin_port);
@@ -789,8 +791,8 @@ static void test_states(void) {
         {STATE_WARMUP, "r1 is not ready: warmup", "warmup"},
         {STATE_FAILED, "r1 is not ready: failed", "failed"},
     };
-    server.progress[0].loaded_bytes = 1000000000;
-    server.progress[0].total_bytes = 4000000000;
+    server.ranks[0].progress.loaded_bytes = 1000000000;
+    server.ranks[0].progress.total_bytes = 4000000000;
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         char want[300];
         server.state = rows[i].state;
@@ -813,9 +815,40 @@ static void test_states(void) {
               strstr(r.body.data, ",\"ranks\":[{\"rank\":0,\"node\":0,\"state\":\""));
         reply_free(&r);
     }
-    server.state = STATE_READY;
-    server.steps = 7;
+    // The group's ranks are counted together, and the last one is named.
+    server.n_ranks = 4, server.n_local = 2;
+    server.state = STATE_LOADING;
+    for (int i = 1; i < 4; i++) {
+        server.ranks[i].state = STATE_LOADING;
+        server.ranks[i].progress.loaded_bytes = 1000000000 - 100000000 * (i % 3);
+        server.ranks[i].progress.total_bytes = 4000000000;
+    }
+    check_reply("not ready", &(Reply[]){chat("{}")}[0], 503, ERROR_F(503, "ServiceUnavailableError",
+                "r1 is not ready: loading, 23.1 % (slowest: rank 2, 20.0 %)"));
     Reply r = ask("GET /health HTTP/1.1\r\n\r\n");
+    CHECK(strstr(r.body.data, ",\"loaded_bytes\":3700000000,\"total_bytes\":16000000000,") &&
+          strstr(r.body.data, "{\"rank\":2,\"node\":1,\"state\":\"loading\",\"loaded_bytes\":"
+                              "800000000,\"total_bytes\":4000000000},{\"rank\":3,\"node\":1,"),
+          "%s", r.body.data);
+    reply_free(&r);
+    // A worker answers no requests, but says how the group is.
+    server.node = 1, server.leader = "10.0.0.5:30000";
+    static const char *const closed[] = {"GET /v1/models", "GET /", "POST /generate", "GET /none"};
+    for (int i = 0; i < 4; i++) {
+        r = ask(format_string("%s HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", closed[i]));
+        CHECK(r.status == 503 && strstr(r.body.data, "node 1 serves /health and /metrics only; ask "
+              "the leader at 10.0.0.5:30000"), "%s", r.body.data);
+        reply_free(&r);
+    }
+    server.state = STATE_READY;
+    check_ask("GET /health_generate HTTP/1.1\r\n\r\n", 200, NULL);
+    r = ask("GET /metrics HTTP/1.1\r\n\r\n");
+    CHECK(strstr(r.body.data, "r1:load_bytes{model_name=\"test/model\",rank=\"3\"} 1000000000\n") &&
+          !strstr(r.body.data, "sglang:"), "%s", r.body.data);
+    reply_free(&r);
+    server.node = 0, server.n_ranks = server.n_local = 1;
+    server.steps = 7;
+    r = ask("GET /health HTTP/1.1\r\n\r\n");
     CHECK(
         r.status == 200 &&
             strstr(
@@ -1970,7 +2003,7 @@ static void test_drain(void) {
     send_text(keep, "GET /v1/models HTTP/1.1\r\n\r\n");
     reply_free(&(Reply[]){reply_read(keep, false)}[0]);
     double start = now_seconds();
-    http_stop();
+    http_stop(1);
     usleep(50000);
     Reply r = ask("GET /v1/models HTTP/1.1\r\n\r\n");
     check_reply("drain", &r, 503, ERROR_F(503, "ServiceUnavailableError", "r1 is shutting down"));
@@ -2003,9 +2036,9 @@ static void test_drain(void) {
     send_text(stream, post_text("/v1/chat/completions", "{\"stream\":true," SAY("many 900") "}"));
     CHECK(reaches(&submitted, sent + 2));
     start = now_seconds();
-    http_stop();
+    http_stop(1);
     usleep(50000);
-    http_stop();
+    http_stop(2);
     r = reply_read(hang, false);
     CHECK(r.status == 200 &&
               strstr(r.body.data, "\"finish_reason\":\"abort\",\"matched_stop\":null"),
@@ -2076,7 +2109,6 @@ int main(int argc, char **argv) {
     server.think = true;
     server.context_len = 1000, server.max_total_tokens = 2000;
     server.fingerprint = 0xab;
-    server.progress = xcalloc(1, sizeof *server.progress);
     server.boot = now_seconds();
     server.created = time(NULL);
     server.wake_fd = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);

@@ -276,7 +276,7 @@ static void threads(int n) {
 }
 
 // Only the collectives of several nodes call it, which are tested with the whole program.
-void peer_lost(int lost, const char *format, ...) { die("node %d: %s", lost, format); }
+void peer_lost(int lost, const char *why) { die("node %d: %s", lost, why); }
 
 // One matrix with every number of rows, against the reference; and each row alone, to the bit.
 static void check_linear(int out, int in, DType dtype) {

@@ -224,7 +224,7 @@ static void run_start(Run *r, const char *dir, const Golden *g) {
     }
     // All bits set is NaN: whoever reads a row of the cache that nobody wrote shows it.
     for (int layer = 0; layer < g->layers; layer++)
-        memset(r->m->cache[layer], 0xff, (size_t)n_pages * PAGE * CACHE_DIM * sizeof(bf16));
+        device_fill(r->m->cache[layer], 0xff, (size_t)n_pages * PAGE * CACHE_DIM * sizeof(bf16));
 }
 
 // ---- Comparing ----------------------------------------------------------------------------------

@@ -34,7 +34,6 @@ static void boot(int max_tokens, int chunk, int max_running, bool cache) {
     server.options = options;
     server.preempted = server.cached_tokens = server.prompt_tokens = 0;
     server.context_len = 4096;
-    free(server.progress);
     server_size(&options);
     engine_open();
     engine_load(max_running);
