@@ -625,7 +625,7 @@ typedef struct {  // what both threads see; no lock but the two queues'
     _Atomic(const char *) failure;  // why it can't go on; NULL while it can
     _Atomic int stops;      // 1: it drains; 2: it aborts what runs
     _Atomic bool over;      // a worker's: the leader has ended
-    _Atomic(const char *) leader;   // a worker's: where the leader serves HTTP
+    const char *_Atomic leader;     // a worker's: where the leader serves HTTP
     uint64_t fingerprint;   // of config.json, the weight index and r1's version
     // What the engine tells of itself. Probes and the warm-up don't count, but for their steps.
     _Atomic uint64_t steps, preempted;      // since boot
