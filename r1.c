@@ -534,8 +534,8 @@ static void pieces_cut(int n_local) {
     for (const Span *s = reading.spans; s < reading.spans + reading.n_spans; s++) {
         const uint8_t *at = p && p->end > s->from ? p->end : s->from;
         for (; at < s->end; at = p->from + PIECE_BYTES) {
-            if (!p || at >= f->map + f->size || at > p->end + NEAR ||
-                at >= p->from + PIECE_BYTES) {
+            const uint8_t *full = p ? p->from + PIECE_BYTES : NULL;
+            if (at >= full || at > p->end + NEAR || at >= f->map + f->size) {
                 reading.pieces = xrealloc(reading.pieces, (reading.n_pieces + 1) * sizeof *p);
                 f = file_of(at), p = &reading.pieces[reading.n_pieces++];
                 *p = (Piece){.from = at - (at - f->map) % SECTOR, .left = n_local};
@@ -629,8 +629,9 @@ uint8_t *reading_end(void) {
     for (int i = 0; i < reading.files->n_files; i++) close(reading.files->files[i].fd);
     for (int i = 0; i < reading.n_pieces; i++)
         bytes += reading.pieces[i].end - reading.pieces[i].from;
-    log_line(0, "Load weight: read %.2f GB in %.2f s, %.2f GB/s%s", bytes / 1e9, seconds,
-             bytes / 1e9 / seconds, reading.cached ? ", through the page cache" : "");
+    log_line(server.node * server.n_local, "Load weight: read %.2f GB in %.2f s, %.2f GB/s%s",
+             bytes / 1e9, seconds, bytes / 1e9 / seconds,
+             reading.cached ? ", through the page cache" : "");
     free(reading.spans), free(reading.pieces);
     reading.spans = NULL, reading.pieces = NULL, reading.n_spans = 0;
     reading.n_pieces = reading.next = 0, reading.cached = false;
