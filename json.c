@@ -84,7 +84,8 @@ _Noreturn void die(const char *format, ...) {
     va_start(args, format);
     write_line("r1: ", format, args);
     va_end(args);
-    exit(1);
+    fflush(stdout);
+    _exit(1);  // without handlers: they could wait for other threads, or for a GPU that is lost
 }
 
 void log_line(int rank, const char *format, ...) {

@@ -53,16 +53,19 @@ static thread_local cudaStream_t stream;
 static thread_local int n_sms, local_rank, n_local_ranks;
 static thread_local float *scratch;  // between the kernels of one stage
 
+static thread_local int comm_rank, comm_size;  // of how many
+
 static void step_forget(void);
 
 static void check(cudaError_t error, const char *what) {
-    if (error != cudaSuccess) die("CUDA: %s: %s", what, cudaGetErrorString(error));
+    if (error != cudaSuccess)
+        die("rank %d: CUDA: %s: %s", comm_rank, what, cudaGetErrorString(error));
 }
 
 void device_init(int local, int n_local) {
     int major = 0, minor = 0, n = 0;
     if (stream) return;
-    local_rank = local, n_local_ranks = n_local;
+    local_rank = comm_rank = local, n_local_ranks = n_local;
     // All kernels are loaded now: while a graph is recorded, a first call could not load its own.
     if (!local) setenv("CUDA_MODULE_LOADING", "EAGER", 0);
     check(cudaGetDeviceCount(&n), "GPUs");
@@ -99,11 +102,10 @@ void device_free(void *p) { check(cudaFree(p), "free"); }
 // kernels.
 
 static thread_local ncclComm_t comm;  // NULL: this rank is alone
-static thread_local int comm_rank, comm_size;
 
 static void check_nccl(ncclResult_t result, const char *what) {
     if (result != ncclSuccess && result != ncclInProgress)
-        die("NCCL: rank %d: %s: %s: %s", comm_rank, what, ncclGetErrorString(result),
+        die("rank %d: NCCL: %s: %s: %s", comm_rank, what, ncclGetErrorString(result),
             ncclGetLastError(comm));
 }
 

@@ -622,7 +622,7 @@ typedef struct {  // what both threads see; no lock but the two queues'
     int n_ranks;            // of the whole group
     RankStatus ranks[MAX_RANKS];
     _Atomic int state;      // State, of the whole group
-    _Atomic(const char *) failure;  // why it can't go on; NULL while it can
+    const char *_Atomic failure;    // why it can't go on; NULL while it can
     _Atomic int stops;      // 1: it drains; 2: it aborts what runs
     _Atomic bool over;      // a worker's: the leader has ended
     const char *_Atomic leader;     // a worker's: where the leader serves HTTP
