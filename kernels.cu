@@ -562,8 +562,8 @@ void step_end(void) {
 // of 64 x 128, each inside one scale block, which lie in memory as mma.sync wants them in
 // registers: 32 fragments of 16 x 16 (4 strips of rows, 8 steps along k), 16 bytes a lane, so that
 // a warp loads a brick in whole lines and without shared memory. They are bf16: e4m3 is exact in
-// it, a checkpoint in bf16 needs nothing else, and for 2 MB more per layer of 16 heads (0.15 % of a
-// rank's weights) no kernel converts anything.
+// it, and for 2 MB more per layer of 16 heads (0.15 % of a rank's weights) no kernel converts
+// anything.
 //
 // Two orders are ours to choose. Which k a fragment's column means is free if A and x agree: lane
 // (g, t) takes 16-byte chunk 4 i + t of x for steps 2 i and 2 i + 1. And rows g and g + 8 of strip
