@@ -280,7 +280,7 @@ typedef struct {
 
 // False where no file holds it. What several ranks want may overlap.
 bool reading_want(const uint8_t *from, size_t bytes);
-// Waits for all n_local ranks. One of them has ring [READ_AHEAD][PIECE_BYTES + SECTOR], others NULL.
+// Waits for all n_local ranks. One has ring [READ_AHEAD][PIECE_BYTES + SECTOR], others NULL.
 Piece *reading_begin(int *n, uint8_t *ring, int n_local);
 const uint8_t *reading_wait(const Piece *p);     // its data
 void reading_release(void *piece);

@@ -90,7 +90,7 @@ static void files_write(void) {
         if (!file || fwrite(&len, 8, 1, file) != 1 || fwrite(header.data, len, 1, file) != 1)
             die("can't write %s", name);
         uint64_t *data = xmalloc(at + sizeof *data);
-        for (size_t i = 0; i < at; i += sizeof *data) data[i / sizeof *data] = state = mix(state + i);
+        for (size_t i = 0; i * sizeof *data < at; i++) data[i] = state = mix(state + i);
         if (fwrite(data, at, 1, file) != 1 || fclose(file)) die("can't write %s", name);
         buf_free(&header), free(name), free(data);
     }
