@@ -983,7 +983,7 @@ static void model_bind(Model *m, Checkpoint *files, const Config *c, Progress *p
     }
     p->total_bytes = bytes;
     if (!m->rank) checkpoint_log_unused(files);
-    double start = now_seconds(), reported = m->rank ? INFINITY : start;
+    double start = now_seconds(), reported = start;
     reading.files = files;
     size_t n = place_linear(&m->embed_tokens, PLACE_TABLE) +
                place_linear(&m->lm_head, PLACE_MATRIX) + place_vector(&m->norm);
