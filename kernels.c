@@ -139,10 +139,13 @@ void *device_alloc(size_t bytes) {
 
 void device_free(void *p) { free(p); }
 
-void device_memory(size_t *available, size_t *total) {
+bool device_memory(size_t *available, size_t *total) {
     *available = (size_t)sysconf(_SC_AVPHYS_PAGES) * sysconf(_SC_PAGESIZE);
     *total = (size_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
+    return false;
 }
+
+void device_copy(void *to, const void *from, size_t bytes) { memcpy(to, from, bytes); }
 
 // ---- Weights ------------------------------------------------------------------------------------
 // They stay in the mapped files, and what is not in a file is made. Every page of a rank's part is
@@ -227,6 +230,8 @@ bool step_begin(Batch *placed, const Batch *b) {
 }
 
 void step_end(void) {}
+
+int step_record(int most) { return (void)most, 0; }
 
 // ---- Numbers ------------------------------------------------------------------------------------
 // Everything is computed in f32. What is stored at a stage's border is rounded to bf16 by to_bf16,
@@ -387,6 +392,7 @@ void all_reduce(bf16 *x, size_t n) {
 
 void all_gather(float *out, float *in, int cols, int n) {
     size_t bytes = cols * sizeof *in;
+    if (me.size == 1) return;
     node.rows[me.local] = in;
     pthread_barrier_wait(&node.barrier);
     if (me.local == 0 && me.n_peers) rows_gather(n * bytes);
@@ -1301,4 +1307,62 @@ void sample(Choice *out, float *l, const Sampling *s, int vocab, int stride, int
     int step = pool ? pool->n_threads : 1;
     if (!rooms) rooms = xcalloc(step, sizeof *rooms);
     parallel(sample_unit, &(struct Sample){out, l, s, rooms, vocab, stride, n, step}, min(n, step));
+}
+
+// ---- What the machine can do at most ------------------------------------------------------------
+// Memory is read and copied by all threads; the products are those above, with many rows.
+
+double device_seconds(void (*work)(void *), void *arg) {
+    double best = INFINITY, worst = 0, sum = 0;
+    for (int i = -1; i < 3; i++) {  // the first one is not counted; of three, the one in the middle
+        double start = now_seconds();
+        work(arg);
+        double t = now_seconds() - start;
+        if (i >= 0) sum += t, best = fmin(best, t), worst = fmax(worst, t);
+    }
+    return sum - best - worst;
+}
+
+enum { CEILING_PIECE = 1 << 20, CEILING_PIECES = 256, CEILING_SIDE = 1024, CEILING_ROWS = 64 };
+
+struct CeilingTask { uint8_t *memory; Linear w; Act *a; void *y; int rows[CEILING_ROWS]; };
+
+static void read_piece(void *arg, int piece) {
+    size_t words = CEILING_PIECE / sizeof(uint64_t);
+    const volatile uint64_t *p = (const uint64_t *)((struct CeilingTask *)arg)->memory;
+    for (size_t i = piece * words; i < (piece + 1) * words; i++) (void)p[i];
+}
+
+static void copy_piece(void *arg, int piece) {
+    uint8_t *from = ((struct CeilingTask *)arg)->memory + (size_t)piece * CEILING_PIECE;
+    memcpy(from + (size_t)CEILING_PIECES / 2 * CEILING_PIECE, from, CEILING_PIECE);
+}
+
+static void read_all(void *arg) { parallel(read_piece, arg, CEILING_PIECES); }
+static void copy_half(void *arg) { parallel(copy_piece, arg, CEILING_PIECES / 2); }
+
+static void multiply_all(void *arg) {
+    struct CeilingTask *t = arg;
+    if (t->w.dtype == DTYPE_F8_E4M3) linear(t->y, t->a, &t->w, CEILING_ROWS);
+    else logits(t->y, t->a, &t->w, t->rows, CEILING_ROWS);
+}
+
+Ceilings device_ceilings(void) {
+    size_t bytes = (size_t)CEILING_PIECES * CEILING_PIECE;
+    struct CeilingTask t = {.memory = memset(xmalloc(bytes), 0x38, bytes),  // 1 in e4m3
+                            .a = act_new(CEILING_ROWS, CEILING_SIDE),
+                            .y = xmalloc(CEILING_ROWS * CEILING_SIDE * sizeof(float))};
+    double products = 2.0 * CEILING_ROWS * CEILING_SIDE * CEILING_SIDE;
+    for (int i = 0; i < CEILING_ROWS * CEILING_SIDE; i++) t.a->x[i] = 1 + i % 5;
+    for (int i = 0; i < CEILING_ROWS * CEILING_SIDE / BLOCK; i++)
+        quantise(t.a, i / (CEILING_SIDE / BLOCK), i % (CEILING_SIDE / BLOCK));
+    Ceilings c = {.name = "CPU"};
+    c.read = bytes / device_seconds(read_all, &t);
+    c.copy = bytes / device_seconds(copy_half, &t);
+    t.w = (Linear){CEILING_SIDE, CEILING_SIDE, DTYPE_F8_E4M3, t.memory, t.memory};
+    c.fp8 = products / device_seconds(multiply_all, &t);
+    t.w.dtype = DTYPE_BF16;
+    c.bf16 = products / device_seconds(multiply_all, &t);
+    act_free(t.a), free(t.memory), free(t.y);
+    return c;
 }

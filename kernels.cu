@@ -66,8 +66,9 @@ void device_init(int local, int n_local) {
     int major = 0, minor = 0, n = 0;
     if (stream) return;
     local_rank = comm_rank = local, n_local_ranks = n_local;
-    // All kernels are loaded now: while a graph is recorded, a first call could not load its own.
-    if (!local) setenv("CUDA_MODULE_LOADING", "EAGER", 0);
+    // All kernels are loaded now, and NCCL makes all connections when ranks meet: while a graph is
+    // recorded, a first call could do neither.
+    if (!local) setenv("CUDA_MODULE_LOADING", "EAGER", 0), setenv("NCCL_RUNTIME_CONNECT", "0", 0);
     check(cudaGetDeviceCount(&n), "GPUs");
     if (n < n_local) die("CUDA: got %d GPUs, want %d, one for each rank of this node", n, n_local);
     check(cudaSetDevice(local), "the rank's GPU");
@@ -80,8 +81,14 @@ void device_init(int local, int n_local) {
     check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), "stream");
 }
 
-void device_memory(size_t *available, size_t *total) {
+bool device_memory(size_t *available, size_t *total) {
     check(cudaMemGetInfo(available, total), "memory");
+    return true;
+}
+
+void device_copy(void *to, const void *from, size_t bytes) {
+    check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream), "copy");
+    check(cudaStreamSynchronize(stream), "copy");
 }
 
 void *device_alloc(size_t bytes) {
@@ -114,13 +121,6 @@ void group_id(uint8_t id[GROUP_ID]) {
     check_nccl(ncclGetUniqueId((ncclUniqueId *)id), "id");
 }
 
-void group_join(const Group *g) {
-    ncclUniqueId id;
-    memcpy(&id, g->id, sizeof id);
-    comm_rank = g->rank, comm_size = g->size;
-    check_nccl(ncclCommInitRank(&comm, g->size, id, g->rank), "group");
-}
-
 void group_leave(void) {
     step_forget();
     check_nccl(ncclCommDestroy(comm), "end");
@@ -133,6 +133,7 @@ void all_reduce(bf16 *x, size_t n) {
 
 void all_gather(float *out, float *in, int cols, int n) {
     size_t size = (size_t)n * cols, width = cols * sizeof *in;
+    if (!comm) return;
     check_nccl(ncclGroupStart(), "all_gather");
     for (int r = 1; r < comm_size && !comm_rank; r++)
         check_nccl(ncclRecv(in + r * size, size, ncclFloat, r, comm, stream), "all_gather");
@@ -151,6 +152,19 @@ static void stream_wait(const char *what) {
         if (comm) check_nccl(ncclCommGetAsyncError(comm, &failed), what), check_nccl(failed, what);
     }
     check(state, what);
+}
+
+// The connections between ranks are made now: while a step is recorded, a first call could not.
+void group_join(const Group *g) {
+    ncclUniqueId id;
+    memcpy(&id, g->id, sizeof id);
+    comm_rank = g->rank, comm_size = g->size;
+    check_nccl(ncclCommInitRank(&comm, g->size, id, g->rank), "group");
+    float *room = (float *)device_alloc(2 * g->size * sizeof *room);
+    all_reduce((bf16 *)room, 1);
+    all_gather(room, room + g->size, 1, 1);
+    stream_wait("group");
+    device_free(room);
 }
 
 // Starts a kernel that may begin while the one before it ends.
@@ -481,11 +495,14 @@ static void mail_send(Mailbox *m) {
 }
 
 // ---- One step -----------------------------------------------------------------------------------
-// Steps of at most MAX_RECORDED rows, all with logits, are recorded when their number of rows first
-// comes, exactly that many: rows that only fill up would be routed to experts, whose weights would
-// have to be read. What else differs from step to step, lengths and pages, lies in device memory.
+// Steps of at most most_recorded rows, all with logits, are recorded when their number of rows
+// first comes, exactly that many: rows that only fill up would be routed to experts, whose weights
+// would have to be read. What else differs from step to step, lengths and pages, lies in device
+// memory.
 
 enum { MAX_RECORDED = 256 };
+
+static int most_recorded = MAX_RECORDED;  // all ranks'
 
 static thread_local struct {
     Mailbox mail;
@@ -496,6 +513,8 @@ static thread_local struct {
 } step;
 
 static void mla_plan(const Batch *b, int heads);
+
+int step_record(int most) { return most_recorded = min_int(most, MAX_RECORDED); }
 
 static void step_forget(void) {
     for (int n = 0; n <= MAX_RECORDED; n++)
@@ -534,7 +553,7 @@ bool step_begin(Batch *placed, const Batch *b) {
         for (; i < end; i++) seq[i] = at;
     }
     mail_send(&step.mail);
-    bool decodes = b->n <= MAX_RECORDED && b->n_out == b->n && !step.prompts;
+    bool decodes = b->n <= most_recorded && b->n_out == b->n && !step.prompts;
     if (decodes && (step.run = step.recorded[b->n])) return false;
     if (decodes) {
         step.recording = b->n;
@@ -2766,6 +2785,10 @@ void step_reserve(int rows, const Config *c) {
         die("CUDA: n_routed_experts: got %d, want at most %d", c->n_routed_experts, MOST_EXPERTS);
     mla_reserve(rows, step.heads);
     scratch = (float *)place_alloc(products_room(rows, c) * sizeof(float));
+    // Recorded steps know where their arrays lie, so there is room for the largest step's from now
+    // on, unless its page tables are longer than the cache could be without shared pages.
+    enum { TABLES = 1 << 20 };
+    if (mail_open(&step.mail, 4 * mail_bytes(rows * sizeof(int)) + TABLES)) step_forget();
 }
 
 // ---- Choosing a token ---------------------------------------------------------------------------
@@ -3037,4 +3060,128 @@ void sample(Choice *out, float *l, const Sampling *s, int vocab, int stride, int
     check(cudaGetLastError(), "sample");
     stream_wait("sample");
     memcpy(out, answered.host, n * sizeof *out);
+}
+
+// ---- What the device can do at most -------------------------------------------------------------
+
+double device_seconds(void (*work)(void *), void *arg) {
+    enum { RUNS = 5 };
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+    cudaEvent_t from, to;
+    float ms[RUNS];
+    check(cudaEventCreate(&from), "event"), check(cudaEventCreate(&to), "event");
+    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording");
+    work(arg);
+    check(cudaStreamEndCapture(stream, &graph), "recording");
+    check(cudaGraphInstantiate(&exec, graph, 0), "graph");
+    for (int i = -1; i < RUNS; i++) {  // the first one is not counted
+        check(cudaEventRecord(from, stream), "event");
+        check(cudaGraphLaunch(exec, stream), "graph");
+        check(cudaEventRecord(to, stream), "event");
+        check(cudaEventSynchronize(to), "graph");
+        float t = 0;
+        check(cudaEventElapsedTime(&t, from, to), "event");
+        int at = i;
+        for (; at > 0 && ms[at - 1] > t; at--) ms[at] = ms[at - 1];
+        if (i >= 0) ms[at] = t;
+    }
+    check(cudaGraphExecDestroy(exec), "graph"), check(cudaGraphDestroy(graph), "graph");
+    check(cudaEventDestroy(from), "event"), check(cudaEventDestroy(to), "event");
+    return ms[RUNS / 2] * 1e-3;
+}
+
+enum { RING = 6, PIECE = 16 << 10 };
+
+// Reads everything once through a ring of bulk copies and adds nothing up.
+static __global__ void __launch_bounds__(WARP) read_kernel(const uint8_t *p, size_t pieces) {
+    extern __shared__ __align__(1024) uint8_t ring[];
+    __shared__ uint64_t full[RING];
+    launch_dependents();
+    for (int i = 0; threadIdx.x == 0 && i < RING; i++) bar_init(&full[i], 1);
+    bar_init_done();
+    for (size_t k = 0, piece = blockIdx.x; threadIdx.x == 0 && piece < pieces + RING * gridDim.x;
+         k++, piece += gridDim.x) {
+        uint64_t *bar = &full[k % RING];
+        if (k >= RING && piece - RING * gridDim.x < pieces) bar_wait(bar, k / RING % 2 ^ 1);
+        if (piece >= pieces) continue;
+        bar_expect(bar, PIECE);
+        bulk_load(ring + k % RING * PIECE, p + piece * PIECE, PIECE, bar);
+    }
+    grid_wait();
+}
+
+static __global__ void __launch_bounds__(1024)
+    copy_kernel(uint4 *__restrict__ to, const uint4 *__restrict__ from, size_t n) {
+    size_t step = (size_t)gridDim.x * blockDim.x;
+    grid_wait();
+#pragma unroll 4
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n; i += step)
+        to[i] = from[i];
+}
+
+enum { TENSOR_GROUPS = 2, TENSOR_BYTES = (64 + 128) * ROW_BYTES };
+
+// The tensor cores alone: each of two warpgroups multiplies [64][128 bytes] by [128][128 bytes]
+// that lie in shared memory, again and again.
+template <bool FP8> static __global__ void __launch_bounds__(TENSOR_GROUPS * 128)
+    tensor_kernel(float *out, const uint4 *in, int rounds) {
+    __shared__ __align__(1024) uint8_t tile[TENSOR_BYTES];
+    float c[64] = {}, sum = 0;
+    grid_wait();
+    for (int i = threadIdx.x; i < TENSOR_BYTES / 16; i += blockDim.x) ((uint4 *)tile)[i] = in[i];
+    fence_async();
+    __syncthreads();
+    uint64_t a = smem_desc(tile), b = smem_desc(tile + 64 * ROW_BYTES);
+    for (int i = 0; i < rounds; i++) {
+        wgmma_fence();
+        for (int k = 0; k < 4; k++) wgmma_128<FP8>(c, a + 2 * k, b + 2 * k, 1);
+        wgmma_commit();
+        wgmma_wait<0>();
+    }
+    for (int i = 0; i < 64; i++) sum += c[i];
+    out[blockIdx.x * blockDim.x + threadIdx.x] = sum;
+}
+
+// Of random bits those in `keep`, and those in `set` always.
+static __global__ void noise_kernel(uint32_t *p, size_t n, uint32_t keep, uint32_t set) {
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n;
+         i += (size_t)gridDim.x * blockDim.x)
+        p[i] = (uint32_t)(mix(i + 1) >> 32) & keep | set;
+}
+
+enum { CEILING_BYTES = 1 << 30, TENSOR_ROUNDS = 4000 };
+
+static void read_all(void *p) {
+    launch(read_kernel, n_sms, WARP, RING * PIECE, (uint8_t *)p, (size_t)CEILING_BYTES / PIECE);
+}
+
+static void copy_half(void *p) {
+    launch(copy_kernel, 2 * n_sms, 1024, 0, (uint4 *)p + CEILING_BYTES / 32, (uint4 *)p,
+           (size_t)CEILING_BYTES / 32);
+}
+
+template <bool FP8> static void multiply_all(void *p) {
+    launch(tensor_kernel<FP8>, n_sms, TENSOR_GROUPS * 128, 0, (float *)p + CEILING_BYTES / 8,
+           (uint4 *)p, (int)TENSOR_ROUNDS);
+}
+
+Ceilings device_ceilings(void) {
+    cudaDeviceProp device;
+    int gpu = 0;
+    Ceilings c = {};
+    void *p = device_alloc(CEILING_BYTES);
+    noise_kernel<<<8 * n_sms, 256, 0, stream>>>((uint32_t *)p, CEILING_BYTES / 4, 0xbfbfbfbf,
+                                                0x30303030);  // 0.5 to 2 in e4m3
+    check(cudaGetLastError(), "noise");
+    check(cudaGetDevice(&gpu), "device"), check(cudaGetDeviceProperties(&device, gpu), "device");
+    snprintf(c.name, sizeof c.name, "%.60s", device.name);
+    // A multiplication and an addition for each pair; 128 bytes are 128 columns, or 64.
+    double products = 2.0 * n_sms * TENSOR_GROUPS * TENSOR_ROUNDS * 64 * 128 * ROW_BYTES;
+    c.read = CEILING_BYTES / device_seconds(read_all, p);
+    c.copy = CEILING_BYTES / device_seconds(copy_half, p);
+    c.fp8 = products / device_seconds(multiply_all<true>, p);
+    c.bf16 = products / 2 / device_seconds(multiply_all<false>, p);
+    device_free(p);
+    return c;
 }

@@ -369,9 +369,10 @@ typedef struct {
 // Every rank is a thread, and calls device_init before anything else: it takes GPU `local` of this
 // node, or its part of the cores. With n_local ranks here, local is 0 .. n_local - 1.
 void device_init(int local, int n_local);
-void device_memory(size_t *available, size_t *total);  // bytes
+bool device_memory(size_t *available, size_t *total);  // bytes; true: a GPU's own
 void *device_alloc(size_t bytes);                // zeroed; dies where there is none
 void device_free(void *p);
+void device_copy(void *to, const void *from, size_t bytes);  // to and from anywhere; waits
 
 // Weights are placed before a stage reads them: the twin takes them to where its stages want them,
 // in its own layout, and turns the pointers there. Returns the bytes that it took; what it has to
@@ -412,6 +413,9 @@ void step_reserve(int rows, const Config *c);
 // step.
 bool step_begin(Batch *placed, const Batch *b);
 void step_end(void);
+// From now on steps of at most so many rows are recorded, on all ranks; returns how many the twin
+// can do, 0 where it needs no recording.
+int step_record(int most);
 
 Act *act_new(int rows, int cols);
 void act_free(Act *a);
@@ -488,6 +492,16 @@ void philox(uint32_t out[4], uint64_t key, const uint32_t counter[4]);
 // min_p, all on the same probabilities; argmax of l + Gumbel noise of (seed, n_tokens, id). Ties go
 // to the lowest id.
 void sample(Choice *out, float *l, const Sampling *s, int vocab, int stride, int n);
+
+typedef struct {            // the most that the machine can do, as measured
+    char name[64];
+    double read, copy;      // bytes/s of memory; copy: read and written
+    double fp8, bf16;       // operations/s of matrix products
+} Ceilings;
+
+Ceilings device_ceilings(void);
+// Seconds that work(arg) takes, whose stages must not wait for the host: the median of some runs.
+double device_seconds(void (*work)(void *), void *arg);
 
 // -------------------------------------------------------------------------------------------------
 // r1.c, chapters "One step" and "Many at once"
@@ -593,11 +607,11 @@ typedef struct {  // the flags by their long names
     int port, context_length, max_total_tokens, max_running_requests, max_queued_requests;
     int chunked_prefill_size, max_prefill_tokens, random_seed, stream_interval;
     int decode_log_interval, watchdog_timeout;
-    int tensor_parallel_size, nnodes, node_rank, dist_timeout;
+    int tensor_parallel_size, nnodes, node_rank, dist_timeout, cuda_graph_max_bs;
     const char *dist_init_addr;
     double mem_fraction_static;
     bool allow_auto_truncate, disable_radix_cache, enable_cache_report, log_requests;
-    bool skip_server_warmup;
+    bool skip_server_warmup, disable_cuda_graph;
     // r1 run and r1 tokenize
     const char *system;
     TextList stop;
@@ -691,6 +705,14 @@ const char *flags_parse(const Command *c, void *options, char **argv);
 // One line on stderr, "r1 serve: ...", and exit code 2.
 _Noreturn void usage_die(const Command *c, const char *format, ...)
     __attribute__((format(printf, 2, 3)));
+
+typedef struct {  // r1 bench --offline: lists are text, with commas
+    const char *model_path, *batch, *context, *prefill, *output_file;
+    int tp, layers;
+    bool profile;
+} ShareOptions;
+
+int share_main(const Command *c, const ShareOptions *o);
 
 // -------------------------------------------------------------------------------------------------
 // bench.c: a client that measures any server

@@ -159,46 +159,17 @@ static inline int ascending(const void *a, const void *b) {
     return (x > y) - (x < y);
 }
 
-// Microseconds of one call among `repeat` in a graph: median of ROUNDS replays. A call that counts
+// Microseconds of one call among `repeat` in a graph: median of several replays. A call that counts
 // how often it was made can take other weights each time, which then are not in L2.
 template <typename Call> static float microseconds(Call call, int repeat = 100) {
-    enum { ROUNDS = 9 };
-    cudaGraph_t graph;
-    cudaGraphExec_t exec;
-    cudaEvent_t from, to;
-    float time[ROUNDS];
-    check(cudaEventCreate(&from), "event"), check(cudaEventCreate(&to), "event");
-    check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording");
-    for (int i = 0; i < repeat; i++) call();
-    check(cudaStreamEndCapture(stream, &graph), "recording");
-    check(cudaGraphInstantiate(&exec, graph, 0), "graph");
-    for (int i = -1; i < ROUNDS; i++) {
-        check(cudaEventRecord(from, stream), "event");
-        check(cudaGraphLaunch(exec, stream), "graph");
-        check(cudaEventRecord(to, stream), "event");
-        check(cudaEventSynchronize(to), "graph");
-        if (i >= 0) check(cudaEventElapsedTime(&time[i], from, to), "event");
-    }
-    check(cudaGraphExecDestroy(exec), "graph"), check(cudaGraphDestroy(graph), "graph");
-    check(cudaEventDestroy(from), "event"), check(cudaEventDestroy(to), "event");
-    qsort(time, ROUNDS, sizeof *time, ascending);
-    return time[ROUNDS / 2] * 1000 / repeat;
+    auto all = [&] { for (int i = 0; i < repeat; i++) call(); };
+    return device_seconds([](void *p) { (*(decltype(all) *)p)(); }, &all) * 1e6 / repeat;
 }
 
-// Random numbers for a bench, neither huge nor zero in e4m3, bf16 or f32: of random bits those in
-// `keep`, and those in `set` always.
-static __global__ void fill_kernel(uint32_t *p, size_t n, uint32_t keep, uint32_t set) {
-    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < n;
-         i += (size_t)gridDim.x * blockDim.x) {
-        uint64_t z = (i + 1) * 0x9e3779b97f4a7c15;
-        z = (z ^ z >> 30) * 0xbf58476d1ce4e5b9, z = (z ^ z >> 27) * 0x94d049bb133111eb;
-        p[i] = (uint32_t)(z >> 32) & keep | set;
-    }
-}
-
+// Random numbers for a bench, neither huge nor zero in e4m3, bf16 or f32.
 static inline void *filled(void *p, size_t bytes, uint32_t keep = 0xbfbfbfbf,
                            uint32_t set = 0x30303030) {
-    fill_kernel<<<1024, 256, 0, stream>>>((uint32_t *)p, bytes / 4, keep, set);
+    noise_kernel<<<1024, 256, 0, stream>>>((uint32_t *)p, bytes / 4, keep, set);
     check(cudaGetLastError(), "fill");
     return p;
 }
@@ -208,26 +179,6 @@ static inline Act *act_filled(int rows, int cols) {
     size_t n = (size_t)a->stride * cols;
     filled(a->x, n * 2), filled(a->q, n), filled(a->scale, n / BLOCK * 4);
     return a;
-}
-
-enum { RING = 6, PIECE = 16384 };
-
-// Reads everything once through a ring of bulk copies and sums nothing: the ceiling.
-static __global__ void __launch_bounds__(WARP) read_kernel(const uint8_t *p, size_t pieces) {
-    extern __shared__ __align__(1024) uint8_t ring[];
-    __shared__ uint64_t full[RING];
-    launch_dependents();
-    for (int i = 0; threadIdx.x == 0 && i < RING; i++) bar_init(&full[i], 1);
-    bar_init_done();
-    for (size_t k = 0, piece = blockIdx.x; threadIdx.x == 0 && piece < pieces + RING * gridDim.x;
-         k++, piece += gridDim.x) {
-        uint64_t *bar = &full[k % RING];
-        if (k >= RING && piece - RING * gridDim.x < pieces) bar_wait(bar, k / RING % 2 ^ 1);
-        if (piece >= pieces) continue;
-        bar_expect(bar, PIECE);
-        bulk_load(ring + k % RING * PIECE, p + piece * PIECE, PIECE, bar);
-    }
-    grid_wait();
 }
 
 // Microseconds in which as many bytes are read, each time others of n_copies that lie side by side.
