@@ -43,8 +43,8 @@ $(shell mkdir -p $(BUILD); echo '$(CC) $(CFLAGS) $(NVCCFLAGS)' | cmp -s - $(FLAG
     echo '$(CC) $(CFLAGS) $(NVCCFLAGS)' >$(FLAGS))
 
 SOURCES := r1 $(TWIN) tokenizer json http bench
-TESTS := json tokenizer kernels checkpoint reading slices slices_exact sample scheduler http bench ranks \
-    oracle oracle_exact end_to_end
+TESTS := json tokenizer kernels checkpoint reading slices slices_exact sample scheduler http bench \
+    share ranks oracle oracle_exact end_to_end
 # In Python, where there is one: the manifests, the fetch of the weights, two nodes on one machine.
 SCRIPTS := k8s fetch group
 ifeq ($(TWIN),kernels_cuda)

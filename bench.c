@@ -1,5 +1,6 @@
 // bench.c: a client that measures a server and prints SGLang's table. It is a file of its own since
-// it knows nothing of the model: it has prompts, sockets and a clock.
+// it knows nothing of the model: it has prompts, sockets and a clock. (r1 bench --offline, which is
+// about the model and has no server, stands in r1.c; here are its flags.)
 //
 // The one idea: a client that is slow measures itself. So one thread waits for all connections at
 // once, prompts are made and answers counted while no clock runs, and a stream's bytes are little
@@ -40,6 +41,8 @@ static struct {  // the flags by their long names
     double request_rate, random_range_ratio;
     uint64_t seed;
     bool apply_chat_template, disable_stream, disable_ignore_eos, return_logprob, disable_tqdm;
+    bool offline;
+    ShareOptions share;
 } o;
 
 #define AT(field) (size_t)((char *)&o.field - (char *)&o)
@@ -77,10 +80,25 @@ static const Flag flags[] = {
     {"--disable-ignore-eos", 1, SWITCH, AT(disable_ignore_eos), 0, 0, NULL, "EOS ends an answer"},
     {"--return-logprob", 1, SWITCH, AT(return_logprob), 0, 0, NULL, "asks /generate for logprobs"},
     {"--disable-tqdm", 1, SWITCH, AT(disable_tqdm), 0, 0, NULL, "no progress on stderr"},
+    {"--offline", 3, SWITCH, AT(offline), 0, 0, NULL,
+     "no server, but one rank's share of a model: r1 bench --offline --help"},
+    {"--model-path", 2, TEXT, AT(share.model_path), 0, 0, NULL,
+     "a directory with config.json; default: the tiny-r1 beside r1"},
+    {"--tensor-parallel-size --tp --tp-size", 2, INTEGER, AT(share.tp), 1, 4096, "1",
+     "ranks that share the model; this is the first"},
+    {"--batch", 2, TEXT, AT(share.batch), 0, 0, "1,8,64,256", "sequences that decode"},
+    {"--context", 2, TEXT, AT(share.context), 0, 0, "1024,8192,32768", "each one's tokens"},
+    {"--prefill", 2, TEXT, AT(share.prefill), 0, 0, "1024,4096", "tokens of a prompt"},
+    {"--layers", 2, INTEGER, AT(share.layers), 1, 4096, NULL, "the first so many only"},
+    {"--profile", 2, SWITCH, AT(share.profile), 0, 0, NULL, "time each stage by itself, too"},
+    {"--output-file", 2, TEXT, AT(share.output_file), 0, 0, NULL, "gets a line of JSON a step"},
 };
 #undef AT
 static const Command command = {
     "bench", "bench [flags]: measures a server", 1, false, flags, sizeof flags / sizeof *flags};
+static const Command offline_command = {
+    "bench", "bench --offline [flags]: times one rank's share of a model", 2, false, flags,
+    sizeof flags / sizeof *flags};
 
 typedef struct {  // a prompt, its way to the server, and what came back
     Buf prompt;
@@ -737,7 +755,10 @@ int bench_main(char **argv) {
     struct rlimit files;
     Buf text = {0};
     int n = 0;
-    flags_parse(&command, &o, argv);
+    bool offline = false;
+    for (char **a = argv; *a; a++) offline |= !strcmp(*a, "--offline");
+    flags_parse(offline ? &offline_command : &command, &o, argv);
+    if (offline) return share_main(&offline_command, &o.share);
     setvbuf(stdout, NULL, _IOLBF, 0);  // each line at once, to files and pipes too
     getrlimit(RLIMIT_NOFILE, &files);
     files.rlim_cur = files.rlim_max;

@@ -678,7 +678,7 @@ static void dummy_values(uint8_t *data, DummyKind kind, int64_t columns) {
         float normal = normal_quantile(i), uniform = 0.75 + 0.5 * i / DUMMY_VALUES, v;
         if (kind == SCALES) v = uniform / (DUMMY_SIGMA * sqrt(columns * BLOCK));
         else if (kind == GAINS) v = 1 + 0.1 * normal;
-        else v = kind == BIAS ? 0.05 * normal : kind == TABLE ? normal : normal / sqrt(columns);
+        else v = kind == BIAS ? 0.01 * normal : kind == TABLE ? normal : normal / sqrt(columns);
         uint32_t bits;
         memcpy(&bits, &v, sizeof bits);
         uint16_t half = bits >> 16;
@@ -929,6 +929,9 @@ static void progress_add(Progress *p, size_t n, double start, double *reported) 
              (total - done) / speed, slowest, 100 * rank_loaded(slowest));
 }
 
+// What else takes memory of a GPU: recorded steps, NCCL's buffers, those of the loader.
+static const double GPU_RESERVE = 3e9;
+
 // ==== One layer, one step ========================================================================
 // A step takes n rows, each one token at one position of one sequence, and needs no more than the
 // cache of the positions before. Rows of many sequences, decoding and prefilling, stand side by
@@ -1028,6 +1031,46 @@ Model *model_load(const Config *config, Checkpoint *files, int rank, int size, i
     m->routing = routing_new(max_rows, c);
     step_reserve(max_rows, c);
     return m;
+}
+
+typedef struct { double weights, steps, pool, tokens; } MemoryPlan;  // bytes; what the pool holds
+
+// Of a rank's part of the weights on a GPU. They are as in the checkpoint, but for kv_b_proj, whose
+// halves are bf16 there, and for vectors, which are too small to count.
+static double weights_plan(const Config *c, int size) {
+    Checkpoint *none = checkpoint_open("", true);
+    const Binding b = {none, c, 0, size};
+    int layers = c->num_hidden_layers, dense = c->first_k_dense_replace;
+    Layer first = {0}, last = {0};
+    double bytes = (2.0 * c->vocab_size / size + 1) * c->hidden_size * 2;
+    if (dense) bytes += dense * (double)layer_bind(&b, 0, &first);
+    if (dense < layers) bytes += (layers - dense) * (double)layer_bind(&b, layers - 1, &last);
+    free(last.moe_mlp.experts);
+    checkpoint_close(none);
+    return bytes + (double)layers * c->num_attention_heads / size * KV_DIM * LATENT_DIM;
+}
+
+// What model_load takes of a GPU for rank 0: its part of the weights, and all that a step writes;
+// and what then is left of `room` bytes for the cache. With step_reserve of kernels.cu.
+static MemoryPlan memory_plan(const Config *c, int size, int max_rows, int max_out, double room) {
+    // A tile for each multiprocessor, see products_room; two attended tiles' sums, see mla_reserve.
+    enum { SMS = 132, PARTS = SMS * 128 * 128, FEW = 256, SUMS = 2 * SMS * 64 * (LATENT_DIM + 2) };
+    double rows = max_rows, few = fmin(rows, FEW), k = c->num_experts_per_tok, slots = k + 1;
+    double heads = c->num_attention_heads / size, hidden = c->hidden_size;
+    double width = c->intermediate_size / size, expert = c->moe_intermediate_size / size;
+    double act = 3 + (double)sizeof(float) / BLOCK;  // of a column: bf16, e4m3, its scale
+    double bytes = act * (hidden + c->q_lora_rank + heads * V_DIM + width + slots * expert) +
+                   2 * (2 * hidden + c->q_lora_rank + CACHE_DIM) +
+                   2 * heads * (QK_DIM + CACHE_DIM + LATENT_DIM) + 4 * (ROPE_DIM + 3 * k) +
+                   4 * fmax(hidden, c->n_routed_experts);
+    double products = fmax(fmax(PARTS, 2 * rows * width),
+                           rows * slots + fmax(8 * few * slots * expert,
+                                               rows * slots * fmax(2 * expert, hidden / 2)));
+    double logits = 4.0 * max_out * c->vocab_size * (size > 1 ? 2 : 1);
+    MemoryPlan p = {weights_plan(c, size), rows * bytes + 4 * (products + SUMS) + logits};
+    p.pool = room - p.weights - p.steps - GPU_RESERVE;
+    p.tokens = p.pool / (2.0 * c->num_hidden_layers * CACHE_DIM);
+    return p;
 }
 
 void model_free(Model *m) {
@@ -1897,6 +1940,7 @@ static struct {
     Checkpoint *files;
     Model *model;               // rank 0's
     int chunk, max_running;     // prompt rows in a step; sequences in a step, one probe not counted
+    int recorded;               // steps of at most so many rows are recorded
     int n_pages, n_free, max_pages;  // of the cache; of one sequence
     Page *pages;                // [n_pages + 1] the last one is head and tail of the free list
     int *bucket, n_buckets;     // the first page of each hash, or -1
@@ -2463,40 +2507,58 @@ Event *engine_events(void) {
     return list;
 }
 
+enum { MOST_RUNNING = 4096 };
+
 // As many sequences as may ever run beside each other, SGLang's rule; --max-running-requests says
 // otherwise.
 static int running_limit(void) {
-    enum { PER_CONTEXT = 512, LEAST = 2048, MOST = 4096 };
+    enum { PER_CONTEXT = 512, LEAST = 2048 };
     int64_t n = (int64_t)PER_CONTEXT * server.max_total_tokens / server.context_len;
     if (server.options.max_running_requests) return server.options.max_running_requests;
-    return n < LEAST ? LEAST : n > MOST ? MOST : (int)n;
+    return n < LEAST ? LEAST : n > MOST_RUNNING ? MOST_RUNNING : (int)n;
 }
 
-// How many tokens the cache holds: as asked for, or --mem-fraction-static of the memory, in pages.
-static int pool_size(const Config *c, const Options *o) {
+// How many tokens the cache holds, in whole pages: as asked for; else what a GPU has left beside
+// weights and steps, or with --mem-fraction-static what that leaves beside the weights. The CPU's
+// memory is others', too, so there the flag is the cache's part, and a tenth by default.
+static int pool_size(const Config *c, const Options *o, int rows, int max_out) {
     double bytes = (double)c->num_hidden_layers * CACHE_DIM * sizeof(bf16);
+    double fraction = o->mem_fraction_static, pool;
     size_t available, memory;
-    device_memory(&available, &memory);
-    double tokens = o->max_total_tokens ? o->max_total_tokens
-                                        : o->mem_fraction_static * memory / bytes;
+    if (!device_memory(&available, &memory)) {
+        pool = (fraction > 0 ? fraction : 0.1) * memory;
+    } else {
+        MemoryPlan p = memory_plan(c, o->tensor_parallel_size, rows, max_out, available);
+        pool = fraction > 0 ? fraction * memory - p.weights : p.pool;
+        double want = o->max_total_tokens ? o->max_total_tokens * bytes : pool;
+        if (!(want >= PAGE * bytes && want <= p.pool))
+            die("GPU memory: want %.2f GB for weights, %.2f for steps of %d rows, %.2f for other "
+                "things and %.2f for the cache, of %.2f GB that are free", p.weights / 1e9,
+                p.steps / 1e9, rows, GPU_RESERVE / 1e9, fmax(want, PAGE * bytes) / 1e9,
+                available / 1e9);
+    }
+    double tokens = o->max_total_tokens ? o->max_total_tokens : pool / bytes;
     return (int)fmax(1, fmin(tokens / PAGE, 1 << 24)) * PAGE;
 }
 
 // The engine's thread is the first rank's: takes its device, and how much of the memory is the
-// cache's.
+// cache's. How many rows a step has depends on that in turn, so here it is the most.
 static void engine_open(void) {
+    const Options *o = &server.options;
     device_init(0, ranks.group.n_local);
-    server.max_total_tokens = pool_size(&server.config, &server.options);
+    engine.chunk = o->max_prefill_tokens;
+    if (o->chunked_prefill_size > 0 && o->chunked_prefill_size < engine.chunk)
+        engine.chunk = o->chunked_prefill_size;
+    int running = o->max_running_requests ? o->max_running_requests : MOST_RUNNING;
+    server.max_total_tokens = pool_size(&server.config, o, engine.chunk + running + 1, MAX_OUT);
 }
 
 // All memory that steps need; none is allocated later, but for tokens, texts and events.
 static void engine_load(int max_running) {
     const Options *o = &server.options;
-    bool dummy = !strcmp(o->load_format, "dummy"), chunked = o->chunked_prefill_size > 0;
-    Checkpoint *files = checkpoint_open(server.model_dir, dummy);
-    engine.chunk = o->max_prefill_tokens;
-    if (chunked && o->chunked_prefill_size < engine.chunk) engine.chunk = o->chunked_prefill_size;
+    Checkpoint *files = checkpoint_open(server.model_dir, !strcmp(o->load_format, "dummy"));
     engine.max_running = max_running;
+    engine.recorded = step_record(o->disable_cuda_graph ? 0 : o->cuda_graph_max_bs);
     engine.n_pages = server.max_total_tokens / PAGE + 1;  // a probe's
     engine.max_pages = pages_for(max_req_len());
     int rows = engine.chunk + max_running + 1, seqs = max_running + 1;
@@ -2554,6 +2616,21 @@ static double free_memory(void) {  // GB
     return available / 1e9;
 }
 
+// On a GPU the steps of 1, 2, .. rows are recorded now, so that no request waits for that. Each is
+// taken once: its rows are the first token of as many sequences, in a page that nobody has yet.
+static void engine_record(void) {
+    double start = now_seconds();
+    if (!engine.recorded) return;
+    log_line(0, "Capture cuda graph begin. avail mem=%.2f GB", free_memory());
+    for (int i = 0; i < engine.recorded && i < engine.max_running; i++) {
+        engine.seq[i] = engine.out[i] = i;
+        engine.batch.n = engine.batch.n_out = i + 1;
+        order_give(&(Order){.kind = ORDER_STEP, .batch = engine.batch});
+    }
+    log_line(0, "Capture cuda graph end. Time elapsed: %.2f s, avail mem=%.2f GB",
+             now_seconds() - start, free_memory());
+}
+
 // The group's state goes one further, unless it is draining by now.
 static bool state_advance(int from, int to) {
     return atomic_compare_exchange_strong(&server.state, &from, to);
@@ -2578,6 +2655,7 @@ static void *engine_main(void *unused) {
     log_line(0, "max_total_num_tokens=%d, chunked_prefill_size=%d, max_prefill_tokens=%d, "
              "max_running_requests=%d, context_len=%d", server.max_total_tokens, engine.chunk,
              server.options.max_prefill_tokens, engine.max_running, server.context_len);
+    engine_record();
     if (state_advance(STATE_LOADING, STATE_WARMUP) && !server.options.skip_server_warmup)
         engine_warmup();
     if (state_advance(STATE_WARMUP, STATE_READY))
@@ -2611,8 +2689,12 @@ static const Flag flags[] = {
      "config.json's"},
     {"--max-total-tokens", MODEL | AGREE, INTEGER, AT(max_total_tokens), PAGE, 1 << 30, NULL,
      "tokens that the cache holds; default: what fits"},
-    {"--mem-fraction-static", MODEL, REAL, AT(mem_fraction_static), 1e-6, 1, "0.1",
-     "part of the memory for the cache, where --max-total-tokens doesn't say"},
+    {"--mem-fraction-static", MODEL, REAL, AT(mem_fraction_static), 1e-6, 1, NULL,
+     "of a GPU's memory, for weights and cache; default: what fits; CPU: cache alone, 0.1"},
+    {"--disable-cuda-graph", SERVE | AGREE, SWITCH, AT(disable_cuda_graph), 0, 0, NULL,
+     "record no steps on a GPU"},
+    {"--cuda-graph-max-bs", SERVE | AGREE, INTEGER, AT(cuda_graph_max_bs), 1, 1 << 16, "256",
+     "on a GPU, steps of 1 to as many rows are recorded at the start; at most 256"},
     {"--chunked-prefill-size", MODEL | AGREE, INTEGER, AT(chunked_prefill_size), -1, 1 << 20,
      "8192", "prompt tokens of a step, at most; -1: --max-prefill-tokens"},
     {"--max-prefill-tokens", MODEL | AGREE, INTEGER, AT(max_prefill_tokens), 1, 1 << 20, "16384",
@@ -2682,7 +2764,7 @@ static const Flag flags[] = {
      "--disable-cuda-graph-padding --enable-nccl-nvls --disable-outlines-disk-cache "
      "--enable-p2p-check --triton-attention-reduce-in-fp32 --enable-memory-saver "
      "--show-time-cost --prefill-only-one-req --enable-hierarchical-cache "
-     "--disable-custom-all-reduce --disable-cuda-graph "
+     "--disable-custom-all-reduce "
      "--enable-dp-attention --enable-ep-moe",
      SERVE, IGNORED, 0, 0, 0, NULL, NULL},
     {"--device --tokenizer-mode --quantization-param-path --revision --download-dir "
@@ -2692,7 +2774,7 @@ static const Flag flags[] = {
      "--schedule-conservativeness --max-loras-per-batch --lora-backend --cuda-graph-bs "
      "--speculative-draft-model-path --speculative-algorithm --speculative-num-steps "
      "--speculative-eagle-topk --speculative-num-draft-tokens "
-     "--base-gpu-id --cuda-graph-max-bs --kv-cache-dtype "
+     "--base-gpu-id --kv-cache-dtype "
      "--tool-call-parser --ds- --dp-size --dp --data-parallel-size --ep-size --ep "
      "--expert-parallel-size",
      SERVE, IGNORED_VALUE, 0, 0, 0, NULL, NULL},
@@ -2938,7 +3020,8 @@ static void flag_write(Buf *b, const Flag *f, const Options *o, bool json) {
     if (f->kind == SWITCH) buf_str(b, json ? on ? "true" : "false" : on ? "True" : "False");
     else if (f->kind == INTEGER && (f->fallback || *(const int *)field))
         buf_printf(b, "%d", *(const int *)field);
-    else if (f->kind == REAL) buf_printf(b, "%g", *(const double *)field);
+    else if (f->kind == REAL && (f->fallback || *(const double *)field > 0))
+        buf_printf(b, "%g", *(const double *)field);
     else if (value && json) json_write_string(b, (Str){value, strlen(value)});
     else if (value) buf_printf(b, "'%s'", field == &o->api_key ? "***" : value);
     else buf_str(b, json ? "null" : "None");
@@ -3207,6 +3290,507 @@ static int tokenize_main(char **argv) {
     free(ids.data);
     buf_free(&text);
     tokenizer_free(server.tokenizer);
+    return 0;
+}
+
+// ==== One rank's share ===========================================================================
+// `r1 bench --offline` times what one rank of a group does in a step, at the model's true size, and
+// says how near that is to what memory and arithmetic allow. It takes one GPU where the group needs
+// eight: weights are made up, and the rank is alone, so that its sums hold its own part only and no
+// time for the others'. What that would add is told apart, as modelled. All this is about the
+// model, which is why it stands here and not in bench.c, a client; that file only reads its flags.
+
+typedef enum {  // what is timed by itself: the stages of model_layer, and what is around them
+    EMBED, NORM, QKV_A, LATENT, Q_B, QUERY, ATTEND, VALUE, OUT_PROJ, ROUTE, EXPERTS, DENSE, HEAD,
+    SAMPLE, N_STAGES
+} Stage;
+
+typedef struct {  // what must be done at least, each input read once, each output written once
+    double weights, cache, rows;  // bytes: weights as the checkpoint has them; rows: activations
+    double fp8, bf16;             // operations
+} Cost;
+
+typedef struct {  // steps that are alike
+    bool prompt;            // the rows are one sequence's first; else each is another one's next
+    int context;            // tokens that the last row sees
+    Batch batch;
+    double seen;            // by all rows together
+} Load;
+
+enum { MAX_LOADS = 16, SHARE_STEPS = 7, REPEATS = 2 };
+
+static struct {
+    const ShareOptions *o;
+    Model *m;
+    Ceilings most;
+    int n_pages, pool;      // of the cache: as many as are needed; as there is memory for
+    double *hit;            // [layers] experts that the rows of a step meet
+    float *logits;          // the rank's part
+    Choice *choice;
+    Sampling *sampling;     // [max_out]
+    FILE *out;              // --output-file, or NULL
+    char date[32];
+} share;
+
+// How often a layer has a stage; what is around the layers counts as the first one's.
+static int stage_calls(Stage s, int layer) {
+    bool moe = share.m->layers[layer].moe;
+    switch (s) {
+    case EMBED: case HEAD: case SAMPLE: return layer == 0;
+    case NORM: return 2;
+    case ROUTE: case EXPERTS: return moe;
+    case DENSE: return !moe;
+    default: return 1;
+    }
+}
+
+static void stage_run(Stage s, int layer) {
+    Model *m = share.m;
+    const Layer *l = &m->layers[layer];
+    const Config *c = &m->config;
+    const Batch *b = &m->batch;
+    float eps = c->rms_norm_eps;
+    int n = b->n, heads = c->num_attention_heads;
+    const Linear *kv_b = &l->self_attn.kv_b_proj;
+    switch (s) {
+    case EMBED: model_embed(m, b); break;
+    case NORM: add_norm(m->x, m->normed, m->y, &l->input_layernorm, eps, n); break;
+    case QKV_A:
+        linear_pair(m->q_a, m->kv_a, m->normed, &l->self_attn.q_a_proj,
+                    &l->self_attn.kv_a_proj_with_mqa, n);
+        break;
+    case LATENT:
+        mla_latent(m->q_latent, m->cache[layer], m->q_a, m->kv_a, &l->self_attn.q_a_layernorm,
+                   &l->self_attn.kv_a_layernorm, eps, m->rope, b);
+        break;
+    case Q_B: linear(m->q, m->q_latent, &l->self_attn.q_b_proj, n); break;
+    case QUERY: mla_query(m->query, m->q, kv_b, m->rope, heads, n); break;
+    case ATTEND: mla_attend(m->u, m->query, m->cache[layer], m->softmax_scale, heads, b); break;
+    case VALUE: mla_value(m->heads_out, m->u, kv_b, heads, n); break;
+    case OUT_PROJ: linear(m->y, m->heads_out, &l->self_attn.o_proj, n); break;
+    case ROUTE:
+        moe_route(&m->routing, m->normed, &l->moe_mlp.gate, &l->moe_mlp.e_score_correction_bias, c,
+                  n);
+        break;
+    case EXPERTS:
+        moe_experts(m->y, m->expert_hidden, m->normed, &m->routing, l->moe_mlp.experts,
+                    &l->moe_mlp.shared_experts, c, n);
+        break;
+    case DENSE: mlp(m->y, m->dense_hidden, m->normed, &l->mlp, n); break;
+    case HEAD: model_logits(m, b); break;
+    case SAMPLE:
+        sample(share.choice, share.logits, share.sampling, m->lm_head.out,
+               m->size > 1 ? m->lm_head.out : c->vocab_size, b->n_out);
+    default: break;
+    }
+}
+
+// A matrix, of which so many like it are read, and met by so many rows.
+static void cost_linear(Cost *t, const Linear *w, double copies, double rows) {
+    bool fp8 = w->dtype == DTYPE_F8_E4M3;
+    double size = (double)w->out * w->in, scales = ceil((double)w->out / BLOCK) * (w->in / BLOCK);
+    t->weights += copies * (fp8 ? size + scales * sizeof(float) : 2 * size);
+    *(fp8 ? &t->fp8 : &t->bf16) += 2 * rows * size;
+}
+
+static void cost_mlp(Cost *t, const Mlp *m, double copies, double rows) {
+    cost_linear(t, &m->gate_proj, copies, rows);
+    cost_linear(t, &m->up_proj, copies, rows);
+    cost_linear(t, &m->down_proj, copies, rows);
+}
+
+// One call's. Quantised rows are one byte a column, others two. Attention's operations are those of
+// the cheaper form: for rows that decode the one with latents, for a prompt's the one with keys and
+// values of each head, which must first be made from them (as many operations as absorbing takes).
+static Cost stage_cost(Stage s, int layer, const Load *load) {
+    const Model *m = share.m;
+    const Layer *l = &m->layers[layer];
+    const Config *c = &m->config;
+    const Linear *kv_b = &l->self_attn.kv_b_proj;
+    double n = load->batch.n, n_out = load->batch.n_out, hidden = c->hidden_size;
+    double q_lora = c->q_lora_rank, heads = c->num_attention_heads, row = CACHE_DIM * 2;
+    Cost t = {0};
+    switch (s) {
+    case EMBED: t.rows = n * 4 * hidden; break;
+    case NORM: t.rows = n * 7 * hidden; break;
+    case QKV_A:
+        cost_linear(&t, &l->self_attn.q_a_proj, 1, n);
+        cost_linear(&t, &l->self_attn.kv_a_proj_with_mqa, 1, n);
+        t.rows = n * (hidden + 2 * (q_lora + CACHE_DIM));
+        break;
+    case LATENT: t.rows = n * (2 * (q_lora + CACHE_DIM) + q_lora), t.cache = n * row; break;
+    case Q_B:
+        cost_linear(&t, &l->self_attn.q_b_proj, 1, n);
+        t.rows = n * (q_lora + 2 * heads * QK_DIM);
+        break;
+    case QUERY: case VALUE:  // a half of kv_b_proj each
+        cost_linear(&t, kv_b, 0.5, 0);
+        t.bf16 = n * kv_b->out * kv_b->in;
+        t.rows = n * heads * (s == QUERY ? 2 * (QK_DIM + CACHE_DIM) : 2 * LATENT_DIM + V_DIM);
+        break;
+    case ATTEND:
+        t.cache = (load->prompt ? n : load->seen) * row;
+        t.bf16 = 2 * load->seen * heads * (load->prompt ? QK_DIM + V_DIM : CACHE_DIM + LATENT_DIM);
+        t.rows = n * heads * 2 * (CACHE_DIM + LATENT_DIM);
+        break;
+    case OUT_PROJ:
+        cost_linear(&t, &l->self_attn.o_proj, 1, n);
+        t.rows = n * (heads * V_DIM + 2 * hidden);
+        break;
+    case ROUTE:
+        cost_linear(&t, &l->moe_mlp.gate, 1, n);
+        t.rows = n * (2 * hidden + c->num_experts_per_tok * 8);
+        break;
+    case EXPERTS:
+        cost_mlp(&t, &l->moe_mlp.experts[0], share.hit[layer], n * c->num_experts_per_tok);
+        cost_mlp(&t, &l->moe_mlp.shared_experts, 1, n);
+        t.rows = n * 3 * hidden;
+        break;
+    case DENSE: cost_mlp(&t, &l->mlp, 1, n), t.rows = n * 3 * hidden; break;
+    case HEAD:
+        cost_linear(&t, &m->lm_head, 1, n_out);
+        t.rows = n * 6 * hidden + n_out * (2 * hidden + 4 * m->lm_head.out);
+        break;
+    default: t.rows = n_out * 4 * m->lm_head.out;
+    }
+    return t;
+}
+
+static double cost_bytes(const Cost *t) { return t->weights + t->cache + t->rows; }
+
+// Adds up one stage's calls in all layers, and returns the seconds they take at least.
+static double stage_floor(Cost *sum, int *calls, Stage s, const Load *load) {
+    double floor = 0;
+    for (int i = 0; i < share.m->config.num_hidden_layers; i++) {
+        int n = stage_calls(s, i);
+        if (!n) continue;
+        Cost t = stage_cost(s, i, load);
+        double memory = cost_bytes(&t) / share.most.read;
+        floor += n * fmax(memory, t.fp8 / share.most.fp8 + t.bf16 / share.most.bf16);
+        sum->weights += n * t.weights, sum->cache += n * t.cache, sum->rows += n * t.rows;
+        sum->fp8 += n * t.fp8, sum->bf16 += n * t.bf16, *calls += n;
+    }
+    return floor;
+}
+
+// ---- Steps
+
+static void load_free(Load *l) {
+    const int *arrays[] = {l->batch.id, l->batch.position, l->batch.seq, l->batch.pages,
+                           l->batch.out};
+    for (size_t i = 0; i < COUNT(arrays); i++) free((void *)arrays[i]);
+}
+
+// n rows, whose ids are of this rank's part of the vocabulary: others' embeddings are zeros here.
+static Load load_new(bool prompt, int n, int context) {
+    int pages = pages_for(context), n_seqs = prompt ? 1 : n, ids = share.m->embed_tokens.out;
+    int *id = xcalloc(n, sizeof *id), *position = xcalloc(n, sizeof *position);
+    int *seq = xcalloc(n, sizeof *seq), *out = xcalloc(n, sizeof *out);
+    int *table = xcalloc(n_seqs, pages * sizeof *table);
+    Load l = {prompt, context, {n, id, position, seq, table, pages, out, n_seqs}, 0};
+    for (int i = 0; i < n; i++) {
+        id[i] = mix(i + 1) % ids, seq[i] = prompt ? 0 : i, out[i] = prompt ? n - 1 : i;
+        position[i] = prompt ? i : context - 1;
+        l.seen += position[i] + 1;
+    }
+    for (int i = 0; i < n_seqs * pages; i++) table[i] = i;
+    return l;
+}
+
+// Experts that the last routed rows have met.
+static int experts_hit(void) {
+    int n_experts = share.m->config.n_routed_experts, start[n_experts + 1], hit = 0;
+    device_copy(start, share.m->routing.start, sizeof start);
+    for (int e = 0; e < n_experts; e++) hit += start[e + 1] > start[e];
+    return hit;
+}
+
+// The step once, not recorded, so that each layer's routing can be looked at.
+static void hits_count(const Load *load) {
+    Model *m = share.m;
+    step_record(0);
+    if (!step_begin(&m->batch, &load->batch)) die("a step that is not recorded was");
+    model_embed(m, &m->batch);
+    for (int i = 0; i < m->config.num_hidden_layers; i++) {
+        model_layer(m, i, &m->batch);
+        share.hit[i] = m->layers[i].moe ? experts_hit() : 0;
+    }
+    model_logits(m, &m->batch);
+    step_end();
+    step_record(INT_MAX);
+}
+
+static int by_value(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+// Seconds of a step and its choices, as the engine does them, or of the choices alone.
+static double step_seconds(const Load *load, bool choices_only) {
+    double t[SHARE_STEPS];
+    for (int i = -REPEATS; i < SHARE_STEPS; i++) {  // the first ones are not counted
+        double start = now_seconds();
+        if (!choices_only) model_step(share.m, &load->batch);
+        stage_run(SAMPLE, 0);
+        if (i >= 0) t[i] = now_seconds() - start;
+    }
+    qsort(t, SHARE_STEPS, sizeof *t, by_value);
+    return t[SHARE_STEPS / 2];
+}
+
+// What the cache holds are latents that the model has made of its first rows, over and over.
+static void cache_fill(int rows) {
+    Load l = load_new(true, rows, rows);
+    model_step(share.m, &l.batch);
+    stage_run(SAMPLE, 0);  // waits
+    load_free(&l);
+    for (int i = 0; i < share.m->config.num_hidden_layers; i++)
+        for (int have = rows / PAGE, n; have < share.n_pages; have += n) {
+            size_t page = (size_t)PAGE * CACHE_DIM * sizeof(bf16);
+            n = have < share.n_pages - have ? have : share.n_pages - have;
+            device_copy((char *)share.m->cache[i] + have * page, share.m->cache[i], n * page);
+        }
+}
+
+// ---- What is printed
+
+// Goals for rank 0 of 8 of R1 671B on an H200, in microseconds of a call; N_STAGES is the step. The
+// text is empty where there is none.
+static const char *goal_text(int stage, const Load *load, double unit) {
+    static const struct { int stage, prompt, rows, context; double us; } goals[] = {
+        {N_STAGES, 0, 1, 1024, 2600},   {N_STAGES, 0, 8, 8192, 7200},
+        {N_STAGES, 0, 64, 8192, 29000}, {N_STAGES, 0, 256, 1024, 28000},
+        {N_STAGES, 1, 1024, 0, 40000},  {N_STAGES, 1, 4096, 0, 90000},
+        {QKV_A, 0, 1, 0, 4.9},          {OUT_PROJ, 0, 1, 0, 4.9},
+        {Q_B, 0, 1, 0, 2.4},            {HEAD, 0, 1, 0, 54},
+        {EXPERTS, 0, 1, 0, 15.5},       {EXPERTS, 0, 64, 0, 340},
+        {EXPERTS, 0, 256, 0, 360},      {ATTEND, 0, 1, 1024, 5},
+        {ATTEND, 0, 1, 32768, 16},      {ATTEND, 0, 64, 8192, 147},
+        {ATTEND, 1, 4096, 0, 184},      {NORM, 0, 1, 0, 3},
+        {ROUTE, 0, 1, 0, 5},
+    };
+    static char text[32];
+    const Config *c = &share.m->config;
+    int n = share.m->size == 8 && c->hidden_size == 7168 && c->num_hidden_layers == 61
+                ? COUNT(goals) : 0;
+    *text = 0;
+    for (int i = 0; i < n; i++)
+        if (goals[i].stage == stage && goals[i].prompt == load->prompt &&
+            goals[i].rows == load->batch.n &&
+            (!goals[i].context || goals[i].context == load->context))
+            snprintf(text, sizeof text, "%8.1f", goals[i].us / unit);
+    return text;
+}
+
+static void stage_all(void *stage) {
+    Stage s = *(Stage *)stage;
+    for (int i = 0; i < share.m->config.num_hidden_layers; i++)
+        for (int n = stage_calls(s, i); n > 0; n--) stage_run(s, i);
+}
+
+// Each stage by itself, in all layers one after the other, so that its weights come from memory.
+// The rows of all layers' experts are then routed alike, as the last layer did.
+static void profile_print(const Load *load, double step) {
+    static const char *const names[] = {
+        "embed", "add_norm", "q_a, kv_a", "mla_latent", "q_b", "mla_query", "mla_attend",
+        "mla_value", "o_proj", "moe_route", "moe_experts", "mlp", "norm, logits", "sample"};
+    double sum = 0;
+    int last = share.m->config.num_hidden_layers - 1;
+    printf("    stage          calls  us a call       MB     GB/s  floor us  floor/time  "
+           "goal us\n");
+    for (Stage s = 0; s < N_STAGES; s++) {
+        Cost t = {0};
+        int calls = 0;
+        for (int i = 0; s == EXPERTS && share.m->layers[last].moe && i <= last; i++)
+            share.hit[i] = experts_hit();
+        double floor = stage_floor(&t, &calls, s, load);
+        if (!calls) continue;
+        double seconds = s == SAMPLE ? step_seconds(load, true) : device_seconds(stage_all, &s);
+        sum += seconds;
+        printf("    %-13s %6d %10.2f %8.2f %8.0f %9.2f %9.1f %%%s\n", names[s], calls,
+               seconds / calls * 1e6, cost_bytes(&t) / calls / 1e6,
+               cost_bytes(&t) / seconds / 1e9, floor / calls * 1e6, 100 * floor / seconds,
+               goal_text(s, load, 1));
+    }
+    printf("    all stages %.2f ms, the step %.2f ms\n", sum * 1e3, step * 1e3);
+}
+
+// NCCL's time for a step's sums, fitted to what others publish, within 30 % at best: 18 us and the
+// ring's bytes at 370 GB/s for each; to a second node 22 us and an eighth of the bytes at 45 GB/s.
+static double sums_model(int rows) {
+    const Config *c = &share.m->config;
+    double size = share.m->size, n = fmin(size, 8), bytes = 2.0 * rows * c->hidden_size;
+    double each = 18e-6 + 2 * (n - 1) / n * bytes / 370e9;
+    if (size > 8) each += 22e-6 + bytes / 8 / 45e9;
+    return size > 1 ? (2 * c->num_hidden_layers + 1) * each : 0;
+}
+
+static void json_print(const Load *load, const Cost *t, double hit, double floor, double step) {
+    const Ceilings *most = &share.most;
+    fprintf(share.out,
+            "{\"device\":\"%s\",\"date\":\"%s\",\"tp\":%d,\"layers\":%d,\"kind\":\"%s\","
+            "\"rows\":%d,\"context\":%d,\"experts_hit\":%.15g,\"weight_bytes\":%.15g,"
+            "\"cache_bytes\":%.15g,\"activation_bytes\":%.15g,\"fp8_ops\":%.15g,"
+            "\"bf16_ops\":%.15g,\"floor_s\":%.15g,\"step_s\":%.15g,\"tokens_per_s\":%.15g,"
+            "\"modelled_communication_s\":%.15g,\"read_ceiling\":%.15g,\"copy_ceiling\":%.15g,"
+            "\"fp8_ceiling\":%.15g,\"bf16_ceiling\":%.15g}\n",
+            most->name, share.date, share.m->size, share.m->config.num_hidden_layers,
+            load->prompt ? "prefill" : "decode", load->batch.n, load->context, hit, t->weights,
+            t->cache, t->rows, t->fp8, t->bf16, floor, step, load->batch.n / step,
+            sums_model(load->batch.n), most->read, most->copy, most->fp8, most->bf16);
+}
+
+static void load_time(bool prompt, int rows, int context) {
+    long pages = (prompt ? 1L : rows) * pages_for(context);
+    printf("%-7s %6d %8d ", prompt ? "prefill" : "decode", rows, context);
+    if (pages > share.n_pages) {
+        printf(" does not fit: %ld tokens, %ld would\n", pages * PAGE, (long)share.pool * PAGE);
+        return;
+    }
+    const Config *c = &share.m->config;
+    Load load = load_new(prompt, rows, context);
+    Cost t = {0};
+    double floor = 0, hit = 0;
+    int calls = 0, n_moe = c->num_hidden_layers - c->first_k_dense_replace;
+    hits_count(&load);
+    double step = step_seconds(&load, false);
+    for (int i = 0; i < c->num_hidden_layers; i++) hit += share.hit[i] / fmax(1, n_moe);
+    for (int s = 0; s < N_STAGES; s++) floor += stage_floor(&t, &calls, s, &load);
+    printf("%7.1f %7.2f %7.2f %7.2f %8.2f %8.2f %6.1f %% %8.0f%s\n", hit, t.weights / 1e9,
+           t.cache / 1e9, t.rows / 1e9, floor * 1e3, step * 1e3, 100 * floor / step, rows / step,
+           goal_text(N_STAGES, &load, 1000));
+    if (share.out) json_print(&load, &t, hit, floor, step);
+    if (share.o->profile) profile_print(&load, step);
+    fflush(stdout);
+    load_free(&load);
+}
+
+// A list like 1,8,64 into out, which has room for MAX_LOADS; returns how many.
+static int numbers_parse(int *out, const Command *command, const char *flag, const char *text,
+                         int high) {
+    int n = 0;
+    for (const char *p = text;; p++) {
+        char *end;
+        long v = strtol(p, &end, 10);
+        if (end == p || *p < '0' || *p > '9' || v < 1 || v > high || n == MAX_LOADS ||
+            (*end && *end != ','))
+            usage_die(command, "%s: got \"%s\", want 1 to %d integers in 1..%d, with commas", flag,
+                      text, MAX_LOADS, high);
+        out[n++] = v;
+        if (!*(p = end)) return n;
+    }
+}
+
+static void share_load(const Config *c, Checkpoint *files, int size, int rows, int max_out) {
+    size_t before, after, total;
+    uint8_t byte;
+    Progress progress = {0};
+    const double row = (double)c->num_hidden_layers * CACHE_DIM * sizeof(bf16);
+    MemoryPlan plan = memory_plan(c, size, rows, max_out, 0);
+    bool gpu = device_memory(&before, &total);
+    double start = now_seconds();
+    share.m = model_load(c, files, 0, size, rows, max_out, share.n_pages, &progress);
+    device_copy(&byte, share.m->x, 1);  // waits
+    printf("weights %.2f GB, made up in %.1f s; a cache of %d tokens where %ld would fit\n",
+           progress.total_bytes / 1e9, now_seconds() - start, share.n_pages * PAGE,
+           (long)share.pool * PAGE);
+    device_memory(&after, &total);
+    if (gpu)
+        printf("memory, planned: weights %.2f GB, steps %.2f GB, cache %.2f GB; taken: %.2f GB\n",
+               plan.weights / 1e9, plan.steps / 1e9, share.n_pages * PAGE * row / 1e9,
+               (before - after) / 1e9);
+    share.hit = xcalloc(c->num_hidden_layers, sizeof *share.hit);
+    share.choice = xcalloc(max_out, sizeof *share.choice);
+    share.sampling = xcalloc(max_out, sizeof *share.sampling);
+    for (int i = 0; i < max_out; i++)
+        share.sampling[i] = (Sampling){.temperature = 0.6, .top_p = 0.95, .top_k = -1, .seed = i,
+                                       .repetition_penalty = 1, .top_logprobs = -1};
+    share.logits = size > 1 ? share.m->part : share.m->logits;
+}
+
+static void table_head(const char *dir, int layers) {
+    const Ceilings *most = &share.most;
+    printf("%s, %s: rank 0 of %d, %d of %d layers\nmodel: %s\n", most->name, share.date,
+           share.o->tp, share.o->layers ? share.o->layers : layers, layers, dir);
+    printf("measured ceilings: memory read %.0f GB/s, copied %.0f GB/s; products FP8 %.4g TFLOPS, "
+           "bf16 %.4g\n", most->read / 1e9, most->copy / 1e9, most->fp8 / 1e12, most->bf16 / 1e12);
+}
+
+static void table_foot(const int *rows, int n) {
+    printf("\nhit: experts that the rows chose, counted and averaged over layers. GB: weights of "
+           "these and all\nothers, read once; cache read and written; what stages give each other. "
+           "floor: the sum over\nstages of the longer of bytes / read ceiling and operations / "
+           "their ceiling.\n");
+    if (share.o->tp == 1) return;
+    printf("Modelled, not measured, and in no figure above: NCCL's %d sums of a step,",
+           2 * share.m->config.num_hidden_layers + 1);
+    for (int i = 0; i < n; i++)
+        printf("%s%d rows %.2f ms", i % 4 ? ", " : "\n  ", rows[i], sums_model(rows[i]) * 1e3);
+    printf("\n");
+}
+
+static int largest(const int *v, int n) {
+    int most = 0;
+    for (int i = 0; i < n; i++) most = v[i] > most ? v[i] : most;
+    return most;
+}
+
+// The model as --layers leaves it.
+static Config share_config(const Command *command, const ShareOptions *o, const char *dir) {
+    Config c = config_load(dir);
+    char err[256];
+    config_check_ranks(err, sizeof err, &c, o->tp);
+    if (*err) usage_die(command, "--tensor-parallel-size: %s", err);
+    if (o->layers > c.num_hidden_layers)
+        usage_die(command, "--layers: got %d, want at most the model's %d", o->layers,
+                  c.num_hidden_layers);
+    if (o->layers) c.num_hidden_layers = o->layers;
+    if (c.first_k_dense_replace > c.num_hidden_layers)
+        c.first_k_dense_replace = c.num_hidden_layers;
+    c.num_nextn_predict_layers = 0;
+    return c;
+}
+
+int share_main(const Command *command, const ShareOptions *o) {
+    int batch[2 * MAX_LOADS], context[MAX_LOADS], prefill[MAX_LOADS];
+    const char *dir = model_directory(o->model_path ? o->model_path : default_model());
+    Config c = share_config(command, o, dir);
+    int longest = c.max_position_embeddings;
+    int n_batch = numbers_parse(batch, command, "--batch", o->batch, 4096);
+    int n_context = numbers_parse(context, command, "--context", o->context, longest);
+    int n_prefill = numbers_parse(prefill, command, "--prefill", o->prefill, longest);
+    if (o->output_file && !(share.out = fopen(o->output_file, "a")))
+        die("--output-file %s: %s", o->output_file, strerror(errno));
+    strftime(share.date, sizeof share.date, "%Y-%m-%d %H:%M:%S", localtime(&(time_t){time(NULL)}));
+    share.o = o;
+    device_init(0, 1);
+    share.most = device_ceilings();
+    table_head(dir, o->layers ? config_load(dir).num_hidden_layers : c.num_hidden_layers);
+    int max_out = largest(batch, n_batch), longest_prompt = largest(prefill, n_prefill);
+    int rows = largest((int[]){PAGE, max_out, longest_prompt}, 3);
+    share.pool = pool_size(&c, &(Options){.tensor_parallel_size = o->tp}, rows, max_out) / PAGE;
+    share.n_pages = pages_for(rows);
+    if (share.pool < share.n_pages)
+        die("the cache has room for %ld tokens, want %d", (long)share.pool * PAGE, rows);
+    for (int i = 0; i < n_batch * n_context; i++) {
+        long pages = (long)batch[i / n_context] * pages_for(context[i % n_context]);
+        if (pages <= share.pool && pages > share.n_pages) share.n_pages = pages;
+    }
+    Checkpoint *files = checkpoint_open(dir, true);
+    share_load(&c, files, o->tp, rows, max_out);
+    cache_fill(rows);
+    printf("\n                       experts weights   cache  activ.    floor     step   floor/"
+           "              goal\nstep     rows  context     hit      GB      GB      GB       ms"
+           "       ms     step tokens/s      ms\n");
+    for (int i = 0; i < n_batch * n_context; i++)
+        load_time(false, batch[i / n_context], context[i % n_context]);
+    for (int i = 0; i < n_prefill; i++) load_time(true, prefill[i], prefill[i]);
+    memcpy(batch + n_batch, prefill, n_prefill * sizeof *prefill);
+    table_foot(batch, n_batch + n_prefill);
+    if (share.out && fclose(share.out) != 0) die("--output-file: %s", strerror(errno));
+    model_free(share.m), checkpoint_close(files);
+    free(share.hit), free(share.choice), free(share.sampling);
+    stdout_check();
     return 0;
 }
 

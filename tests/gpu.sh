@@ -33,6 +33,33 @@ for question in "How many r are there in strawberry ?" "How many e are there in 
 done
 echo "7 answers are the same $ranks"'
 
+# All layers of a rank of eight where they fit; and the memory that was planned must be what it took.
+share='
+layers=61
+[ "$(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1)" -gt 120000 ] ||
+    layers=40
+build/cuda/r1 bench --offline --model-path tests/golden/r1 --tp 8 --layers $layers --profile \
+    >build/cuda/logs/share_table || exit 1
+grep -E "^(NV|meas|weights|memory|step|decode|prefill)" build/cuda/logs/share_table | sed "s/^/note: /"
+awk "/^memory, planned/ { plan = \$4 + \$7 + \$10; taken = \$13 }
+    END { off = taken / plan - 1
+          printf \"%.2f GB of memory planned, %.2f GB taken\\n\", plan, taken
+          exit !(off > -0.01 && off < 0.01) }" build/cuda/logs/share_table'
+
+# Steps are recorded before any other has run, also with several ranks; then all sizes are asked for.
+serve='
+[ "$(nvidia-smi -L | wc -l)" -lt 2 ] || ranks="--tp 2"
+log=build/cuda/logs/serve_log
+build/cuda/r1 serve --model-path tiny-r1 --host 127.0.0.1 --port 0 --skip-server-warmup $ranks \
+    2>$log & pid=$!
+for i in $(seq 100); do grep -q "ready to roll" $log && break; sleep 0.2; done
+port=$(sed -n "s/.* running on http:..127.0.0.1:\([0-9]*\).*/\1/p" $log)
+build/cuda/r1 bench --port "$port" --tokenizer tiny-r1 --num-prompts 300 --random-input-len 64 \
+    --random-output-len 64 --disable-tqdm --output-file build/cuda/logs/serve_jsonl || exit 1
+kill $pid
+wait $pid || exit 1
+grep "Capture cuda graph end" $log'
+
 # Loading from a disk, whose speed changes: in turns with a plain read of the same files. And from
 # memory, which shows what the rest could do.
 loads='
@@ -62,6 +89,8 @@ done
 part oracle 60 build/cuda/test_oracle_cuda
 part slices 60 build/cuda/test_slices_cuda
 part answers 60 sh -c "$answers"
+part share 120 sh -c "$share"
+part serve 60 sh -c "$serve"
 part loads 120 sh -c "$loads"
 part cuda_files 60 build/cuda/test_cuda files
 rm -rf build/load
@@ -79,6 +108,6 @@ done
 for name in cuda gemm mla; do part bench_$name 60 build/cuda/test_$name bench; done
 part bench_layer 60 build/cuda/test_cuda bench_layer
 grep -h "^note" $logs/cuda_model $logs/cuda_talks $logs/cuda_files $logs/loads $logs/slices \
-    $logs/bench_*
+    $logs/share $logs/bench_*
 echo "$table"
 exit $failed
