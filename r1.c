@@ -1033,7 +1033,10 @@ Model *model_load(const Config *config, Checkpoint *files, int rank, int size, i
     return m;
 }
 
-typedef struct { double weights, steps, pool, tokens; } MemoryPlan;  // bytes; what the pool holds
+typedef struct {            // of a rank's memory, in bytes
+    double room, weights, steps, logits, reserve, pool;  // room: all of it; pool: the cache
+    int rows, tokens;       // of a step; that the pool holds, in whole pages
+} MemoryPlan;
 
 // Of a rank's part of the weights on a GPU. They are as in the checkpoint, but for kv_b_proj, whose
 // halves are bf16 there, and for vectors, which are too small to count.
@@ -1067,10 +1070,59 @@ static MemoryPlan memory_plan(const Config *c, int size, int max_rows, int max_o
                            rows * slots + fmax(8 * few * slots * expert,
                                                rows * slots * fmax(2 * expert, hidden / 2)));
     double logits = 4.0 * max_out * c->vocab_size * (size > 1 ? 2 : 1);
-    MemoryPlan p = {weights_plan(c, size), rows * bytes + 4 * (products + SUMS) + logits};
-    p.pool = room - p.weights - p.steps - GPU_RESERVE;
-    p.tokens = p.pool / (2.0 * c->num_hidden_layers * CACHE_DIM);
-    return p;
+    double steps = rows * bytes + 4 * (products + SUMS), weights = weights_plan(c, size);
+    double pool = room - weights - steps - logits - GPU_RESERVE;
+    return (MemoryPlan){room, weights, steps, logits, GPU_RESERVE, pool, max_rows, 0};
+}
+
+static double cache_bytes(const Config *c) {  // of a token
+    return (double)c->num_hidden_layers * CACHE_DIM * sizeof(bf16);
+}
+
+// Makes the pool what was asked for, in whole pages, of what p leaves for it: --max-total-tokens; or
+// what --mem-fraction-static of all `memory` leaves beside the weights; or all that there is. False:
+// it does not fit, or there is no room for a page.
+static bool memory_divide(MemoryPlan *p, const Config *c, const Options *o, double memory) {
+    double left = p->pool, row = cache_bytes(c), fraction = o->mem_fraction_static;
+    double want = fraction > 0 ? fraction * memory - p->weights : left;
+    if (o->max_total_tokens) want = o->max_total_tokens * row;
+    p->tokens = (int)fmax(1, fmin(want / row / PAGE, 1 << 24)) * PAGE;
+    p->pool = p->tokens * row;
+    return want >= PAGE * row && want <= left;
+}
+
+static void memory_line(Buf *b, double bytes, const char *format, ...)
+    __attribute__((format(printf, 3, 4)));
+static void memory_line(Buf *b, double bytes, const char *format, ...) {
+    va_list args;
+    size_t start = b->len;
+    if (!bytes) return;
+    va_start(args, format);
+    buf_vprintf(b, format, args);
+    va_end(args);
+    buf_printf(b, "%*s%8.2f GB\n", (int)(30 - (b->len - start)), "", bytes / 1e9);
+}
+
+// The table that plan prints and serve logs, and how many requests of some lengths fit at once.
+static void memory_table(Buf *b, const MemoryPlan *p, const Config *c, int n_ranks, double unused,
+                         int context_len, int most) {
+    int lengths[] = {2000, 8192, context_len}, pages = p->tokens / PAGE, shown = 0;
+    memory_line(b, p->weights, "weights");
+    memory_line(b, p->steps, "activations, %d rows", p->rows);
+    memory_line(b, p->logits, "logits and sampling");
+    memory_line(b, p->reserve, "graphs, NCCL, the rest");
+    memory_line(b, p->pool, "KV cache");
+    b->len--;
+    buf_printf(b, "   %d pages of %d tokens, %.0f bytes a token\n", pages, PAGE, cache_bytes(c));
+    memory_line(b, unused, "free");
+    memory_line(b, p->room, n_ranks > 1 ? "total, each of %d ranks" : "total", n_ranks);
+    buf_printf(b, "max_total_num_tokens=%d, context_len=%d; at once:", p->tokens, context_len);
+    for (int i = 0; i < 3; i++) {
+        int each = (lengths[i] + PAGE - 1) / PAGE, n = pages / each < most ? pages / each : most;
+        if (lengths[i] > context_len || !n || (i < 2 && lengths[i] == context_len)) continue;
+        buf_printf(b, "%s %d x %d", shown++ ? "," : "", n, lengths[i]);
+    }
+    buf_printf(b, "%s tokens\n", shown ? "" : " no request of 2000");
 }
 
 void model_free(Model *m) {
@@ -1939,6 +1991,7 @@ typedef struct {  // what a step does, for the log: sequences that decode; of pr
 static struct {
     Checkpoint *files;
     Model *model;               // rank 0's
+    MemoryPlan memory;          // of each rank of this node
     int chunk, max_running;     // prompt rows in a step; sequences in a step, one probe not counted
     int recorded;               // steps of at most so many rows are recorded
     int n_pages, n_free, max_pages;  // of the cache; of one sequence
@@ -2511,46 +2564,48 @@ enum { MOST_RUNNING = 4096 };
 
 // As many sequences as may ever run beside each other, SGLang's rule; --max-running-requests says
 // otherwise.
-static int running_limit(void) {
+static int running_limit(const Options *o, int tokens, int context_len) {
     enum { PER_CONTEXT = 512, LEAST = 2048 };
-    int64_t n = (int64_t)PER_CONTEXT * server.max_total_tokens / server.context_len;
-    if (server.options.max_running_requests) return server.options.max_running_requests;
+    int64_t n = (int64_t)PER_CONTEXT * tokens / context_len;
+    if (o->max_running_requests) return o->max_running_requests;
     return n < LEAST ? LEAST : n > MOST_RUNNING ? MOST_RUNNING : (int)n;
 }
 
-// How many tokens the cache holds, in whole pages: as asked for; else what a GPU has left beside
-// weights and steps, or with --mem-fraction-static what that leaves beside the weights. The CPU's
-// memory is others', too, so there the flag is the cache's part, and a tenth by default.
-static int pool_size(const Config *c, const Options *o, int rows, int max_out) {
-    double bytes = (double)c->num_hidden_layers * CACHE_DIM * sizeof(bf16);
-    double fraction = o->mem_fraction_static, pool;
+// What the engine takes of this rank's memory. The CPU's is others', too, and what it holds besides
+// the cache is small: there --mem-fraction-static is the cache's part, a tenth by default.
+static MemoryPlan memory_here(const Config *c, const Options *o, int rows, int max_out) {
     size_t available, memory;
-    if (!device_memory(&available, &memory)) {
-        pool = (fraction > 0 ? fraction : 0.1) * memory;
-    } else {
-        MemoryPlan p = memory_plan(c, o->tensor_parallel_size, rows, max_out, available);
-        pool = fraction > 0 ? fraction * memory - p.weights : p.pool;
-        double want = o->max_total_tokens ? o->max_total_tokens * bytes : pool;
-        if (!(want >= PAGE * bytes && want <= p.pool))
-            die("GPU memory: want %.2f GB for weights, %.2f for steps of %d rows, %.2f for other "
-                "things and %.2f for the cache, of %.2f GB that are free", p.weights / 1e9,
-                p.steps / 1e9, rows, GPU_RESERVE / 1e9, fmax(want, PAGE * bytes) / 1e9,
-                available / 1e9);
-    }
-    double tokens = o->max_total_tokens ? o->max_total_tokens : pool / bytes;
-    return (int)fmax(1, fmin(tokens / PAGE, 1 << 24)) * PAGE;
+    bool gpu = device_memory(&available, &memory);
+    double fraction = o->mem_fraction_static > 0 ? o->mem_fraction_static : 0.1;
+    double share = (double)memory / ranks.group.n_local;
+    MemoryPlan p = {.room = share, .pool = fraction * share, .rows = rows};
+    if (gpu) p = memory_plan(c, o->tensor_parallel_size, rows, max_out, available);
+    Options cpu = {.max_total_tokens = o->max_total_tokens};
+    if (memory_divide(&p, c, gpu ? o : &cpu, memory) || !gpu) return p;
+    die("GPU memory: want %.2f GB for weights, %.2f for steps of %d rows, %.2f for other things and "
+        "%.2f for the cache, of %.2f GB that are free", p.weights / 1e9,
+        (p.steps + p.logits) / 1e9, rows, p.reserve / 1e9, p.pool / 1e9, p.room / 1e9);
+}
+
+static int chunk_rows(const Options *o) {
+    bool chunked = o->chunked_prefill_size > 0 && o->chunked_prefill_size < o->max_prefill_tokens;
+    return chunked ? o->chunked_prefill_size : o->max_prefill_tokens;
+}
+
+// The most rows that a step can have. How many sequences run depends on the cache's size in turn.
+static int most_rows(const Options *o) {
+    int running = o->max_running_requests ? o->max_running_requests : MOST_RUNNING;
+    return chunk_rows(o) + running + 1;
 }
 
 // The engine's thread is the first rank's: takes its device, and how much of the memory is the
-// cache's. How many rows a step has depends on that in turn, so here it is the most.
+// cache's.
 static void engine_open(void) {
     const Options *o = &server.options;
     device_init(0, ranks.group.n_local);
-    engine.chunk = o->max_prefill_tokens;
-    if (o->chunked_prefill_size > 0 && o->chunked_prefill_size < engine.chunk)
-        engine.chunk = o->chunked_prefill_size;
-    int running = o->max_running_requests ? o->max_running_requests : MOST_RUNNING;
-    server.max_total_tokens = pool_size(&server.config, o, engine.chunk + running + 1, MAX_OUT);
+    engine.chunk = chunk_rows(o);
+    engine.memory = memory_here(&server.config, o, most_rows(o), MAX_OUT);
+    server.max_total_tokens = engine.memory.tokens;
 }
 
 // All memory that steps need; none is allocated later, but for tokens, texts and events.
@@ -2636,6 +2691,19 @@ static bool state_advance(int from, int to) {
     return atomic_compare_exchange_strong(&server.state, &from, to);
 }
 
+// What the memory became: the plan, with the weights that were loaded and what is free now.
+static void log_memory(int rank) {
+    MemoryPlan p = engine.memory;
+    Buf b = {0};
+    p.weights = server.ranks[rank].progress.total_bytes;
+    p.tokens = server.max_total_tokens, p.pool = p.tokens * cache_bytes(&server.config);
+    memory_table(&b, &p, &server.config, server.n_ranks, 1e9 * free_memory(), server.context_len,
+                 engine.max_running);
+    for (char *line = b.data, *end; (end = strchr(line, '\n')); line = end + 1)
+        log_line(rank, "%.*s", (int)(end - line), line);
+    buf_free(&b);
+}
+
 static void *engine_main(void *unused) {
     (void)unused;
     Order order;
@@ -2646,10 +2714,11 @@ static void *engine_main(void *unused) {
     node_state(server.node, STATE_LOADING);
     state_advance(STATE_CONNECTING, STATE_LOADING);
     log_line(first, "Load weight begin. avail mem=%.2f GB", free_memory());
-    engine_load(running_limit());
+    engine_load(running_limit(&server.options, server.max_total_tokens, server.context_len));
     log_line(first,
              "Load weight end. type=DeepseekV3ForCausalLM, dtype=torch.bfloat16, avail mem=%.2f GB",
              free_memory());
+    log_memory(first);
     while (server.node && nodes_receive(&order)) order_here(&order);
     if (server.node) return engine_free(), NULL;
     log_line(0, "max_total_num_tokens=%d, chunked_prefill_size=%d, max_prefill_tokens=%d, "
@@ -2672,11 +2741,14 @@ static void *engine_main(void *unused) {
 // meaning here are accepted, those that would change what is served are refused.
 
 // AGREE: a flag that all nodes of a group must have alike.
-enum { SERVE = 1, RUN = 2, TOKENIZE = 4, MODEL = SERVE | RUN, ALL = MODEL | TOKENIZE, AGREE = 8 };
+enum {
+    SERVE = 1, RUN = 2, TOKENIZE = 4, PLAN = 16, MODEL = SERVE | RUN, ALL = MODEL | TOKENIZE,
+    AGREE = 8, SIZES = MODEL | PLAN | AGREE,
+};
 
 #define AT(field) offsetof(Options, field)
 static const Flag flags[] = {
-    {"--model-path --model", ALL, TEXT, AT(model_path), 0, 0, NULL,
+    {"--model-path --model", ALL | PLAN, TEXT, AT(model_path), 0, 0, NULL,
      "a directory, or a name in the local Hugging Face cache; else the tiny-r1 beside r1"},
     {"--tokenizer-path", ALL, TEXT, AT(tokenizer_path), 0, 0, NULL, "default: as --model-path"},
     {"--load-format", MODEL | AGREE, WORD, AT(load_format), 0, 0, "auto",
@@ -2685,21 +2757,21 @@ static const Flag flags[] = {
     {"--host", SERVE, TEXT, AT(host), 0, 0, "0.0.0.0", "to listen on; :: is IPv6 and IPv4"},
     {"--port", SERVE, INTEGER, AT(port), 0, 65535, "30000", "0 takes a free one and logs it"},
     {"--api-key", SERVE, TEXT, AT(api_key), 0, 0, NULL, "Authorization: Bearer K is wanted"},
-    {"--context-length", MODEL | AGREE, INTEGER, AT(context_length), 2, 1 << 24, NULL,
+    {"--context-length", SIZES, INTEGER, AT(context_length), 2, 1 << 24, NULL,
      "config.json's"},
-    {"--max-total-tokens", MODEL | AGREE, INTEGER, AT(max_total_tokens), PAGE, 1 << 30, NULL,
+    {"--max-total-tokens", SIZES, INTEGER, AT(max_total_tokens), PAGE, 1 << 30, NULL,
      "tokens that the cache holds; default: what fits"},
-    {"--mem-fraction-static", MODEL, REAL, AT(mem_fraction_static), 1e-6, 1, NULL,
+    {"--mem-fraction-static", MODEL | PLAN, REAL, AT(mem_fraction_static), 1e-6, 1, NULL,
      "of a GPU's memory, for weights and cache; default: what fits; CPU: cache alone, 0.1"},
     {"--disable-cuda-graph", SERVE | AGREE, SWITCH, AT(disable_cuda_graph), 0, 0, NULL,
      "record no steps on a GPU"},
     {"--cuda-graph-max-bs", SERVE | AGREE, INTEGER, AT(cuda_graph_max_bs), 1, 1 << 16, "256",
      "on a GPU, steps of 1 to as many rows are recorded at the start; at most 256"},
-    {"--chunked-prefill-size", MODEL | AGREE, INTEGER, AT(chunked_prefill_size), -1, 1 << 20,
+    {"--chunked-prefill-size", SIZES, INTEGER, AT(chunked_prefill_size), -1, 1 << 20,
      "8192", "prompt tokens of a step, at most; -1: --max-prefill-tokens"},
-    {"--max-prefill-tokens", MODEL | AGREE, INTEGER, AT(max_prefill_tokens), 1, 1 << 20, "16384",
+    {"--max-prefill-tokens", SIZES, INTEGER, AT(max_prefill_tokens), 1, 1 << 20, "16384",
      "prompt tokens of a step, at most, chunked or not"},
-    {"--max-running-requests", SERVE | AGREE, INTEGER, AT(max_running_requests), 1, 1 << 16, NULL,
+    {"--max-running-requests", SERVE | PLAN | AGREE, INTEGER, AT(max_running_requests), 1, 1 << 16, NULL,
      "sequences in a step; default: 2048 to 4096, by what the cache holds"},
     {"--schedule-policy", SERVE, WORD, AT(schedule_policy), 0, 0, "fcfs",
      "fcfs lpm random dfs-weight: all of them mean first come, first served"},
@@ -2732,9 +2804,10 @@ static const Flag flags[] = {
      "a log line when a request begins and when it ends"},
     {"--skip-server-warmup", SERVE, SWITCH, AT(skip_server_warmup), 0, 0, NULL,
      "ready without a first step"},
-    {"--tp-size --tensor-parallel-size --tp", MODEL | AGREE, INTEGER, AT(tensor_parallel_size), 1,
+    {"--tp-size --tensor-parallel-size --tp", SIZES, INTEGER, AT(tensor_parallel_size), 1,
      MAX_RANKS, "1", "ranks that share the model, an equal number on each node"},
-    {"--nnodes", SERVE | AGREE, INTEGER, AT(nnodes), 1, MAX_RANKS, "1", "nodes of the group"},
+    {"--gpu", PLAN, TEXT, AT(gpu), 0, 0, "h100", "h100, h200, or a GPU's bytes"},
+    {"--nnodes", SERVE | PLAN | AGREE, INTEGER, AT(nnodes), 1, MAX_RANKS, "1", "nodes of the group"},
     {"--node-rank", SERVE, INTEGER, AT(node_rank), 0, MAX_RANKS - 1, "0",
      "which of them this is; 0 leads, and answers requests"},
     {"--dist-init-addr --nccl-init-addr", SERVE, TEXT, AT(dist_init_addr), 0, 0, NULL,
@@ -3686,7 +3759,7 @@ static void share_load(const Config *c, Checkpoint *files, int size, int rows, i
     uint8_t byte;
     Progress progress = {0};
     const double row = (double)c->num_hidden_layers * CACHE_DIM * sizeof(bf16);
-    MemoryPlan plan = memory_plan(c, size, rows, max_out, 0);
+    const MemoryPlan plan = memory_plan(c, size, rows, max_out, 0);
     bool gpu = device_memory(&before, &total);
     double start = now_seconds();
     share.m = model_load(c, files, 0, size, rows, max_out, share.n_pages, &progress);
@@ -3697,7 +3770,7 @@ static void share_load(const Config *c, Checkpoint *files, int size, int rows, i
     device_memory(&after, &total);
     if (gpu)
         printf("memory, planned: weights %.2f GB, steps %.2f GB, cache %.2f GB; taken: %.2f GB\n",
-               plan.weights / 1e9, plan.steps / 1e9, share.n_pages * PAGE * row / 1e9,
+               plan.weights / 1e9, (plan.steps + plan.logits) / 1e9, share.n_pages * PAGE * row / 1e9,
                (before - after) / 1e9);
     share.hit = xcalloc(c->num_hidden_layers, sizeof *share.hit);
     share.choice = xcalloc(max_out, sizeof *share.choice);
@@ -3768,7 +3841,8 @@ int share_main(const Command *command, const ShareOptions *o) {
     table_head(dir, o->layers ? config_load(dir).num_hidden_layers : c.num_hidden_layers);
     int max_out = largest(batch, n_batch), longest_prompt = largest(prefill, n_prefill);
     int rows = largest((int[]){PAGE, max_out, longest_prompt}, 3);
-    share.pool = pool_size(&c, &(Options){.tensor_parallel_size = o->tp}, rows, max_out) / PAGE;
+    const Options all = {.tensor_parallel_size = o->tp};
+    share.pool = memory_here(&c, &all, rows, max_out).tokens / PAGE;
     share.n_pages = pages_for(rows);
     if (share.pool < share.n_pages)
         die("the cache has room for %ld tokens, want %d", (long)share.pool * PAGE, rows);
@@ -3794,10 +3868,54 @@ int share_main(const Command *command, const ShareOptions *o) {
     return 0;
 }
 
+// Bytes of a GPU, by its name or as a number.
+static double gpu_bytes(const Command *command, const char *text) {
+    // As nvidia-smi tells them, in MiB; the rest is the driver's.
+    static const struct { const char *name; double bytes; } known[] = {
+        {"h100", 81559.0 * (1 << 20)}, {"h200", 143771.0 * (1 << 20)}};
+    char *end;
+    double bytes = strtod(text, &end);
+    for (size_t i = 0; i < COUNT(known); i++)
+        if (!strcmp(text, known[i].name)) return known[i].bytes;
+    if (end == text || *end || !(bytes >= 1e6 && bytes <= 1e13))
+        usage_die(command, "--gpu: got \"%s\", want h100, h200 or bytes in 1e6..1e13", text);
+    return bytes;
+}
+
+// What serve would make of GPUs that need not be there. Reads config.json alone.
+static int plan_main(char **argv) {
+    const Command command = {"plan", "plan [flags]: shows how a GPU's memory would be used", PLAN,
+                             false, flags, COUNT(flags)};
+    Options o = {0};
+    char err[256];
+    flags_parse(&command, &o, argv);
+    Config c = config_load(model_directory(o.model_path ? o.model_path : default_model()));
+    double gpu = gpu_bytes(&command, o.gpu);
+    int tp = o.tensor_parallel_size, longest = c.max_position_embeddings;
+    int context_len = o.context_length && o.context_length < longest ? o.context_length : longest;
+    config_check_ranks(err, sizeof err, &c, tp);
+    if (*err) die("--tp-size: %s", err);
+    if (tp % o.nnodes) usage_die(&command, "--tp-size: got %d, want a multiple of --nnodes, %d", tp,
+                                 o.nnodes);
+    MemoryPlan p = memory_plan(&c, tp, most_rows(&o), MAX_OUT, gpu);
+    double left = p.pool;
+    bool fits = memory_divide(&p, &c, &o, gpu);
+    Buf b = {0};
+    memory_table(&b, &p, &c, tp, left - p.pool, context_len,
+                 running_limit(&o, p.tokens, context_len));
+    fputs(b.data, stdout);
+    stdout_check();
+    if (!fits) fprintf(stderr, "r1 plan: this does not fit: %.2f GB are missing\n",
+                       (p.pool - left) / 1e9);
+    buf_free(&b);
+    return !fits;
+}
+
 int main(int argc, char **argv) {
     static const char *usage = "usage: r1 COMMAND [flags]\n\n"
                                "  serve      serve the OpenAI API over HTTP\n"
                                "  run        answer one prompt on the terminal\n"
+                               "  plan       show how GPUs' memory would be used\n"
                                "  tokenize   show a text's tokens\n"
                                "  bench      measure a server\n"
                                "  help       this text; r1 COMMAND --help lists a command's flags\n"
@@ -3808,11 +3926,11 @@ int main(int argc, char **argv) {
     if (fd > 2) close(fd);
     if (!strcmp(name, "serve")) return serve_main(argv + 2);
     if (!strcmp(name, "run")) return run_main(argv + 2);
+    if (!strcmp(name, "plan")) return plan_main(argv + 2);
     if (!strcmp(name, "tokenize")) return tokenize_main(argv + 2);
     if (!strcmp(name, "bench")) return bench_main(argv + 2);
     if (!strcmp(name, "version") || !strcmp(name, "--version")) return puts("r1 " R1_VERSION), 0;
     if (!strcmp(name, "help") || !strcmp(name, "--help") || !strcmp(name, "-h"))
         return fputs(usage, stdout), 0;
-    if (!strcmp(name, "plan")) usage_die(NULL, "%s: this version of r1 can't do that yet", name);
-    usage_die(NULL, "unknown command %s, want serve, run, tokenize, bench, help or version", name);
+    usage_die(NULL, "unknown command %s, want serve, run, plan, tokenize, bench, help or version", name);
 }

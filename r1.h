@@ -602,7 +602,7 @@ typedef struct {  // a flag that may be repeated
 
 typedef struct {  // the flags by their long names
     const char *model_path, *tokenizer_path, *served_model_name, *load_format, *host, *api_key;
-    const char *chat_template, *think, *reasoning_parser, *log_level, *log_level_http;
+    const char *chat_template, *think, *gpu, *reasoning_parser, *log_level, *log_level_http;
     const char *schedule_policy;
     int port, context_length, max_total_tokens, max_running_requests, max_queued_requests;
     int chunked_prefill_size, max_prefill_tokens, random_seed, stream_interval;

@@ -116,6 +116,41 @@ static void check_tokenize(void) {
     buf_free(&out), buf_free(&err);
 }
 
+// R1's own sizes, of which a rank of 16 has 43,139,382,208 bytes and one of 8 85,140,130,848; kv_b_proj
+// takes as much again on a GPU, in bf16: 61 x 1 and 2 MB.
+static void check_plan(void) {
+    static const struct { const char *flags[8]; int status; const char *out, *err; } rows[] = {
+        {{"--tp", "16", "--nnodes", "2", "--gpu", "h100"}, 0,
+         "weights                          43.20 GB\n", ""},
+        {{"--tp", "16", "--gpu", "80e9", "--max-total-tokens", "100000"}, 0,
+         "KV cache                          7.02 GB   1562 pages of 64 tokens, 70272 bytes a token",
+         ""},
+        {{"--tp", "16", "--gpu", "80e9", "--max-total-tokens", "100000"}, 0,
+         "max_total_num_tokens=99968, context_len=163840; at once: 48 x 2000, 12 x 8192 tokens\n",
+         ""},
+        {{"--tp", "8", "--gpu", "h200", "--context-length", "8192"}, 0,
+         "context_len=8192; at once: 408 x 2000, 102 x 8192 tokens\n", ""},
+        {{"--tp", "8", "--gpu", "h200"}, 0, "total, each of 8 ranks          150.75 GB\n", ""},
+        {{"--tp", "8", "--gpu", "h100"}, 1, "weights                          85.27 GB\n",
+         "r1 plan: this does not fit: 6.47 GB are missing\n"},
+        {{"--tp", "16", "--gpu", "h100", "--max-total-tokens", "1000000"}, 1, "", "GB are missing"},
+        {{"--tp", "16", "--gpu", "a100"}, 2, "", "--gpu: got \"a100\", want h100, h200 or bytes"},
+        {{"--tp", "16", "--nnodes", "3"}, 2, "", "--tp-size: got 16, want a multiple of --nnodes, 3"},
+        {{"--tp", "32"}, 1, "", "--tp-size: got 32, want one of 1, 2, 4, 8, 16: each rank needs"},
+    };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        Buf out, err;
+        char *argv[16] = {(char *)"r1", (char *)"plan", (char *)"--model-path",
+                          (char *)"tests/golden/r1"};
+        for (int k = 0; k < 8; k++) argv[4 + k] = (char *)rows[i].flags[k];
+        int status = run(&out, &err, argv);
+        CHECK(status == rows[i].status, "plan %zu: exit status %d", i, status);
+        CHECK(strstr(out.data ? out.data : "", rows[i].out), "plan %zu: %s", i, out.data);
+        CHECK(strstr(err.data ? err.data : "", rows[i].err), "plan %zu: %s", i, err.data);
+        buf_free(&out), buf_free(&err);
+    }
+}
+
 static void check_usage(void) {
     static const struct { const char *flag, *value, *message; int status;
     } cases[] = {
@@ -461,6 +496,7 @@ int main(void) {
     check_run();
     check_tokenize();
     check_usage();
+    check_plan();
     check_serve();
     check_busy();
     check_log_lines();
