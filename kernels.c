@@ -1304,8 +1304,10 @@ static void sample_unit(void *arg, int unit) {
 
 void sample(Choice *out, float *l, const Sampling *s, int vocab, int stride, int n) {
     static SampleRoom *rooms;  // one for each thread
+    static int n_rooms;
     int step = pool ? pool->n_threads : 1;
-    if (!rooms) rooms = xcalloc(step, sizeof *rooms);
+    if (n_rooms < step) rooms = xrealloc(rooms, step * sizeof *rooms);
+    for (; n_rooms < step; n_rooms++) rooms[n_rooms] = (SampleRoom){0};
     parallel(sample_unit, &(struct Sample){out, l, s, rooms, vocab, stride, n, step}, min(n, step));
 }
 

@@ -11,13 +11,18 @@ static Options options = {.load_format = "dummy", .chunked_prefill_size = 8192,
                           .max_prefill_tokens = 16384, .decode_log_interval = 40,
                           .tensor_parallel_size = 1};
 
-// A model of two layers with tiny-r1's vocabulary, in a directory of its own.
-static void write_model(const char *dir) {
+// A model of two layers with tiny-r1's vocabulary, in a directory of its own; and one that two ranks
+// can share.
+static void write_model(const char *dir, bool shared) {
     size_t len;
     char *text = read_file("tests/golden/nasty/config.json", &len);
     if (!text) die("tests/golden/nasty/config.json: run this from the top of the tree");
     char *size = strstr(text, "\"vocab_size\": 256");
     memcpy(size + strlen("\"vocab_size\": "), "512", 3);
+    char *heads = strstr(text, "\"num_attention_heads\": 2");
+    char *width = strstr(text, "\"moe_intermediate_size\": 128");
+    if (shared) heads[strlen("\"num_attention_heads\": ")] = '4';
+    if (shared) memcpy(width + strlen("\"moe_intermediate_size\": "), "256", 3);
     char *path = format_string("%s/config.json", dir);
     FILE *f = fopen(path, "w");
     if (!f || fwrite(text, 1, len, f) != len || fclose(f)) die("%s: can't write", path);
@@ -149,7 +154,8 @@ static void run_many(Record *r, int stagger) {
     }
 }
 
-static void check_equality(void) {
+// With two ranks some of the ways will do: ranks are handed the same steps whatever these are.
+static void check_equality(bool shared) {
     static Record alone[MANY], many[MANY];
     boot(4096, 8192, 1, false);
     for (int i = 0; i < MANY; i++) {
@@ -169,16 +175,16 @@ static void check_equality(void) {
         int pool, chunk, running, stagger;
         bool cache, preempts;
     } ways[] = {
-        {"all at once", 1 << 15, 8192, 64, 64, false, false},
         {"all at once, with the cache", 1 << 15, 8192, 64, 64, true, false},
+        {"little memory, with the cache", 416, 8192, 64, 64, true, true},
+        {"all at once", 1 << 15, 8192, 64, 64, false, false},
         {"chunks of 1", 1 << 15, 1, 64, 64, true, false},
         {"chunks of 7, three between two steps", 1 << 15, 7, 64, 3, true, false},
         {"chunks of 64, one between two steps", 1 << 15, 64, 64, 1, true, false},
         {"five at once", 1 << 15, 100, 5, 64, true, false},
         {"little memory", 384, 8192, 64, 64, false, true},
-        {"little memory, with the cache", 416, 8192, 64, 64, true, true},
     };
-    for (size_t w = 0; w < COUNT(ways); w++) {
+    for (size_t w = 0; w < (shared ? 2 : COUNT(ways)); w++) {
         boot(ways[w].pool, ways[w].chunk, ways[w].running, ways[w].cache);
         run_many(many, ways[w].stagger);
         for (int i = 0; i < MANY; i++) {
@@ -384,10 +390,14 @@ static void check_random(void) {
 int main(void) {
     char dir[] = "/tmp/r1-scheduler-XXXXXX";
     if (!mkdtemp(dir)) die("%s: %s", dir, strerror(errno));
-    write_model(dir);
+    write_model(dir, true);
+    options.tensor_parallel_size = 2;
     server.model_dir = dir;
     server.tokenizer = tokenizer_load("tiny-r1");
-    check_equality();
+    check_equality(true);
+    write_model(dir, false);
+    options.tensor_parallel_size = 1;
+    check_equality(false);
     check_choices_share();
     check_cache();
     check_order();
