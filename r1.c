@@ -3381,6 +3381,7 @@ typedef enum {  // what is timed by itself: the stages of model_layer, and what 
 typedef struct {  // what must be done at least, each input read once, each output written once
     double weights, cache, rows;  // bytes: weights as the checkpoint has them; rows: activations
     double fp8, bf16;             // operations
+    double floor;                 // seconds of all that, stage by stage
 } Cost;
 
 typedef struct {  // steps that are alike
@@ -3392,28 +3393,30 @@ typedef struct {  // steps that are alike
 
 enum { MAX_LOADS = 16, SHARE_STEPS = 7, REPEATS = 2 };
 
+typedef struct { int v[MAX_LOADS], n, most; } Numbers;  // what a flag lists; most: the largest
+
 static struct {
     const ShareOptions *o;
     Model *m;
     Ceilings most;
-    int n_pages, pool;      // of the cache: as many as are needed; as there is memory for
-    double *hit;            // [layers] experts that the rows of a step meet
-    float *logits;          // the rank's part
+    MemoryPlan plan;
+    int n_pages;            // of the cache: as many as are needed
+    double hit;             // experts that the rows of a step meet, on average over layers
     Choice *choice;
     Sampling *sampling;     // [max_out]
     FILE *out;              // --output-file, or NULL
     char date[32];
 } share;
 
-// How often a layer has a stage; what is around the layers counts as the first one's.
-static int stage_calls(Stage s, int layer) {
-    bool moe = share.m->layers[layer].moe;
+// How often a step has a stage.
+static int stage_calls(Stage s) {
+    const Config *c = &share.m->config;
     switch (s) {
-    case EMBED: case HEAD: case SAMPLE: return layer == 0;
-    case NORM: return 2;
-    case ROUTE: case EXPERTS: return moe;
-    case DENSE: return !moe;
-    default: return 1;
+    case EMBED: case HEAD: case SAMPLE: return 1;
+    case NORM: return 2 * c->num_hidden_layers;
+    case ROUTE: case EXPERTS: return c->num_hidden_layers - c->first_k_dense_replace;
+    case DENSE: return c->first_k_dense_replace;
+    default: return c->num_hidden_layers;
     }
 }
 
@@ -3452,8 +3455,8 @@ static void stage_run(Stage s, int layer) {
     case DENSE: mlp(m->y, m->dense_hidden, m->normed, &l->mlp, n); break;
     case HEAD: model_logits(m, b); break;
     case SAMPLE:
-        sample(share.choice, share.logits, share.sampling, m->lm_head.out,
-               m->size > 1 ? m->lm_head.out : c->vocab_size, b->n_out);
+        sample(share.choice, m->size > 1 ? m->part : m->logits, share.sampling, m->lm_head.out,
+               m->lm_head.out, b->n_out);
     default: break;
     }
 }
@@ -3475,10 +3478,10 @@ static void cost_mlp(Cost *t, const Mlp *m, double copies, double rows) {
 // One call's. Quantised rows are one byte a column, others two. Attention's operations are those of
 // the cheaper form: for rows that decode the one with latents, for a prompt's the one with keys and
 // values of each head, which must first be made from them (as many operations as absorbing takes).
-static Cost stage_cost(Stage s, int layer, const Load *load) {
+static Cost stage_cost(Stage s, const Load *load) {
     const Model *m = share.m;
-    const Layer *l = &m->layers[layer];
     const Config *c = &m->config;
+    const Layer *l = &m->layers[s == DENSE ? 0 : c->num_hidden_layers - 1];  // the others are alike
     const Linear *kv_b = &l->self_attn.kv_b_proj;
     double n = load->batch.n, n_out = load->batch.n_out, hidden = c->hidden_size;
     double q_lora = c->q_lora_rank, heads = c->num_attention_heads, row = CACHE_DIM * 2;
@@ -3515,7 +3518,7 @@ static Cost stage_cost(Stage s, int layer, const Load *load) {
         t.rows = n * (2 * hidden + c->num_experts_per_tok * 8);
         break;
     case EXPERTS:
-        cost_mlp(&t, &l->moe_mlp.experts[0], share.hit[layer], n * c->num_experts_per_tok);
+        cost_mlp(&t, &l->moe_mlp.experts[0], share.hit, n * c->num_experts_per_tok);
         cost_mlp(&t, &l->moe_mlp.shared_experts, 1, n);
         t.rows = n * 3 * hidden;
         break;
@@ -3531,35 +3534,25 @@ static Cost stage_cost(Stage s, int layer, const Load *load) {
 
 static double cost_bytes(const Cost *t) { return t->weights + t->cache + t->rows; }
 
-// Adds up one stage's calls in all layers, and returns the seconds they take at least.
-static double stage_floor(Cost *sum, int *calls, Stage s, const Load *load) {
-    double floor = 0;
-    for (int i = 0; i < share.m->config.num_hidden_layers; i++) {
-        int n = stage_calls(s, i);
-        if (!n) continue;
-        Cost t = stage_cost(s, i, load);
-        double memory = cost_bytes(&t) / share.most.read;
-        floor += n * fmax(memory, t.fp8 / share.most.fp8 + t.bf16 / share.most.bf16);
-        sum->weights += n * t.weights, sum->cache += n * t.cache, sum->rows += n * t.rows;
-        sum->fp8 += n * t.fp8, sum->bf16 += n * t.bf16, *calls += n;
-    }
-    return floor;
+// Adds all calls of a stage.
+static void cost_add(Cost *sum, Stage s, const Load *load) {
+    int n = stage_calls(s);
+    if (!n) return;
+    const Cost t = stage_cost(s, load);
+    double operations = t.fp8 / share.most.fp8 + t.bf16 / share.most.bf16;
+    sum->weights += n * t.weights, sum->cache += n * t.cache, sum->rows += n * t.rows;
+    sum->fp8 += n * t.fp8, sum->bf16 += n * t.bf16;
+    sum->floor += n * fmax(cost_bytes(&t) / share.most.read, operations);
 }
 
 // ---- Steps
 
-static void load_free(Load *l) {
-    const int *arrays[] = {l->batch.id, l->batch.position, l->batch.seq, l->batch.pages,
-                           l->batch.out};
-    for (size_t i = 0; i < COUNT(arrays); i++) free((void *)arrays[i]);
-}
-
 // n rows, whose ids are of this rank's part of the vocabulary: others' embeddings are zeros here.
+// The arrays lie behind each other; load_free() frees the first one.
 static Load load_new(bool prompt, int n, int context) {
     int pages = pages_for(context), n_seqs = prompt ? 1 : n, ids = share.m->embed_tokens.out;
-    int *id = xcalloc(n, sizeof *id), *position = xcalloc(n, sizeof *position);
-    int *seq = xcalloc(n, sizeof *seq), *out = xcalloc(n, sizeof *out);
-    int *table = xcalloc(n_seqs, pages * sizeof *table);
+    int *id = xcalloc((size_t)n * 4 + (size_t)n_seqs * pages, sizeof *id), *position = id + n;
+    int *seq = position + n, *out = seq + n, *table = out + n;
     Load l = {prompt, context, {n, id, position, seq, table, pages, out, n_seqs}, 0};
     for (int i = 0; i < n; i++) {
         id[i] = mix(i + 1) % ids, seq[i] = prompt ? 0 : i, out[i] = prompt ? n - 1 : i;
@@ -3569,6 +3562,8 @@ static Load load_new(bool prompt, int n, int context) {
     for (int i = 0; i < n_seqs * pages; i++) table[i] = i;
     return l;
 }
+
+static void load_free(Load *l) { free((void *)l->batch.id); }
 
 // Experts that the last routed rows have met.
 static int experts_hit(void) {
@@ -3581,13 +3576,15 @@ static int experts_hit(void) {
 // The step once, not recorded, so that each layer's routing can be looked at.
 static void hits_count(const Load *load) {
     Model *m = share.m;
+    int hit = 0;
     step_record(0);
     if (!step_begin(&m->batch, &load->batch)) die("a step that is not recorded was");
     model_embed(m, &m->batch);
     for (int i = 0; i < m->config.num_hidden_layers; i++) {
         model_layer(m, i, &m->batch);
-        share.hit[i] = m->layers[i].moe ? experts_hit() : 0;
+        if (m->layers[i].moe) hit += experts_hit();
     }
+    share.hit = hit / fmax(1, stage_calls(EXPERTS));
     model_logits(m, &m->batch);
     step_end();
     step_record(INT_MAX);
@@ -3627,38 +3624,11 @@ static void cache_fill(int rows) {
 
 // ---- What is printed
 
-// Goals for rank 0 of 8 of R1 671B on an H200, in microseconds of a call; N_STAGES is the step. The
-// text is empty where there is none.
-static const char *goal_text(int stage, const Load *load, double unit) {
-    static const struct { int stage, prompt, rows, context; double us; } goals[] = {
-        {N_STAGES, 0, 1, 1024, 2600},   {N_STAGES, 0, 8, 8192, 7200},
-        {N_STAGES, 0, 64, 8192, 29000}, {N_STAGES, 0, 256, 1024, 28000},
-        {N_STAGES, 1, 1024, 0, 40000},  {N_STAGES, 1, 4096, 0, 90000},
-        {QKV_A, 0, 1, 0, 4.9},          {OUT_PROJ, 0, 1, 0, 4.9},
-        {Q_B, 0, 1, 0, 2.4},            {HEAD, 0, 1, 0, 54},
-        {EXPERTS, 0, 1, 0, 15.5},       {EXPERTS, 0, 64, 0, 340},
-        {EXPERTS, 0, 256, 0, 360},      {ATTEND, 0, 1, 1024, 5},
-        {ATTEND, 0, 1, 32768, 16},      {ATTEND, 0, 64, 8192, 147},
-        {ATTEND, 1, 4096, 0, 184},      {NORM, 0, 1, 0, 3},
-        {ROUTE, 0, 1, 0, 5},
-    };
-    static char text[32];
-    const Config *c = &share.m->config;
-    int n = share.m->size == 8 && c->hidden_size == 7168 && c->num_hidden_layers == 61
-                ? COUNT(goals) : 0;
-    *text = 0;
-    for (int i = 0; i < n; i++)
-        if (goals[i].stage == stage && goals[i].prompt == load->prompt &&
-            goals[i].rows == load->batch.n &&
-            (!goals[i].context || goals[i].context == load->context))
-            snprintf(text, sizeof text, "%8.1f", goals[i].us / unit);
-    return text;
-}
-
 static void stage_all(void *stage) {
     Stage s = *(Stage *)stage;
-    for (int i = 0; i < share.m->config.num_hidden_layers; i++)
-        for (int n = stage_calls(s, i); n > 0; n--) stage_run(s, i);
+    const Config *c = &share.m->config;
+    int first = s == ROUTE || s == EXPERTS ? c->first_k_dense_replace : 0;
+    for (int i = 0; i < stage_calls(s); i++) stage_run(s, (first + i) % c->num_hidden_layers);
 }
 
 // Each stage by itself, in all layers one after the other, so that its weights come from memory.
@@ -3668,22 +3638,18 @@ static void profile_print(const Load *load, double step) {
         "embed", "add_norm", "q_a, kv_a", "mla_latent", "q_b", "mla_query", "mla_attend",
         "mla_value", "o_proj", "moe_route", "moe_experts", "mlp", "norm, logits", "sample"};
     double sum = 0;
-    int last = share.m->config.num_hidden_layers - 1;
-    printf("    stage          calls  us a call       MB     GB/s  floor us  floor/time  "
-           "goal us\n");
+    printf("    stage          calls  us a call       MB     GB/s  floor us  floor/time\n");
     for (Stage s = 0; s < N_STAGES; s++) {
         Cost t = {0};
-        int calls = 0;
-        for (int i = 0; s == EXPERTS && share.m->layers[last].moe && i <= last; i++)
-            share.hit[i] = experts_hit();
-        double floor = stage_floor(&t, &calls, s, load);
+        int calls = stage_calls(s);
         if (!calls) continue;
+        if (s == EXPERTS) share.hit = experts_hit();
+        cost_add(&t, s, load);
         double seconds = s == SAMPLE ? step_seconds(load, true) : device_seconds(stage_all, &s);
         sum += seconds;
-        printf("    %-13s %6d %10.2f %8.2f %8.0f %9.2f %9.1f %%%s\n", names[s], calls,
+        printf("    %-13s %6d %10.2f %8.2f %8.0f %9.2f %9.1f %%\n", names[s], calls,
                seconds / calls * 1e6, cost_bytes(&t) / calls / 1e6,
-               cost_bytes(&t) / seconds / 1e9, floor / calls * 1e6, 100 * floor / seconds,
-               goal_text(s, load, 1));
+               cost_bytes(&t) / seconds / 1e9, t.floor / calls * 1e6, 100 * t.floor / seconds);
     }
     printf("    all stages %.2f ms, the step %.2f ms\n", sum * 1e3, step * 1e3);
 }
@@ -3698,87 +3664,81 @@ static double sums_model(int rows) {
     return size > 1 ? (2 * c->num_hidden_layers + 1) * each : 0;
 }
 
-static void json_print(const Load *load, const Cost *t, double hit, double floor, double step) {
+static void json_print(const Load *load, const Cost *t, double step) {
     const Ceilings *most = &share.most;
-    fprintf(share.out,
-            "{\"device\":\"%s\",\"date\":\"%s\",\"tp\":%d,\"layers\":%d,\"kind\":\"%s\","
-            "\"rows\":%d,\"context\":%d,\"experts_hit\":%.15g,\"weight_bytes\":%.15g,"
-            "\"cache_bytes\":%.15g,\"activation_bytes\":%.15g,\"fp8_ops\":%.15g,"
-            "\"bf16_ops\":%.15g,\"floor_s\":%.15g,\"step_s\":%.15g,\"tokens_per_s\":%.15g,"
-            "\"modelled_communication_s\":%.15g,\"read_ceiling\":%.15g,\"copy_ceiling\":%.15g,"
-            "\"fp8_ceiling\":%.15g,\"bf16_ceiling\":%.15g}\n",
-            most->name, share.date, share.m->size, share.m->config.num_hidden_layers,
-            load->prompt ? "prefill" : "decode", load->batch.n, load->context, hit, t->weights,
-            t->cache, t->rows, t->fp8, t->bf16, floor, step, load->batch.n / step,
-            sums_model(load->batch.n), most->read, most->copy, most->fp8, most->bf16);
+    int n = load->batch.n;
+    const struct { const char *name; double value; } figures[] = {
+        {"tp", share.m->size}, {"layers", share.m->config.num_hidden_layers}, {"rows", n},
+        {"context", load->context}, {"experts_hit", share.hit}, {"weight_bytes", t->weights},
+        {"cache_bytes", t->cache}, {"activation_bytes", t->rows}, {"fp8_ops", t->fp8},
+        {"bf16_ops", t->bf16}, {"floor_s", t->floor}, {"step_s", step}, {"tokens_per_s", n / step},
+        {"modelled_communication_s", sums_model(n)}, {"read_ceiling", most->read},
+        {"copy_ceiling", most->copy}, {"fp8_ceiling", most->fp8}, {"bf16_ceiling", most->bf16}};
+    fprintf(share.out, "{\"device\":\"%s\",\"date\":\"%s\",\"kind\":\"%s\"", most->name, share.date,
+            load->prompt ? "prefill" : "decode");
+    for (size_t i = 0; i < COUNT(figures); i++)
+        fprintf(share.out, ",\"%s\":%.15g", figures[i].name, figures[i].value);
+    fprintf(share.out, "}\n");
 }
 
 static void load_time(bool prompt, int rows, int context) {
     long pages = (prompt ? 1L : rows) * pages_for(context);
     printf("%-7s %6d %8d ", prompt ? "prefill" : "decode", rows, context);
     if (pages > share.n_pages) {
-        printf(" does not fit: %ld tokens, %ld would\n", pages * PAGE, (long)share.pool * PAGE);
+        printf(" does not fit: %ld tokens, %d would\n", pages * PAGE, share.plan.tokens);
         return;
     }
-    const Config *c = &share.m->config;
     Load load = load_new(prompt, rows, context);
     Cost t = {0};
-    double floor = 0, hit = 0;
-    int calls = 0, n_moe = c->num_hidden_layers - c->first_k_dense_replace;
     hits_count(&load);
     double step = step_seconds(&load, false);
-    for (int i = 0; i < c->num_hidden_layers; i++) hit += share.hit[i] / fmax(1, n_moe);
-    for (int s = 0; s < N_STAGES; s++) floor += stage_floor(&t, &calls, s, &load);
-    printf("%7.1f %7.2f %7.2f %7.2f %8.2f %8.2f %6.1f %% %8.0f%s\n", hit, t.weights / 1e9,
-           t.cache / 1e9, t.rows / 1e9, floor * 1e3, step * 1e3, 100 * floor / step, rows / step,
-           goal_text(N_STAGES, &load, 1000));
-    if (share.out) json_print(&load, &t, hit, floor, step);
+    for (Stage s = 0; s < N_STAGES; s++) cost_add(&t, s, &load);
+    printf("%7.1f %7.2f %7.2f %7.2f %8.2f %8.2f %6.1f %% %8.0f\n", share.hit, t.weights / 1e9,
+           t.cache / 1e9, t.rows / 1e9, t.floor * 1e3, step * 1e3, 100 * t.floor / step,
+           rows / step);
+    if (share.out) json_print(&load, &t, step);
     if (share.o->profile) profile_print(&load, step);
     fflush(stdout);
     load_free(&load);
 }
 
-// A list like 1,8,64 into out, which has room for MAX_LOADS; returns how many.
-static int numbers_parse(int *out, const Command *command, const char *flag, const char *text,
-                         int high) {
-    int n = 0;
+// A list like 1,8,64.
+static Numbers numbers_parse(const Command *command, const char *flag, const char *text, int high) {
+    Numbers list = {0};
     for (const char *p = text;; p++) {
         char *end;
         long v = strtol(p, &end, 10);
-        if (end == p || *p < '0' || *p > '9' || v < 1 || v > high || n == MAX_LOADS ||
+        if (end == p || *p < '0' || *p > '9' || v < 1 || v > high || list.n == MAX_LOADS ||
             (*end && *end != ','))
             usage_die(command, "%s: got \"%s\", want 1 to %d integers in 1..%d, with commas", flag,
                       text, MAX_LOADS, high);
-        out[n++] = v;
-        if (!*(p = end)) return n;
+        list.v[list.n++] = v, list.most = v > list.most ? v : list.most;
+        if (!*(p = end)) return list;
     }
 }
 
-static void share_load(const Config *c, Checkpoint *files, int size, int rows, int max_out) {
+static void share_load(const Config *c, Checkpoint *files, int size, int max_out) {
     size_t before, after, total;
     uint8_t byte;
     Progress progress = {0};
-    const double row = (double)c->num_hidden_layers * CACHE_DIM * sizeof(bf16);
-    const MemoryPlan plan = memory_plan(c, size, rows, max_out, 0);
+    const MemoryPlan *plan = &share.plan;
+    int tokens = share.n_pages * PAGE;
     bool gpu = device_memory(&before, &total);
     double start = now_seconds();
-    share.m = model_load(c, files, 0, size, rows, max_out, share.n_pages, &progress);
+    share.m = model_load(c, files, 0, size, plan->rows, max_out, share.n_pages, &progress);
     device_copy(&byte, share.m->x, 1);  // waits
-    printf("weights %.2f GB, made up in %.1f s; a cache of %d tokens where %ld would fit\n",
-           progress.total_bytes / 1e9, now_seconds() - start, share.n_pages * PAGE,
-           (long)share.pool * PAGE);
+    printf("weights %.2f GB, made up in %.1f s; a cache of %d tokens where %d would fit\n",
+           progress.total_bytes / 1e9, now_seconds() - start, tokens, plan->tokens);
     device_memory(&after, &total);
     if (gpu)
         printf("memory, planned: weights %.2f GB, steps %.2f GB, cache %.2f GB; taken: %.2f GB\n",
-               plan.weights / 1e9, (plan.steps + plan.logits) / 1e9, share.n_pages * PAGE * row / 1e9,
-               (before - after) / 1e9);
-    share.hit = xcalloc(c->num_hidden_layers, sizeof *share.hit);
+               plan->weights / 1e9, (plan->steps + plan->logits) / 1e9,
+               tokens * cache_bytes(c) / 1e9, (before - after) / 1e9);
     share.choice = xcalloc(max_out, sizeof *share.choice);
     share.sampling = xcalloc(max_out, sizeof *share.sampling);
     for (int i = 0; i < max_out; i++)
         share.sampling[i] = (Sampling){.temperature = 0.6, .top_p = 0.95, .top_k = -1, .seed = i,
                                        .repetition_penalty = 1, .top_logprobs = -1};
-    share.logits = size > 1 ? share.m->part : share.m->logits;
 }
 
 static void table_head(const char *dir, int layers) {
@@ -3789,7 +3749,7 @@ static void table_head(const char *dir, int layers) {
            "bf16 %.4g\n", most->read / 1e9, most->copy / 1e9, most->fp8 / 1e12, most->bf16 / 1e12);
 }
 
-static void table_foot(const int *rows, int n) {
+static void table_foot(const Numbers *batch, const Numbers *prefill) {
     printf("\nhit: experts that the rows chose, counted and averaged over layers. GB: weights of "
            "these and all\nothers, read once; cache read and written; what stages give each other. "
            "floor: the sum over\nstages of the longer of bytes / read ceiling and operations / "
@@ -3797,15 +3757,11 @@ static void table_foot(const int *rows, int n) {
     if (share.o->tp == 1) return;
     printf("Modelled, not measured, and in no figure above: NCCL's %d sums of a step,",
            2 * share.m->config.num_hidden_layers + 1);
-    for (int i = 0; i < n; i++)
-        printf("%s%d rows %.2f ms", i % 4 ? ", " : "\n  ", rows[i], sums_model(rows[i]) * 1e3);
+    for (int i = 0; i < batch->n + prefill->n; i++) {
+        int rows = i < batch->n ? batch->v[i] : prefill->v[i - batch->n];
+        printf("%s%d rows %.2f ms", i % 4 ? ", " : "\n  ", rows, sums_model(rows) * 1e3);
+    }
     printf("\n");
-}
-
-static int largest(const int *v, int n) {
-    int most = 0;
-    for (int i = 0; i < n; i++) most = v[i] > most ? v[i] : most;
-    return most;
 }
 
 // The model as --layers leaves it.
@@ -3825,13 +3781,12 @@ static Config share_config(const Command *command, const ShareOptions *o, const 
 }
 
 int share_main(const Command *command, const ShareOptions *o) {
-    int batch[2 * MAX_LOADS], context[MAX_LOADS], prefill[MAX_LOADS];
     const char *dir = model_directory(o->model_path ? o->model_path : default_model());
     Config c = share_config(command, o, dir);
     int longest = c.max_position_embeddings;
-    int n_batch = numbers_parse(batch, command, "--batch", o->batch, 4096);
-    int n_context = numbers_parse(context, command, "--context", o->context, longest);
-    int n_prefill = numbers_parse(prefill, command, "--prefill", o->prefill, longest);
+    const Numbers batch = numbers_parse(command, "--batch", o->batch, 4096);
+    const Numbers context = numbers_parse(command, "--context", o->context, longest);
+    const Numbers prefill = numbers_parse(command, "--prefill", o->prefill, longest);
     if (o->output_file && !(share.out = fopen(o->output_file, "a")))
         die("--output-file %s: %s", o->output_file, strerror(errno));
     strftime(share.date, sizeof share.date, "%Y-%m-%d %H:%M:%S", localtime(&(time_t){time(NULL)}));
@@ -3839,31 +3794,30 @@ int share_main(const Command *command, const ShareOptions *o) {
     device_init(0, 1);
     share.most = device_ceilings();
     table_head(dir, o->layers ? config_load(dir).num_hidden_layers : c.num_hidden_layers);
-    int max_out = largest(batch, n_batch), longest_prompt = largest(prefill, n_prefill);
-    int rows = largest((int[]){PAGE, max_out, longest_prompt}, 3);
+    int rows = fmax(PAGE, fmax(batch.most, prefill.most));
     const Options all = {.tensor_parallel_size = o->tp};
-    share.pool = memory_here(&c, &all, rows, max_out).tokens / PAGE;
+    share.plan = memory_here(&c, &all, rows, batch.most);
+    int pool = share.plan.tokens / PAGE;
     share.n_pages = pages_for(rows);
-    if (share.pool < share.n_pages)
-        die("the cache has room for %ld tokens, want %d", (long)share.pool * PAGE, rows);
-    for (int i = 0; i < n_batch * n_context; i++) {
-        long pages = (long)batch[i / n_context] * pages_for(context[i % n_context]);
-        if (pages <= share.pool && pages > share.n_pages) share.n_pages = pages;
+    if (pool < share.n_pages)
+        die("the cache has room for %d tokens, want %d", share.plan.tokens, rows);
+    for (int i = 0; i < batch.n * context.n; i++) {
+        long pages = (long)batch.v[i / context.n] * pages_for(context.v[i % context.n]);
+        if (pages <= pool && pages > share.n_pages) share.n_pages = pages;
     }
     Checkpoint *files = checkpoint_open(dir, true);
-    share_load(&c, files, o->tp, rows, max_out);
+    share_load(&c, files, o->tp, batch.most);
     cache_fill(rows);
-    printf("\n                       experts weights   cache  activ.    floor     step   floor/"
-           "              goal\nstep     rows  context     hit      GB      GB      GB       ms"
-           "       ms     step tokens/s      ms\n");
-    for (int i = 0; i < n_batch * n_context; i++)
-        load_time(false, batch[i / n_context], context[i % n_context]);
-    for (int i = 0; i < n_prefill; i++) load_time(true, prefill[i], prefill[i]);
-    memcpy(batch + n_batch, prefill, n_prefill * sizeof *prefill);
-    table_foot(batch, n_batch + n_prefill);
+    printf("\n                       experts weights   cache  activ.    floor     step   floor/\n"
+           "step     rows  context     hit      GB      GB      GB       ms       ms     step "
+           "tokens/s\n");
+    for (int i = 0; i < batch.n * context.n; i++)
+        load_time(false, batch.v[i / context.n], context.v[i % context.n]);
+    for (int i = 0; i < prefill.n; i++) load_time(true, prefill.v[i], prefill.v[i]);
+    table_foot(&batch, &prefill);
     if (share.out && fclose(share.out) != 0) die("--output-file: %s", strerror(errno));
     model_free(share.m), checkpoint_close(files);
-    free(share.hit), free(share.choice), free(share.sampling);
+    free(share.choice), free(share.sampling);
     stdout_check();
     return 0;
 }
