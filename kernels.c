@@ -10,14 +10,12 @@
 #include "r1.h"
 
 #include <assert.h>
-#include <errno.h>
 #include <math.h>
 #include <pthread.h>
 #include <sched.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
-#include <sys/socket.h>
 #include <unistd.h>
 #ifdef __x86_64__
 #include <immintrin.h>
@@ -333,19 +331,8 @@ void group_leave(void) {
     me = (Group){.size = 1, .n_local = 1};
 }
 
-// Moves n bytes to or from another node. The process ends where it is gone; this thread waits.
 static void travel(int i, bool out, void *data, size_t n) {
-    char *at = data;
-    while (n) {
-        ssize_t moved =
-            out ? send(me.peer[i], at, n, MSG_NOSIGNAL) : recv(me.peer[i], at, n, 0);
-        if (moved < 0 && errno == EINTR) continue;
-        if (moved <= 0) {
-            peer_lost(me.rank ? 0 : i + 1, moved ? strerror(errno) : "connection closed");
-            for (;;) pause();
-        }
-        at += moved, n -= moved;
-    }
+    peer_move(me.peer[i], me.rank ? 0 : i + 1, out, data, n);
 }
 
 // Node 0 gets the rows of all other nodes' ranks, n bytes each.

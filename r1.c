@@ -1449,6 +1449,12 @@ void peer_lost(int node, const char *why) {
     group_fail(format_string("%s (node %d) was lost: %s", node_ranks(name, node), node, why));
 }
 
+// The same from a thread that computes, which goes no further.
+static _Noreturn void peer_wait(int node, const char *why) {
+    peer_lost(node, why);
+    wait_for_end();
+}
+
 // Control frames are small and few: where one doesn't fit into the socket the other end is gone.
 static bool frame_send(int fd, int kind, const void *payload) {
     uint8_t out[sizeof(Frame) + sizeof(Hello)];
@@ -1874,16 +1880,12 @@ static void nodes_close(void) {
 
 // ---- Orders
 
-static bool all_read(int fd, void *data, size_t n) {
-    for (ssize_t done; n; data = (char *)data + done, n -= done)
-        if ((done = recv(fd, data, n, 0)) <= 0) return false;
-    return true;
-}
-
-static bool all_written(int fd, const void *data, size_t n) {
-    for (ssize_t done; n; data = (const char *)data + done, n -= done)
-        if ((done = send(fd, data, n, MSG_NOSIGNAL)) <= 0) return false;
-    return true;
+void peer_move(int fd, int node, bool out, void *data, size_t n) {
+    for (ssize_t done; n; data = (char *)data + done, n -= done) {
+        done = out ? send(fd, data, n, MSG_NOSIGNAL) : recv(fd, data, n, 0);
+        if (done < 0 && errno == EINTR) done = 0;
+        else if (done <= 0) peer_wait(node, done ? strerror(errno) : "connection closed");
+    }
 }
 
 // Tells all workers what the leader orders. Of the page tables only the pages that the rows read go
@@ -1909,8 +1911,7 @@ static void nodes_send(const Order *o) {
     buf_add(out, b->id, rows), buf_add(out, b->position, rows), buf_add(out, seq->data, rows);
     buf_add(out, b->out, b->n_out * size), buf_add(out, pages->data, pages->len);
     for (int i = 1; i < server.options.nnodes; i++)
-        if (!all_written(nodes.engine[i], out->data, out->len))
-            peer_lost(i, strerror(errno)), wait_for_end();
+        peer_move(nodes.engine[i], i, true, out->data, out->len);
 }
 
 static bool all_below(const int *values, size_t n, size_t end) {
@@ -1948,18 +1949,15 @@ static bool nodes_receive(Order *o) {
     const OrderHead *h = &f.head;
     Buf *in = &nodes.in;
     int fd = nodes.engine[0];
-    const char *why = "connection closed";
-    if (all_read(fd, &f, sizeof f)) {
-        size_t bytes = ((size_t)3 * h->rows + h->n_out + h->n_pages) * sizeof(int);
-        bool fits = f.frame.magic == FRAME_MAGIC && f.frame.kind == FRAME_ORDER &&
-                    f.frame.bytes == sizeof *h + bytes && bytes <= MAX_ORDER;
-        if (fits && bytes > in->cap) in->data = xrealloc(in->data, in->cap = bytes);
-        bool whole = fits && all_read(fd, in->data, bytes);
-        if (whole && order_read(o, h, (int *)in->data)) return o->kind != ORDER_END;
-        if (whole || !fits) why = "it sent an impossible order";
+    peer_move(fd, 0, false, &f, sizeof f);
+    size_t bytes = ((size_t)3 * h->rows + h->n_out + h->n_pages) * sizeof(int);
+    if (f.frame.magic == FRAME_MAGIC && f.frame.kind == FRAME_ORDER &&
+        f.frame.bytes == sizeof *h + bytes && bytes <= MAX_ORDER) {
+        if (bytes > in->cap) in->data = xrealloc(in->data, in->cap = bytes);
+        peer_move(fd, 0, false, in->data, bytes);
+        if (order_read(o, h, (int *)in->data)) return o->kind != ORDER_END;
     }
-    peer_lost(0, why);
-    wait_for_end();
+    peer_wait(0, "it sent an impossible order");
 }
 
 // ==== Many at once ===============================================================================

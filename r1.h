@@ -656,6 +656,9 @@ extern Server server;
 // A rank of another node can't be reached: why, for the log, /health and open requests. Any thread;
 // the first one counts. The process ends with 1 soon.
 void peer_lost(int node, const char *why);
+// Moves n bytes to or from the node at a socket's other end. Where it is gone peer_lost() is told,
+// and this thread waits for the process' end.
+void peer_move(int fd, int node, bool out, void *data, size_t n);
 long max_req_len(void);  // tokens of the longest sequence: the model's limit, or the cache's
 void engine_submit(Seq *s);          // any thread; ownership passes until its finish event
 Event *engine_events(void);  // the waiting events, oldest first, a list to free; never blocks

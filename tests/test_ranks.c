@@ -489,8 +489,8 @@ static void test_cut(void) {
         if (rows[i].status) {
             CHECK(frame_send(line[0].fd, FRAME_ANSWER, data));
         } else {
-            CHECK(all_written(line[1].fd, &f, sizeof f));
-            CHECK(all_written(line[1].fd, data, rows[i].sent ? rows[i].sent : sizeof *h));
+            peer_move(line[1].fd, 1, true, &f, sizeof f);
+            peer_move(line[1].fd, 1, true, data, rows[i].sent ? rows[i].sent : sizeof *h);
         }
         if (rows[i].sent) close(line[0].fd), close(line[1].fd);
         CHECK(log_says(&c, "rank 0 (node 0) was lost: ", 2) && log_says(&c, rows[i].why, 0));
