@@ -1091,30 +1091,24 @@ static bool memory_divide(MemoryPlan *p, const Config *c, const Options *o, doub
     return want >= PAGE * row && want <= left;
 }
 
-static void memory_line(Buf *b, double bytes, const char *format, ...)
-    __attribute__((format(printf, 3, 4)));
-static void memory_line(Buf *b, double bytes, const char *format, ...) {
-    va_list args;
-    size_t start = b->len;
-    if (!bytes) return;
-    va_start(args, format);
-    buf_vprintf(b, format, args);
-    va_end(args);
-    buf_printf(b, "%*s%8.2f GB\n", (int)(30 - (b->len - start)), "", bytes / 1e9);
+static void memory_line(Buf *b, double bytes, const char *format, int n) {
+    char text[64];
+    snprintf(text, sizeof text, format, n);
+    if (bytes) buf_printf(b, "%-30s%8.2f GB\n", text, bytes / 1e9);
 }
 
 // The table that plan prints and serve logs, and how many requests of some lengths fit at once.
 static void memory_table(Buf *b, const MemoryPlan *p, const Config *c, int n_ranks, double unused,
                          int context_len, int most) {
     int lengths[] = {2000, 8192, context_len}, pages = p->tokens / PAGE, shown = 0;
-    memory_line(b, p->weights, "weights");
+    memory_line(b, p->weights, "weights", 0);
     memory_line(b, p->steps, "activations, %d rows", p->rows);
-    memory_line(b, p->logits, "logits and sampling");
-    memory_line(b, p->reserve, "graphs, NCCL, the rest");
-    memory_line(b, p->pool, "KV cache");
+    memory_line(b, p->logits, "logits and sampling", 0);
+    memory_line(b, p->reserve, "graphs, NCCL, the rest", 0);
+    memory_line(b, p->pool, "KV cache", 0);
     b->len--;
     buf_printf(b, "   %d pages of %d tokens, %.0f bytes a token\n", pages, PAGE, cache_bytes(c));
-    memory_line(b, unused, "free");
+    memory_line(b, unused, "free", 0);
     memory_line(b, p->room, n_ranks > 1 ? "total, each of %d ranks" : "total", n_ranks);
     buf_printf(b, "max_total_num_tokens=%d, context_len=%d; at once:", p->tokens, context_len);
     for (int i = 0; i < 3; i++) {
