@@ -11,11 +11,13 @@
 // has ended (programmatic launch): what it does before grid_wait must not depend on the others.
 #include <assert.h>
 #include <cooperative_groups.h>
+#include <dlfcn.h>
 #include <limits.h>
 #include <math.h>
 #include <nccl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 // r1.h is C. C++ spells two of its words otherwise, and no atomic of it is used here.
 #define _Noreturn [[noreturn]]
@@ -155,8 +157,30 @@ static void stream_wait(const char *what) {
 }
 
 // The connections between ranks are made now: while a step is recorded, a first call could not.
+// Which NCCL is at work, since an image has one and a node's network plugin brings another; and a
+// warning where the plugin is missing, without which nodes speak plain TCP.
+static void log_nccl(const Group *g) {
+    int version = 0, found = 0;
+    Dl_info library = {};
+    check_nccl(ncclGetVersion(&version), "version");
+    dladdr((void *)ncclGetVersion, &library);
+    log_line(g->rank, "NCCL %d.%d.%d of %s", version / 10000, version / 100 % 100, version % 100,
+             library.dli_fname ? library.dli_fname : "this program");
+    const char *path = getenv("LD_LIBRARY_PATH");
+    for (size_t n; path && *path; path += n + !!path[n]) {
+        n = strcspn(path, ":");
+        char *plugin = format_string("%.*s/libnccl-net.so", (int)n, path);
+        found |= access(plugin, R_OK) == 0;
+        free(plugin);
+    }
+    if (g->size > g->n_local && !found)
+        log_line(g->rank, "NCCL: no folder of LD_LIBRARY_PATH has a network plugin, "
+                 "libnccl-net.so: nodes exchange rows over what NCCL has built in");
+}
+
 void group_join(const Group *g) {
     ncclUniqueId id;
+    if (!g->local) log_nccl(g);
     memcpy(&id, g->id, sizeof id);
     comm_rank = g->rank, comm_size = g->size;
     check_nccl(ncclCommInitRank(&comm, g->size, id, g->rank), "group");
