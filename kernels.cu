@@ -191,6 +191,8 @@ void group_join(const Group *g) {
     device_free(room);
 }
 
+void device_wait(void) { stream_wait("step"); }
+
 // Starts a kernel that may begin while the one before it ends.
 template <typename... Wanted, typename... Given>
 static void launch(void (*kernel)(Wanted...), dim3 grid, int threads, size_t shared,

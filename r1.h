@@ -372,6 +372,8 @@ void device_init(int local, int n_local);
 bool device_memory(size_t *available, size_t *total);  // bytes; true: a GPU's own
 void *device_alloc(size_t bytes);                // zeroed; dies where there is none
 void device_free(void *p);
+// Returns when all that this rank's stages were told to do is done; dies where it can't be.
+void device_wait(void);
 void device_copy(void *to, const void *from, size_t bytes);  // to and from anywhere; waits
 
 // Weights are placed before a stage reads them: the twin takes them to where its stages want them,
