@@ -137,6 +137,8 @@ void *device_alloc(size_t bytes) {
 
 void device_free(void *p) { free(p); }
 
+void device_wait(void) {}
+
 bool device_memory(size_t *available, size_t *total) {
     *available = (size_t)sysconf(_SC_AVPHYS_PAGES) * sysconf(_SC_PAGESIZE);
     *total = (size_t)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);

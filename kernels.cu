@@ -11,11 +11,13 @@
 // has ended (programmatic launch): what it does before grid_wait must not depend on the others.
 #include <assert.h>
 #include <cooperative_groups.h>
+#include <dlfcn.h>
 #include <limits.h>
 #include <math.h>
 #include <nccl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 // r1.h is C. C++ spells two of its words otherwise, and no atomic of it is used here.
 #define _Noreturn [[noreturn]]
@@ -155,8 +157,30 @@ static void stream_wait(const char *what) {
 }
 
 // The connections between ranks are made now: while a step is recorded, a first call could not.
+// Which NCCL is at work, since an image has one and a node's network plugin brings another; and a
+// warning where the plugin is missing, without which nodes speak plain TCP.
+static void log_nccl(const Group *g) {
+    int version = 0, found = 0;
+    Dl_info library = {};
+    check_nccl(ncclGetVersion(&version), "version");
+    dladdr((void *)ncclGetVersion, &library);
+    log_line(g->rank, "NCCL %d.%d.%d of %s", version / 10000, version / 100 % 100, version % 100,
+             library.dli_fname ? library.dli_fname : "this program");
+    const char *path = getenv("LD_LIBRARY_PATH");
+    for (size_t n; path && *path; path += n + !!path[n]) {
+        n = strcspn(path, ":");
+        char *plugin = format_string("%.*s/libnccl-net.so", (int)n, path);
+        found |= access(plugin, R_OK) == 0;
+        free(plugin);
+    }
+    if (g->size > g->n_local && !found)
+        log_line(g->rank, "NCCL: no folder of LD_LIBRARY_PATH has a network plugin, "
+                 "libnccl-net.so: nodes exchange rows over what NCCL has built in");
+}
+
 void group_join(const Group *g) {
     ncclUniqueId id;
+    if (!g->local) log_nccl(g);
     memcpy(&id, g->id, sizeof id);
     comm_rank = g->rank, comm_size = g->size;
     check_nccl(ncclCommInitRank(&comm, g->size, id, g->rank), "group");
@@ -166,6 +190,8 @@ void group_join(const Group *g) {
     stream_wait("group");
     device_free(room);
 }
+
+void device_wait(void) { stream_wait("step"); }
 
 // Starts a kernel that may begin while the one before it ends.
 template <typename... Wanted, typename... Given>
@@ -1175,6 +1201,32 @@ static __device__ void store_sums(const Product &p, size_t y_row, int rows, int 
     }
 }
 
+// A consumer's end of an item. DOWN's warpgroups add to one set of sums in turns: barrier 2 + group
+// says that it is the group's, `mine`, that it has had a part in the product. `last`: of a group.
+template <bool DOWN, int SHIFT>
+static __device__ void finish_item(const Product &p, const Item &item, const Entry &entry,
+                                   bool mine, bool last, int group, float *sums,
+                                   const uint16_t *row_of, const float *weight_of,
+                                   const float sum[1 << SHIFT][4]) {
+    int warp = threadIdx.x / 32, room = DOWN ? p.s.n : p.x_rows;  // room: rows of a warp's sums
+    if (!DOWN) {
+        keep_item<DOWN, SHIFT>(entry, sums + warp * room * STRIP, row_of, weight_of, sum);
+        store_sums<SHIFT>(p, (size_t)item.part * p.slots + entry.slot, entry.rows, item.group,
+                          UNITS, sums, room);
+        return;
+    }
+    if (mine) {
+        sync_threads(2 + group, CONSUMERS * 32);
+        keep_item<DOWN, SHIFT>(entry, sums + warp % 4 * room * STRIP, row_of, weight_of, sum);
+        arrive_threads(3 - group, CONSUMERS * 32);
+    }
+    if (!last) return;
+    store_sums<SHIFT>(p, 0, room, item.group, 1 << SHIFT, sums, room);
+    sync_threads(1, CONSUMERS * 32);
+    for (int i = threadIdx.x; i < p.n_sums; i += CONSUMERS * 32) sums[i] = 0;
+    sync_threads(1, CONSUMERS * 32);
+}
+
 // All warps walk over the same items and stages. A stage's full barrier counts its weights' and its
 // rows' arrival, its empty barrier the warps that have multiplied it. Reads each weight once, and a
 // row once for every group of strips, from L2.
@@ -1226,9 +1278,7 @@ skinny(const __grid_constant__ Product p) {
     int slot = 0, parity = producer, other = 0;
     int group = __shfl_sync(~0u, warp / 4, 0);  // so that the compiler knows it is one for all
     float sum[1 << SHIFT][4] = {};
-    int room = DOWN ? p.s.n : p.x_rows;  // rows of a warp's sums
-    // DOWN's warpgroups take stages in turns, and add to the sums in turns, too: barrier 2 + group
-    // says that it is the group's.
+    // DOWN's warpgroups take stages in turns, too; the sums are the first group's to begin with.
     for (int i = threadIdx.x; DOWN && !producer && i < p.n_sums; i += CONSUMERS * 32) sums[i] = 0;
     if (DOWN && !producer) sync_threads(1, CONSUMERS * 32);
     if (DOWN && group == 1) arrive_threads(2, CONSUMERS * 32);
@@ -1266,23 +1316,9 @@ skinny(const __grid_constant__ Product p) {
         }
         if (producer) continue;
         // Without DOWN, the next item's sums go to the other half, so that one barrier is enough.
-        float *to = sums + (DOWN ? 0 : other ^= p.n_sums / 2);
-        if (!DOWN) keep_item<DOWN, SHIFT>(entry, to + warp * room * STRIP, row_of, weight_of, sum);
-        else if (mine) {
-            sync_threads(2 + group, CONSUMERS * 32);
-            keep_item<DOWN, SHIFT>(entry, to + warp % 4 * room * STRIP, row_of, weight_of, sum);
-            arrive_threads(3 - group, CONSUMERS * 32);
-        }
+        finish_item<DOWN, SHIFT>(p, item, entry, mine, item.entry == entries - 1, group,
+                                 sums + (DOWN ? 0 : other ^= p.n_sums / 2), row_of, weight_of, sum);
         memset(sum, 0, sizeof sum);
-        if (!DOWN)
-            store_sums<SHIFT>(p, (size_t)item.part * p.slots + entry.slot, entry.rows, item.group,
-                              UNITS, to, room);
-        else if (item.entry == entries - 1) {
-            store_sums<SHIFT>(p, 0, room, item.group, 1 << SHIFT, to, room);
-            sync_threads(1, CONSUMERS * 32);
-            for (int i = threadIdx.x; i < p.n_sums; i += CONSUMERS * 32) to[i] = 0;
-            sync_threads(1, CONSUMERS * 32);
-        }
     }
 }
 

@@ -1268,11 +1268,13 @@ static void rank_done(void) {
     pthread_mutex_unlock(&ranks.mutex);
 }
 
+// Rank 0 waits for its tokens. The others' only way to learn that their GPU has failed is to wait,
+// too; meanwhile rank 0 goes on.
 static void *rank_main(void *local) {
     const Order *o = NULL;
     rank_load((int)(intptr_t)local);
     rank_done();
-    for (unsigned seen = 0; !o || o->kind != ORDER_END; rank_done()) {
+    for (unsigned seen = 0; !o || o->kind != ORDER_END; rank_done(), device_wait()) {
         pthread_mutex_lock(&ranks.mutex);
         while (ranks.given == seen) pthread_cond_wait(&ranks.change, &ranks.mutex);
         seen = ranks.given, o = ranks.order;

@@ -372,6 +372,8 @@ void device_init(int local, int n_local);
 bool device_memory(size_t *available, size_t *total);  // bytes; true: a GPU's own
 void *device_alloc(size_t bytes);                // zeroed; dies where there is none
 void device_free(void *p);
+// Returns when all that this rank's stages were told to do is done; dies where it can't be.
+void device_wait(void);
 void device_copy(void *to, const void *from, size_t bytes);  // to and from anywhere; waits
 
 // Weights are placed before a stage reads them: the twin takes them to where its stages want them,
@@ -429,12 +431,12 @@ void rope_angles(float *rope, const float *inv_freq, const int *position, int n)
 // ParallelEmbedding)
 void embed(bf16 *x, const Linear *table, int first, const int *id, int n);
 
-// x [n] = the sum of all ranks' x, in f32, rounded once: the same bits on all of them. (Megatron-LM,
-// section 3)
+// x [n] = the sum of all ranks' x, in f32, rounded once: the same bits on all of them.
+// (Megatron-LM, section 3)
 void all_reduce(bf16 *x, size_t n);
 
-// out [n][ranks x cols] f32, on rank 0, of each rank's in [n][cols]. Behind its own, rank 0 has room
-// for the others'.
+// out [n][ranks x cols] f32, on rank 0, of each rank's in [n][cols]. Behind its own, rank 0 has
+// room for the others'.
 void all_gather(float *out, float *in, int cols, int n);
 
 // x [n][hidden] += y (NULL: nothing), rounded; a = quant(x rsqrt(mean x^2 + eps) gain). (RMSNorm)

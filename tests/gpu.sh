@@ -60,6 +60,30 @@ kill $pid
 wait $pid || exit 1
 grep "Capture cuda graph end" $log'
 
+# Two nodes on this machine, with a GPU each: the CPU's answer, and both end well. And one GPU can't be
+# two ranks.
+nodes='
+logs=build/cuda/logs r1=${R1:-build/cuda/r1} port=$((20000 + $$ % 20000))
+start() {
+    CUDA_VISIBLE_DEVICES=$1 $r1 serve --model-path tiny-r1 --host 127.0.0.1 --port $((port + 1 + $1)) \
+        --tp 2 --nnodes 2 --node-rank $1 --dist-init-addr 127.0.0.1:$port 2>$logs/node$1 &
+}
+CUDA_VISIBLE_DEVICES=0 build/cuda/r1 run --model-path tiny-r1 --tp 2 Hello 2>&1 |
+    grep "got 1 GPUs, want 2" || exit 1
+[ "$(nvidia-smi -L | wc -l)" -ge 2 ] || exit 0
+start 1; worker=$!
+start 0; leader=$!
+for i in $(seq 150); do grep -q "ready to roll" $logs/node0 && break; sleep 0.2; done
+question="How many r are there in strawberry ?"
+curl -s http://127.0.0.1:$((port + 1))/v1/chat/completions -d "{\"model\":\"x\",\"temperature\":0,
+    \"messages\":[{\"role\":\"user\",\"content\":\"$question\"}]}" |
+    python3 -c "import json, sys; print(json.load(sys.stdin)[\"choices\"][0][\"message\"][\"content\"])" \
+    >$logs/gpu_answer
+build/r1 run --model-path tiny-r1 --temperature 0 "$question" 2>/dev/null >$logs/cpu_answer
+cmp $logs/gpu_answer $logs/cpu_answer || exit 1
+kill $leader
+wait $leader && wait $worker && echo "two nodes answer and end: $(grep NCCL $logs/node0 | head -n 1)"'
+
 # Loading from a disk, whose speed changes: in turns with a plain read of the same files. And from
 # memory, which shows what the rest could do.
 loads='
@@ -91,6 +115,7 @@ part slices 60 build/cuda/test_slices_cuda
 part answers 60 sh -c "$answers"
 part share 120 sh -c "$share"
 part serve 60 sh -c "$serve"
+part nodes 60 sh -c "$nodes"
 part loads 120 sh -c "$loads"
 part cuda_files 60 build/cuda/test_cuda files
 rm -rf build/load
@@ -108,6 +133,6 @@ done
 for name in cuda gemm mla; do part bench_$name 60 build/cuda/test_$name bench; done
 part bench_layer 60 build/cuda/test_cuda bench_layer
 grep -h "^note" $logs/cuda_model $logs/cuda_talks $logs/cuda_files $logs/loads $logs/slices \
-    $logs/share $logs/bench_*
+    $logs/share $logs/bench_* 2>/dev/null
 echo "$table"
 exit $failed

@@ -197,6 +197,46 @@ static void *bench_rank(void *arg) {
     group_leave();
     return NULL;
 }
+
+// One rank of two reads a page that is nowhere. Its GPU fails, and the other waits for its sum.
+static void *failing_rank(void *arg) {
+    Rank *r = arg;
+    Ranks *g = r->ranks;
+    const int row = 0, page = r->local ? 1 << 28 : 0;
+    Batch b = {.n = 1, .id = &row, .position = &row, .seq = &row, .pages = &page, .max_pages = 1,
+               .out = &row, .n_out = 1};
+    device_init(r->local, 2);
+    Model *m = model_load(g->config, g->files, r->local, 2, ROWS, 16, PAGES, NULL);
+    group_join(&(Group){r->local, 2, r->local, 2, g->id});
+    model_step(m, &b);
+    device_wait();
+    return NULL;
+}
+
+// In a process of its own, which must end with 1 soon, and name the rank.
+static void check_failure(const Config *c) {
+    int ends[2], status, n = 0;
+    char said[4096] = "";
+    if (pipe(ends) != 0) die("no pipe");
+    pid_t child = fork();
+    if (child == 0) {
+        enum { SKIPPED = 77, LONGEST = 60 };
+        alarm(LONGEST);
+        dup2(ends[1], STDERR_FILENO);
+        if (cudaGetDeviceCount(&n) != 0 || n < 2) _exit(SKIPPED);
+        Ranks g = {.config = c, .files = checkpoint_open("none", true), .size = 2, .n_local = 2};
+        group_id(g.id);
+        ranks_run(&g, failing_rank);
+        _exit(0);
+    }
+    close(ends[1]);
+    for (size_t at = 0; (n = read(ends[0], said + at, sizeof said - 1 - at)) > 0;) at += n;
+    close(ends[0]);
+    waitpid(child, &status, 0);
+    if (WIFEXITED(status) && WEXITSTATUS(status) == 77) return;  // too few GPUs
+    CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 1, "a failing rank: status %x", status);
+    CHECK(strstr(said, "rank 1: CUDA: "), "a failing rank: %s", said);
+}
 #endif
 
 static void check_sizes(const Config *c) {
@@ -235,12 +275,13 @@ int main(void) {
 #endif
     check_sizes(&c);
 #ifdef CUDA
+    check_failure(&c);  // before this process has a GPU: a fork would not have it
     if (cudaGetDeviceCount(&most_ranks) != 0) die("CUDA: no GPU");
     most_nodes = 1;
     if (most_ranks > MOST_RANKS) most_ranks = MOST_RANKS;
     if (most_ranks == 1) SKIP("several ranks: this machine has one GPU");
     Ranks all = {.size = most_ranks, .n_local = most_ranks};
-    if (most_ranks > 1) group_id(all.id), ranks_run(&all, bench_rank);
+    group_id(all.id), ranks_run(&all, bench_rank);
 #endif
     Checkpoint *dummy = checkpoint_open("none", true), *files = checkpoint_open("tiny-r1", false);
     check_model("R1 made narrow", &c, dummy, MOST_RANKS, bound, LEAST);
