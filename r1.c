@@ -3713,14 +3713,13 @@ static Numbers numbers_parse(const Command *command, const char *flag, const cha
 
 static void share_load(const Config *c, Checkpoint *files, int size, int max_out) {
     size_t before, after, total;
-    uint8_t byte;
     Progress progress = {0};
     const MemoryPlan *plan = &share.plan;
     int tokens = share.n_pages * PAGE;
     bool gpu = device_memory(&before, &total);
     double start = now_seconds();
     share.m = model_load(c, files, 0, size, plan->rows, max_out, share.n_pages, &progress);
-    device_copy(&byte, share.m->x, 1);  // waits
+    device_wait();
     printf("weights %.2f GB, made up in %.1f s; a cache of %d tokens where %d would fit\n",
            progress.total_bytes / 1e9, now_seconds() - start, tokens, plan->tokens);
     device_memory(&after, &total);
