@@ -189,7 +189,7 @@ Config config_load(const char *dir) {
     config_multiple(&f, "intermediate_size", c.intermediate_size, BLOCK);
     config_multiple(&f, "q_lora_rank", c.q_lora_rank, BLOCK);
     c.max_position_embeddings = config_int(&f, f.root, "max_position_embeddings", PAGE, 1 << 24);
-    c.bos_token_id = config_int(&f, f.root, "bos_token_id", 0, c.vocab_size - 1);
+    config_int(&f, f.root, "bos_token_id", 0, c.vocab_size - 1);
     c.eos_token_id = config_int(&f, f.root, "eos_token_id", 0, c.vocab_size - 1);
     c.rms_norm_eps = config_number(&f, f.root, "rms_norm_eps", 0, 1);
     static const char *const absent[] = {"tie_word_embeddings", "attention_bias"};
@@ -1438,7 +1438,9 @@ static void group_fail(char *text) {
     nodes_wake();
 }
 
-void peer_lost(int node, const char *why) {
+// A rank of another node can't be reached: why, for the log, /health and open requests. Any thread;
+// the first one counts.
+static void peer_lost(int node, const char *why) {
     char name[24];
     if (nodes.closing || server.over || server.stops > 1) return;
     node_state(node, STATE_FAILED);

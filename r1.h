@@ -183,12 +183,12 @@ void text_free(TextStream *s);
 
 typedef struct {  // config.json's keys
     int vocab_size, hidden_size, num_hidden_layers, num_nextn_predict_layers, first_k_dense_replace;
-    int intermediate_size, moe_intermediate_size, n_routed_experts, n_shared_experts;
+    int intermediate_size, moe_intermediate_size, n_routed_experts;
     int num_experts_per_tok, n_group, topk_group, num_attention_heads, q_lora_rank;
-    int max_position_embeddings, bos_token_id, eos_token_id;
+    int max_position_embeddings, eos_token_id;
     double rms_norm_eps, routed_scaling_factor, rope_theta;
     struct {
-        double factor, beta_fast, beta_slow, mscale, mscale_all_dim;
+        double factor, beta_fast, beta_slow, mscale_all_dim;
         int original_max_position_embeddings;
     } rope_scaling;
     bool fp8;               // quantization_config is there: linears are e4m3 with block scales
@@ -404,7 +404,7 @@ typedef struct {            // who computes together: ranks, the same number on 
 // What others need to find rank 0 (NCCL's id; nothing on the CPU).
 void group_id(uint8_t id[GROUP_ID]);
 // All ranks at the same time, each in its thread. Before that, and with one rank, the collectives
-// do nothing. They don't return where a peer is gone: peer_lost() is told, and ends the process.
+// do nothing. They don't return where a peer is gone: the process ends.
 void group_join(const Group *g);
 void group_leave(void);
 
@@ -655,11 +655,8 @@ typedef struct {  // what both threads see; no lock but the two queues'
 } Server;
 
 extern Server server;
-// A rank of another node can't be reached: why, for the log, /health and open requests. Any thread;
-// the first one counts. The process ends with 1 soon.
-void peer_lost(int node, const char *why);
-// Moves n bytes to or from the node at a socket's other end. Where it is gone peer_lost() is told,
-// and this thread waits for the process' end.
+// Moves n bytes to or from the node at a socket's other end. Where that is gone the group is told,
+// and this thread waits for the process' end, which comes soon.
 void peer_move(int fd, int node, bool out, void *data, size_t n);
 long max_req_len(void);  // tokens of the longest sequence: the model's limit, or the cache's
 void engine_submit(Seq *s);          // any thread; ownership passes until its finish event
