@@ -473,6 +473,62 @@ const char *json_type_name(const Json *value) {
 }
 
 // ------------------------------------------------------------------------------------------------
+// Files of JSON that must have a certain shape
+
+Json *json_load(char **text, const char *path, bool optional) {
+    char err[200];
+    size_t len = 0;
+    *text = read_file(path, &len);
+    if (!*text && optional) return NULL;
+    if (!*text) die("%s: can't read it: %s", path, strerror(errno));
+    Json *root = json_parse(*text, len, err, sizeof err);
+    if (!root) die("%s: %s", path, err);
+    if (root->type != JSON_OBJECT)
+        die("%s: got %s, want an object", path, json_type_name(root));
+    return root;
+}
+
+const Json *json_at(const Json *value, const char *path) {
+    for (size_t n; value && *path; path += n + (path[n] == '.')) {
+        char key[64];
+        n = strcspn(path, ".");
+        snprintf(key, sizeof key, "%.*s", (int)n, path);
+        if (value->type != JSON_ARRAY) {
+            value = json_get(value, key);
+            continue;
+        }
+        uint32_t i = (uint32_t)strtoul(key, NULL, 10);
+        if (i >= value->count) return NULL;
+        for (value++; i > 0; i--) value = json_next(value);
+    }
+    return value;
+}
+
+char *json_show(const Json *v) {
+    if (!v) return format_string("nothing");
+    if (v->type == JSON_STRING) return format_string("%.*s", (int)v->string.len, v->string.data);
+    if (v->type == JSON_NUMBER) return format_string("%.17g", v->number);
+    if (v->type == JSON_BOOL) return format_string("%s", v->boolean ? "true" : "false");
+    return format_string("%s", json_type_name(v));
+}
+
+void json_expect(const char *file, const Json *root, const char *path, const char *want) {
+    const Json *value = json_at(root, path + (*path == '?'));
+    char *got = json_show(value);
+    if ((value || *path != '?') && strcmp(got, want))
+        die("%s: %s: got %s, want %s", file, path + (*path == '?'), got, want);
+    free(got);
+}
+
+const Json *json_want(const char *file, const Json *root, const char *path, JsonType type) {
+    const Json *value = json_at(root, path), want = {.type = type};
+    if (!value || value->type != type)
+        die("%s: %s: got %s, want %s", file, path, value ? json_type_name(value) : "nothing",
+            json_type_name(&want));
+    return value;
+}
+
+// ------------------------------------------------------------------------------------------------
 // JSON out
 
 void json_write_string(Buf *b, Str s) {

@@ -28,183 +28,125 @@
 // it, and anything else is refused here by name. After config_load every number is in a range that
 // later products of two or three of them can't overflow.
 
-typedef struct {
-    const char *path;  // for messages
-    const Json *root;
-} ConfigFile;
-
-static const Json *config_get(const ConfigFile *f, const Json *object, const char *key) {
-    const Json *v = json_get(object, key);
-    if (!v) die("%s: %s: missing", f->path, key);
-    return v;
-}
-
 // An integer in low..high, which is how a size is asked for; low = high: just that one.
-static int config_int(const ConfigFile *f, const Json *object, const char *key, int64_t low,
+static int config_int(const char *file, const Json *root, const char *key, int64_t low,
                       int64_t high) {
-    const Json *v = config_get(f, object, key);
+    const Json *v = json_want(file, root, key, JSON_NUMBER);
     int64_t n = 0;
-    if (json_int(v, low, high, &n)) return (int)n;
-    if (v->type != JSON_NUMBER)
-        die("%s: %s: got %s, want an integer in %ld..%ld", f->path, key, json_type_name(v),
-            (long)low, (long)high);
-    die("%s: %s: got %g, want %s%ld..%ld", f->path, key, v->number,
-        low == high ? "" : "an integer in ", (long)low, (long)high);
+    if (!json_int(v, low, high, &n))
+        die("%s: %s: got %g, want an integer in %ld..%ld", file, key, v->number, (long)low,
+            (long)high);
+    return (int)n;
 }
 
-static double config_number(const ConfigFile *f, const Json *object, const char *key, double low,
+static double config_number(const char *file, const Json *root, const char *key, double low,
                             double high) {
-    const Json *v = config_get(f, object, key);
-    if (v->type != JSON_NUMBER)
-        die("%s: %s: got %s, want a number", f->path, key, json_type_name(v));
-    if (!(v->number >= low && v->number <= high))
-        die("%s: %s: got %g, want a number in %g..%g", f->path, key, v->number, low, high);
-    return v->number;
-}
-
-// A word that must be the one we know.
-static void config_text(const ConfigFile *f, const Json *object, const char *key,
-                        const char *want) {
-    const Json *v = config_get(f, object, key);
-    if (v->type != JSON_STRING)
-        die("%s: %s: got %s, want \"%s\"", f->path, key, json_type_name(v), want);
-    if (!str_equal(v->string, want))
-        die("%s: %s: got \"%.*s\", want \"%s\"", f->path, key, (int)v->string.len, v->string.data,
-            want);
-}
-
-static void config_multiple(const ConfigFile *f, const char *key, int value, int of) {
-    if (value % of) die("%s: %s: got %d, want a multiple of %d", f->path, key, value, of);
-}
-
-static const Json *config_object(const ConfigFile *f, const Json *object, const char *key) {
-    const Json *v = config_get(f, object, key);
-    if (v->type != JSON_OBJECT)
-        die("%s: %s: got %s, want an object", f->path, key, json_type_name(v));
+    double v = json_want(file, root, key, JSON_NUMBER)->number;
+    if (!(v >= low && v <= high))
+        die("%s: %s: got %g, want a number in %g..%g", file, key, v, low, high);
     return v;
+}
+
+// An integer in BLOCK..high that is a multiple of BLOCK.
+static int config_blocks(const char *file, const Json *root, const char *key, int64_t high) {
+    int value = config_int(file, root, key, BLOCK, high);
+    if (value % BLOCK) die("%s: %s: got %d, want a multiple of %d", file, key, value, BLOCK);
+    return value;
 }
 
 // Scales of other blocks, or e5m2, would load without a complaint and give nonsense.
-static void config_quantization(Config *c, const ConfigFile *f) {
-    const Json *q = json_get(f->root, "quantization_config");
-    if (!q || q->type == JSON_NULL) return;  // a bf16 copy of the weights
-    q = config_object(f, f->root, "quantization_config");
-    c->fp8 = true;
-    config_text(f, q, "quant_method", "fp8");
-    config_text(f, q, "fmt", "e4m3");
-    const Json *size = config_get(f, q, "weight_block_size");
+static void config_quantization(Config *c, const char *file, const Json *root) {
+    const Json *q = json_get(root, "quantization_config");
     int64_t side;
-    if (size->type != JSON_ARRAY || size->count != 2 || !json_int(size + 1, BLOCK, BLOCK, &side) ||
-        !json_int(size + 2, BLOCK, BLOCK, &side))
-        die("%s: weight_block_size: got %s, want [%d, %d]", f->path,
-            size->type == JSON_ARRAY ? "other numbers" : json_type_name(size), BLOCK, BLOCK);
+    if (!q || q->type == JSON_NULL) return;  // a bf16 copy of the weights
+    json_want(file, root, "quantization_config", JSON_OBJECT);
+    json_expect(file, root, "quantization_config.quant_method", "fp8");
+    json_expect(file, root, "quantization_config.fmt", "e4m3");
+    q = json_want(file, root, "quantization_config.weight_block_size", JSON_ARRAY);
+    if (q->count != 2 || !json_int(q + 1, BLOCK, BLOCK, &side) ||
+        !json_int(q + 2, BLOCK, BLOCK, &side))
+        die("%s: weight_block_size: got other numbers, want [%d, %d]", file, BLOCK, BLOCK);
+    c->fp8 = true;
 }
 
 // YaRN's parameters. R1 was trained on 4,096 tokens and stretched to 163,840 by them.
-static void config_rope(Config *c, const ConfigFile *f) {
-    const Json *r = config_object(f, f->root, "rope_scaling");
-    config_text(f, r, json_get(r, "rope_type") ? "rope_type" : "type", "yarn");
-    c->rope_theta = config_number(f, f->root, "rope_theta", 1, 1e12);
-    c->rope_scaling.factor = config_number(f, r, "factor", 1, 1e6);
-    c->rope_scaling.beta_fast = config_number(f, r, "beta_fast", 0.001, 1e6);
-    c->rope_scaling.beta_slow = config_number(f, r, "beta_slow", 0.001, 1e6);
-    c->rope_scaling.mscale_all_dim = config_number(f, r, "mscale_all_dim", 0, 1e3);
+static void config_rope(Config *c, const char *file, const Json *root) {
+    const Json *r = json_want(file, root, "rope_scaling", JSON_OBJECT);
+    json_expect(file, r, json_get(r, "rope_type") ? "rope_type" : "type", "yarn");
+    c->rope_theta = config_number(file, root, "rope_theta", 1, 1e12);
+    c->rope_scaling.factor = config_number(file, r, "factor", 1, 1e6);
+    c->rope_scaling.beta_fast = config_number(file, r, "beta_fast", 0.001, 1e6);
+    c->rope_scaling.beta_slow = config_number(file, r, "beta_slow", 0.001, 1e6);
+    c->rope_scaling.mscale_all_dim = config_number(file, r, "mscale_all_dim", 0, 1e3);
     c->rope_scaling.original_max_position_embeddings =
-        config_int(f, r, "original_max_position_embeddings", 1, 1 << 30);
+        config_int(file, r, "original_max_position_embeddings", 1, 1 << 30);
     // cos and sin are scaled by the quotient of the two mscales: 1 in R1, and here always.
-    double mscale = config_number(f, r, "mscale", 0, 1e3), all = c->rope_scaling.mscale_all_dim;
+    double mscale = config_number(file, r, "mscale", 0, 1e3), all = c->rope_scaling.mscale_all_dim;
     if (mscale != all)
-        die("%s: mscale: got %g, want the value of mscale_all_dim, %g", f->path, mscale, all);
+        die("%s: mscale: got %g, want the value of mscale_all_dim, %g", file, mscale, all);
 }
 
 // Bounds that choose_experts relies on: groups of at least two experts, and enough of them kept.
-static void config_experts(Config *c, const ConfigFile *f) {
-    const Json *root = f->root;
-    c->n_group = config_int(f, root, "n_group", 1, 1024);
-    c->topk_group = config_int(f, root, "topk_group", 1, c->n_group);
-    c->n_routed_experts = config_int(f, root, "n_routed_experts", 2 * c->n_group, 1024);
-    config_multiple(f, "n_routed_experts", c->n_routed_experts, c->n_group);
+static void config_experts(Config *c, const char *file, const Json *root) {
+    c->n_group = config_int(file, root, "n_group", 1, 1024);
+    c->topk_group = config_int(file, root, "topk_group", 1, c->n_group);
+    c->n_routed_experts = config_int(file, root, "n_routed_experts", 2 * c->n_group, 1024);
+    if (c->n_routed_experts % c->n_group)
+        die("%s: n_routed_experts: got %d, want a multiple of n_group, %d", file,
+            c->n_routed_experts, c->n_group);
     int kept = c->topk_group * (c->n_routed_experts / c->n_group);
-    c->num_experts_per_tok = config_int(f, root, "num_experts_per_tok", 1,
+    c->num_experts_per_tok = config_int(file, root, "num_experts_per_tok", 1,
                                         kept < MAX_EXPERTS_PER_TOK ? kept : MAX_EXPERTS_PER_TOK);
-    config_int(f, root, "n_shared_experts", 1, 1);
-    config_int(f, root, "moe_layer_freq", 1, 1);
-    config_text(f, root, "scoring_func", "sigmoid");
-    config_text(f, root, "topk_method", "noaux_tc");
-    const Json *norm = config_get(f, root, "norm_topk_prob");
-    if (norm->type != JSON_BOOL || !norm->boolean)
-        die("%s: norm_topk_prob: got %s, want true", f->path,
-            norm->type == JSON_BOOL ? "false" : json_type_name(norm));
-    c->routed_scaling_factor = config_number(f, root, "routed_scaling_factor", 0, 1e3);
-    c->moe_intermediate_size = config_int(f, root, "moe_intermediate_size", BLOCK, 1 << 20);
-    config_multiple(f, "moe_intermediate_size", c->moe_intermediate_size, BLOCK);
+    config_int(file, root, "n_shared_experts", 1, 1);
+    config_int(file, root, "moe_layer_freq", 1, 1);
+    json_expect(file, root, "scoring_func", "sigmoid");
+    json_expect(file, root, "topk_method", "noaux_tc");
+    json_expect(file, root, "norm_topk_prob", "true");
+    c->routed_scaling_factor = config_number(file, root, "routed_scaling_factor", 0, 1e3);
+    c->moe_intermediate_size = config_blocks(file, root, "moe_intermediate_size", 1 << 20);
 }
 
 // generation_config.json holds the makers' advice for sampling; it may be absent.
 static void config_generation(Config *c, const char *dir) {
-    char err[256], *path = format_string("%s/generation_config.json", dir);
-    size_t len;
-    char *text = read_file(path, &len);
+    char *text, *file = format_string("%s/generation_config.json", dir);
+    Json *root = json_load(&text, file, true);
     c->temperature = c->top_p = 1;
-    if (text) {
-        ConfigFile f = {path, json_parse(text, len, err, sizeof err)};
-        if (!f.root) die("%s: %s", path, err);
-        if (f.root->type != JSON_OBJECT)
-            die("%s: got %s, want an object", path, json_type_name(f.root));
-        if (json_get(f.root, "temperature"))
-            c->temperature = config_number(&f, f.root, "temperature", 0, 1e6);
-        if (json_get(f.root, "top_p")) c->top_p = config_number(&f, f.root, "top_p", 1e-9, 1);
-        free((void *)f.root);
-    }
-    free(text);
-    free(path);
+    if (json_get(root, "temperature"))
+        c->temperature = config_number(file, root, "temperature", 0, 1e6);
+    if (json_get(root, "top_p")) c->top_p = config_number(file, root, "top_p", 1e-9, 1);
+    free(root), free(text), free(file);
 }
 
 Config config_load(const char *dir) {
     Config c = {0};
-    char err[256], *path = format_string("%s/config.json", dir);
-    size_t len;
-    char *text = read_file(path, &len);
-    if (!text) die("%s: %s", path, strerror(errno));
-    ConfigFile f = {path, json_parse(text, len, err, sizeof err)};
-    if (!f.root) die("%s: %s", path, err);
-    if (f.root->type != JSON_OBJECT)
-        die("%s: got %s, want an object", path, json_type_name(f.root));
-    config_text(&f, f.root, "model_type", "deepseek_v3");
-    config_text(&f, f.root, "hidden_act", "silu");
-    c.vocab_size = config_int(&f, f.root, "vocab_size", 1, 1 << 24);
-    c.hidden_size = config_int(&f, f.root, "hidden_size", BLOCK, 1 << 20);
-    c.num_hidden_layers = config_int(&f, f.root, "num_hidden_layers", 1, 4096);
-    c.num_nextn_predict_layers = config_int(&f, f.root, "num_nextn_predict_layers", 0, 1);
+    char *text, *file = format_string("%s/config.json", dir);
+    Json *root = json_load(&text, file, false);
+    json_expect(file, root, "model_type", "deepseek_v3");
+    json_expect(file, root, "hidden_act", "silu");
+    c.vocab_size = config_int(file, root, "vocab_size", 1, 1 << 24);
+    c.hidden_size = config_blocks(file, root, "hidden_size", 1 << 20);
+    c.num_hidden_layers = config_int(file, root, "num_hidden_layers", 1, 4096);
+    c.num_nextn_predict_layers = config_int(file, root, "num_nextn_predict_layers", 0, 1);
     c.first_k_dense_replace =
-        config_int(&f, f.root, "first_k_dense_replace", 0, c.num_hidden_layers);
-    c.intermediate_size = config_int(&f, f.root, "intermediate_size", BLOCK, 1 << 20);
-    c.num_attention_heads = config_int(&f, f.root, "num_attention_heads", 1, 4096);
-    c.q_lora_rank = config_int(&f, f.root, "q_lora_rank", BLOCK, 1 << 20);
-    config_int(&f, f.root, "kv_lora_rank", LATENT_DIM, LATENT_DIM);
-    config_int(&f, f.root, "qk_nope_head_dim", NOPE_DIM, NOPE_DIM);
-    config_int(&f, f.root, "qk_rope_head_dim", ROPE_DIM, ROPE_DIM);
-    config_int(&f, f.root, "v_head_dim", V_DIM, V_DIM);
-    config_multiple(&f, "hidden_size", c.hidden_size, BLOCK);
-    config_multiple(&f, "intermediate_size", c.intermediate_size, BLOCK);
-    config_multiple(&f, "q_lora_rank", c.q_lora_rank, BLOCK);
-    c.max_position_embeddings = config_int(&f, f.root, "max_position_embeddings", PAGE, 1 << 24);
-    config_int(&f, f.root, "bos_token_id", 0, c.vocab_size - 1);
-    c.eos_token_id = config_int(&f, f.root, "eos_token_id", 0, c.vocab_size - 1);
-    c.rms_norm_eps = config_number(&f, f.root, "rms_norm_eps", 0, 1);
-    static const char *const absent[] = {"tie_word_embeddings", "attention_bias"};
-    for (int i = 0; i < 2; i++) {
-        const Json *v = json_get(f.root, absent[i]);
-        if (v && v->type == JSON_BOOL && v->boolean)
-            die("%s: %s: got true, want false", path, absent[i]);
-    }
-    config_experts(&c, &f);
-    config_rope(&c, &f);
-    config_quantization(&c, &f);
+        config_int(file, root, "first_k_dense_replace", 0, c.num_hidden_layers);
+    c.intermediate_size = config_blocks(file, root, "intermediate_size", 1 << 20);
+    c.num_attention_heads = config_int(file, root, "num_attention_heads", 1, 4096);
+    c.q_lora_rank = config_blocks(file, root, "q_lora_rank", 1 << 20);
+    config_int(file, root, "kv_lora_rank", LATENT_DIM, LATENT_DIM);
+    config_int(file, root, "qk_nope_head_dim", NOPE_DIM, NOPE_DIM);
+    config_int(file, root, "qk_rope_head_dim", ROPE_DIM, ROPE_DIM);
+    config_int(file, root, "v_head_dim", V_DIM, V_DIM);
+    c.max_position_embeddings = config_int(file, root, "max_position_embeddings", PAGE, 1 << 24);
+    config_int(file, root, "bos_token_id", 0, c.vocab_size - 1);
+    c.eos_token_id = config_int(file, root, "eos_token_id", 0, c.vocab_size - 1);
+    c.rms_norm_eps = config_number(file, root, "rms_norm_eps", 0, 1);
+    json_expect(file, root, "?tie_word_embeddings", "false");
+    json_expect(file, root, "?attention_bias", "false");
+    config_experts(&c, file, root);
+    config_rope(&c, file, root);
+    config_quantization(&c, file, root);
     config_generation(&c, dir);
-    free((void *)f.root);
-    free(text);
-    free(path);
+    free(root), free(text), free(file);
     return c;
 }
 
@@ -412,14 +354,10 @@ static void file_open(Checkpoint *c, File *f, bool indexed) {
 
 // Takes names and file names from model.safetensors.index.json. False where there is none.
 static bool index_read(Checkpoint *c) {
-    char err[256], *path = format_string("%s/model.safetensors.index.json", c->dir);
-    size_t len;
-    c->index_text = read_file(path, &len);
-    if (!c->index_text) return free(path), false;
-    Json *root = json_parse(c->index_text, len, err, sizeof err);
-    if (!root) die("%s: %s", path, err);
-    const Json *map = root->type == JSON_OBJECT ? json_get(root, "weight_map") : NULL;
-    if (!map || map->type != JSON_OBJECT) die("%s: weight_map: missing, want an object", path);
+    char *path = format_string("%s/model.safetensors.index.json", c->dir);
+    Json *root = json_load(&c->index_text, path, true);
+    if (!root) return free(path), false;
+    const Json *map = json_want(path, root, "weight_map", JSON_OBJECT);
     checkpoint_reserve(c, map->count);
     c->files = xcalloc(map->count + 1, sizeof *c->files);
     const Json *key = map + 1;

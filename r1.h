@@ -115,6 +115,17 @@ const char *json_type_name(const Json *value);
 // Appends where a value stands in the document: messages[2].content[0].text
 void json_path(Buf *b, const Json *root, const Json *value);
 
+// The object that a file holds; its strings lie in *text, to be freed, too. Dies where there is
+// none; NULL where `optional` and the file can't be read.
+Json *json_load(char **text, const char *path, bool optional);
+// The value at a path of keys and indices with dots between them, or NULL.
+const Json *json_at(const Json *value, const char *path);
+char *json_show(const Json *v);  // in words, malloc'ed: 0.5, true, a string's own text, array
+// The value there; dies where it has another type, naming file and path.
+const Json *json_want(const char *file, const Json *root, const char *path, JsonType type);
+// Dies unless the value there is shown as `want`. Behind a '?' it may also be absent.
+void json_expect(const char *file, const Json *root, const char *path, const char *want);
+
 void json_write_string(Buf *b, Str s);           // with quotes; escapes only ", \ and below U+0020
 void json_write_float(Buf *b, float f);  // fewest digits that read back as f; f must be finite
 

@@ -9,7 +9,6 @@
 #include "r1.h"
 
 #include <assert.h>
-#include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -168,57 +167,6 @@ static const struct { const char *path, *want; } shape[] = {  // after a '?' it 
     {"?model.fuse_unk", "false"},
 };
 
-static Json *json_load(char **text, const char *path) {
-    char err[200];
-    size_t len = 0;
-    *text = read_file(path, &len);
-    if (!*text) die("%s: can't read it: %s", path, strerror(errno));
-    Json *root = json_parse(*text, len, err, sizeof err);
-    if (!root) die("%s: %s", path, err);
-    return root;
-}
-
-// The value at a path of keys and indices with dots between them, or NULL.
-static const Json *json_at(const Json *value, const char *path) {
-    for (size_t n; value && *path; path += n + (path[n] == '.')) {
-        char key[32];
-        n = strcspn(path, ".");
-        snprintf(key, sizeof key, "%.*s", (int)n, path);
-        if (value->type != JSON_ARRAY) {
-            value = json_get(value, key);
-            continue;
-        }
-        uint32_t i = (uint32_t)strtoul(key, NULL, 10);
-        if (i >= value->count) return NULL;
-        for (value++; i > 0; i--) value = json_next(value);
-    }
-    return value;
-}
-
-// A value in words, malloc'ed.
-static char *json_show(const Json *v) {
-    if (!v) return format_string("nothing");
-    if (v->type == JSON_STRING) return format_string("%.*s", (int)v->string.len, v->string.data);
-    if (v->type == JSON_NUMBER) return format_string("%.17g", v->number);
-    if (v->type == JSON_BOOL) return format_string("%s", v->boolean ? "true" : "false");
-    return format_string("%s", json_type_name(v));
-}
-
-static void json_expect(const char *file, const Json *root, const char *path, const char *want) {
-    const Json *value = json_at(root, path + (*path == '?'));
-    char *got = json_show(value);
-    if ((value || *path != '?') && strcmp(got, want))
-        die("%s: %s: got %s, want %s", file, path + (*path == '?'), got, want);
-    free(got);
-}
-
-static const Json *json_want(const char *file, const Json *root, const char *path, JsonType type) {
-    const Json *value = json_at(root, path), want = {.type = type};
-    if (!value || value->type != type)
-        die("%s: %s: got %s, want %s", file, path, json_show(value), json_type_name(&want));
-    return value;
-}
-
 // ---- Loading: tokens and merges -----------------------------------------------------------------
 
 static int name_compare(const void *a, const void *b) {
@@ -369,7 +317,7 @@ static void merges_load(Tokenizer *t, const char *file, const Json *root) {
 // Which BOS goes before raw text, and the chat template.
 static void config_read(Tokenizer *t, const char *file) {
     char *text;
-    Json *root = json_load(&text, file);
+    Json *root = json_load(&text, file, false);
     const Json *jinja = json_get(root, "chat_template"), *bos = json_get(root, "bos_token");
     bool add_bos = json_get(root, "add_bos_token") &&
                    json_want(file, root, "add_bos_token", JSON_BOOL)->boolean;
@@ -388,7 +336,7 @@ static void config_read(Tokenizer *t, const char *file) {
 Tokenizer *tokenizer_load(const char *dir) {
     Tokenizer *t = xcalloc(1, sizeof *t);
     char *file = format_string("%s/tokenizer.json", dir);
-    Json *root = json_load(&t->text, file);
+    Json *root = json_load(&t->text, file, false);
     for (size_t i = 0; i < sizeof shape / sizeof *shape; i++)
         json_expect(file, root, shape[i].path, shape[i].want);
     classes_expand(t->class_of);

@@ -294,9 +294,9 @@ static void test_truncated(void) {
 static void test_index(void) {
     static const struct { const char *index, *want; } cases[] = {
         {"", INDEX "|JSON"}, {"{", INDEX "|JSON"},
-        {"[]", INDEX "|weight_map|missing|want an object"},
-        {"{}", INDEX "|weight_map|missing"},
-        {"{'weight_map':['a']}", INDEX "|weight_map|want an object"},
+        {"[]", INDEX "|got array|want an object"},
+        {"{}", INDEX "|weight_map|got nothing|want object"},
+        {"{'weight_map':['a']}", INDEX "|weight_map|got array|want object"},
         {"{'weight_map':{'a':7}}", INDEX "|a|got number|want a file name"},
         {"{'weight_map':{'a':null}}", INDEX "|a|got null|want a file name"},
         {"{'weight_map':{'a':'one','c':'/etc/passwd'}}", INDEX "|c|want a plain file name"},
@@ -460,7 +460,7 @@ static void test_config(void) {
         char label[120], want[120];
         bool optional = strchr(config_keys[i].bad, '*') != NULL;
         snprintf(label, sizeof label, "%s missing", key);
-        snprintf(want, sizeof want, "config.json|%s: missing", key);
+        snprintf(want, sizeof want, "config.json|%s: got nothing", key);
         put_config(&(Edit){NULL, key, NULL}, 1);
         if (optional) check_opens(label, open_config);
         else check_dies(label, open_config, want);
@@ -489,7 +489,7 @@ static void test_config_files(void) {
         {"{'model_type':'deepseek_v3' 'x':1}", NULL, "config.json|JSON"},
         {"good", "{", "generation_config.json|JSON"}, {"good", "", "generation_config.json|JSON"},
         {"good", "{'temperature':'hot'}",
-         "generation_config.json|temperature|got string|want a number"},
+         "generation_config.json|temperature|got string|want number"},
         {"good", "{'temperature':-1}", "generation_config.json|temperature|got -1|want"},
         {"good", "{'top_p':0}", "generation_config.json|top_p|got 0|want"},
         {"good", "{'top_p':1.5}", "generation_config.json|top_p|got 1.5|want"},
