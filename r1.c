@@ -894,8 +894,8 @@ static void yarn(Model *m) {
     m->softmax_scale = mscale * mscale / sqrt(QK_DIM);
 }
 
-// What the checkpoint has beyond what the config asks for is no error, but a line in the log: it may
-// be a file of another model.
+// What the checkpoint has beyond what the config asks for is no error, but a line in the log: it
+// may be a file of another model.
 static void checkpoint_log_unused(const Checkpoint *c) {
     size_t unused = 0;
     Str first = {0};
@@ -1017,9 +1017,9 @@ static double cache_bytes(const Config *c) {  // of a token
     return (double)c->num_hidden_layers * CACHE_DIM * sizeof(bf16);
 }
 
-// Makes the pool what was asked for, in whole pages, of what p leaves for it: --max-total-tokens; or
-// what --mem-fraction-static of all `memory` leaves beside the weights; or all that there is. False:
-// it does not fit, or there is no room for a page.
+// Makes the pool what was asked for, in whole pages, of what p leaves for it: --max-total-tokens;
+// or what --mem-fraction-static of all `memory` leaves beside the weights; or all that there is.
+// False: it does not fit, or there is no room for a page.
 static bool memory_divide(MemoryPlan *p, const Config *c, const Options *o, double memory) {
     double left = p->pool, row = cache_bytes(c), fraction = o->mem_fraction_static;
     double want = fraction > 0 ? fraction * memory - p->weights : left;
@@ -1163,7 +1163,6 @@ typedef struct {
 
 static struct {
     Group group;            // its first rank's
-    const Config *config;
     Checkpoint *files;
     int max_rows, max_out, n_pages;
     Model **model;          // [n_local]
@@ -1181,7 +1180,7 @@ static void rank_load(int local) {
     const Group *g = &ranks.group;
     int rank = g->rank + local;
     device_init(local, g->n_local);
-    ranks.model[local] = model_load(ranks.config, ranks.files, rank, g->size, ranks.max_rows,
+    ranks.model[local] = model_load(&server.config, ranks.files, rank, g->size, ranks.max_rows,
                                     ranks.max_out, ranks.n_pages, &server.ranks[rank].progress);
 }
 
@@ -1248,12 +1247,12 @@ static void order_give(const Order *o) {
 }
 
 // Loads all ranks of this node, side by side, and lets them meet those of other nodes.
-static void ranks_load(const Config *c, Checkpoint *files, int max_rows, int max_out, int n_pages) {
+static void ranks_load(Checkpoint *files, int max_rows, int max_out, int n_pages) {
     static uint8_t id[GROUP_ID];
     int n = ranks.group.n_local;
     if (n > 1 && !ranks.group.id) group_id(id), ranks.group.id = id;
-    ranks.config = c, ranks.files = files;
-    ranks.max_rows = max_rows, ranks.max_out = max_out, ranks.n_pages = n_pages;
+    ranks.files = files, ranks.n_pages = n_pages;
+    ranks.max_rows = max_rows, ranks.max_out = max_out;
     ranks.model = xcalloc(n, sizeof *ranks.model), ranks.thread = xcalloc(n, sizeof *ranks.thread);
     ranks.busy = n - 1, ranks.given = 0;
     for (int i = 1; i < n; i++)
@@ -1923,8 +1922,6 @@ typedef struct {  // what a step does, for the log: sequences that decode; of pr
 } Plan;
 
 static struct {
-    Checkpoint *files;
-    Model *model;               // rank 0's
     MemoryPlan memory;          // of each rank of this node
     int chunk, max_running;     // prompt rows in a step; sequences in a step, one probe not counted
     int recorded;               // steps of at most so many rows are recorded
@@ -2387,7 +2384,6 @@ static void step_compute(void) {
     static Choice choice[MAX_OUT];
     Sampling sampling[MAX_OUT];
     Batch *b = &engine.batch;
-    Model *m = engine.model;
     int n_out = b->n_out;
     order_give(&(Order){.kind = ORDER_STEP, .batch = *b});
     server.steps++;
@@ -2398,7 +2394,7 @@ static void step_compute(void) {
         const int **given = engine.out_given + first;
         if (first) order_give(&(Order){.kind = ORDER_MORE_LOGITS, .first = first, .n = n});
         for (int i = 0; i < n; i++) sampling[i] = seq_sampling(s[i], given[i]);
-        sample(choice, m->logits, sampling, tokenizer_vocab(server.tokenizer),
+        sample(choice, ranks.model[0]->logits, sampling, tokenizer_vocab(server.tokenizer),
                server.config.vocab_size, n);
         for (int i = 0; i < n; i++) seq_result(s[i], given[i], &choice[i]);
     }
@@ -2516,8 +2512,8 @@ static MemoryPlan memory_here(const Config *c, const Options *o, int rows, int m
     if (gpu) p = memory_plan(c, o->tensor_parallel_size, rows, max_out, available);
     Options cpu = {.max_total_tokens = o->max_total_tokens};
     if (memory_divide(&p, c, gpu ? o : &cpu, memory) || !gpu) return p;
-    die("GPU memory: want %.2f GB for weights, %.2f for steps of %d rows, %.2f for other things and "
-        "%.2f for the cache, of %.2f GB that are free", p.weights / 1e9,
+    die("GPU memory: want %.2f GB for weights, %.2f for steps of %d rows, %.2f for other things "
+        "and %.2f for the cache, of %.2f GB that are free", p.weights / 1e9,
         (p.steps + p.logits) / 1e9, rows, p.reserve / 1e9, p.pool / 1e9, p.room / 1e9);
 }
 
@@ -2552,8 +2548,7 @@ static void engine_load(int max_running) {
     engine.max_pages = pages_for(max_req_len());
     int rows = engine.chunk + max_running + 1, seqs = max_running + 1;
     int max_out = rows < MAX_OUT ? rows : MAX_OUT;
-    ranks_load(&server.config, files, rows, max_out, engine.n_pages);
-    engine.model = ranks.model[0], engine.files = files;
+    ranks_load(files, rows, max_out, engine.n_pages);
     engine.pages = xcalloc(engine.n_pages + 1, sizeof *engine.pages);
     engine.n_buckets = 2 * engine.n_pages;
     engine.bucket = xcalloc(engine.n_buckets, sizeof *engine.bucket);
@@ -2575,7 +2570,7 @@ static void engine_load(int max_running) {
 
 static void engine_free(void) {
     ranks_end();
-    checkpoint_close(engine.files);
+    checkpoint_close(ranks.files);
     free(engine.pages), free(engine.bucket), free(engine.table), free(engine.free_rows);
     free(engine.running), free(engine.id), free(engine.position), free(engine.seq);
     free(engine.out), free(engine.out_seq), free(engine.out_given);
@@ -2705,8 +2700,8 @@ static const Flag flags[] = {
      "8192", "prompt tokens of a step, at most; -1: --max-prefill-tokens"},
     {"--max-prefill-tokens", SIZES, INTEGER, AT(max_prefill_tokens), 1, 1 << 20, "16384",
      "prompt tokens of a step, at most, chunked or not"},
-    {"--max-running-requests", SERVE | PLAN | AGREE, INTEGER, AT(max_running_requests), 1, 1 << 16, NULL,
-     "sequences in a step; default: 2048 to 4096, by what the cache holds"},
+    {"--max-running-requests", SERVE | PLAN | AGREE, INTEGER, AT(max_running_requests), 1, 1 << 16,
+     NULL, "sequences in a step; default: 2048 to 4096, by what the cache holds"},
     {"--schedule-policy", SERVE, WORD, AT(schedule_policy), 0, 0, "fcfs",
      "fcfs lpm random dfs-weight: all of them mean first come, first served"},
     {"--disable-radix-cache", SERVE, SWITCH, AT(disable_radix_cache), 0, 0, NULL,
@@ -2741,7 +2736,8 @@ static const Flag flags[] = {
     {"--tp-size --tensor-parallel-size --tp", SIZES, INTEGER, AT(tensor_parallel_size), 1,
      MAX_RANKS, "1", "ranks that share the model, an equal number on each node"},
     {"--gpu", PLAN, TEXT, AT(gpu), 0, 0, "h100", "h100, h200, or a GPU's bytes"},
-    {"--nnodes", SERVE | PLAN | AGREE, INTEGER, AT(nnodes), 1, MAX_RANKS, "1", "nodes of the group"},
+    {"--nnodes", SERVE | PLAN | AGREE, INTEGER, AT(nnodes), 1, MAX_RANKS, "1",
+     "nodes of the group"},
     {"--node-rank", SERVE, INTEGER, AT(node_rank), 0, MAX_RANKS - 1, "0",
      "which of them this is; 0 leads, and answers requests"},
     {"--dist-init-addr --nccl-init-addr", SERVE, TEXT, AT(dist_init_addr), 0, 0, NULL,
@@ -2883,9 +2879,9 @@ static void flag_set(const Command *c, void *options, const Flag *f, const char 
         list->text[list->n++] = value;
         break;
     case ONLY:
-        if (!f->fallback || !listed(f->fallback, value, strlen(value)))
-            usage_die(c, "%s %s (%s): this version of r1 can't do that%s%s", name, value, f->help,
-                      f->fallback ? "; it takes only " : "", f->fallback ? f->fallback : "");
+        if (!listed(f->fallback, value, strlen(value)))
+            usage_die(c, "%s %s (%s): this version of r1 can't do that; it takes only %s", name,
+                      value, f->help, f->fallback);
         break;
     case IGNORED:
     case IGNORED_VALUE: log_line(-1, "%s: accepted for compatibility, no effect", name); break;
@@ -3819,5 +3815,6 @@ int main(int argc, char **argv) {
     if (!strcmp(name, "version") || !strcmp(name, "--version")) return puts("r1 " R1_VERSION), 0;
     if (!strcmp(name, "help") || !strcmp(name, "--help") || !strcmp(name, "-h"))
         return fputs(usage, stdout), 0;
-    usage_die(NULL, "unknown command %s, want serve, run, plan, tokenize, bench, help or version", name);
+    usage_die(NULL, "unknown command %s, want serve, run, plan, tokenize, bench, help or version",
+              name);
 }
