@@ -1275,14 +1275,16 @@ static void rank_done(void) {
 }
 
 static void *rank_main(void *local) {
-    const Order *o = NULL;
+    bool over = false;
     rank_load((int)(intptr_t)local);
     rank_done();
-    for (unsigned seen = 0; !o || o->kind != ORDER_END; rank_done()) {
+    for (unsigned seen = 0; !over; rank_done()) {
         pthread_mutex_lock(&ranks.mutex);
         while (ranks.given == seen) pthread_cond_wait(&ranks.change, &ranks.mutex);
-        seen = ranks.given, o = ranks.order;
+        seen = ranks.given;
+        const Order *o = ranks.order;  // whoever gave it may reuse its memory after rank_done()
         pthread_mutex_unlock(&ranks.mutex);
+        over = o->kind == ORDER_END;
         rank_obey((int)(intptr_t)local, o);
     }
     return NULL;
