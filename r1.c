@@ -3845,6 +3845,12 @@ int share_main(const Command *command, const ShareOptions *o) {
     int rows = largest((int[]){PAGE, max_out, longest_prompt}, 3);
     const Options all = {.tensor_parallel_size = o->tp};
     share.pool = memory_here(&c, &all, rows, max_out).tokens / PAGE;
+    double weights = weights_plan(&c, o->tp);  // a GPU would have refused them by now
+    size_t available, memory;
+    device_memory(&available, &memory);
+    if (weights > available)
+        die("memory: want %.2f GB for weights, of %.2f GB that are free", weights / 1e9,
+            available / 1e9);
     share.n_pages = pages_for(rows);
     if (share.pool < share.n_pages)
         die("the cache has room for %ld tokens, want %d", (long)share.pool * PAGE, rows);

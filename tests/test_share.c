@@ -200,6 +200,7 @@ static void test_mistakes(void) {
         {"one", "got \"one\", want a flag", 2},
         {"--output-file /nowhere/at/all", "--output-file /nowhere/at/all: No such file", 1},
         {"--model-path /nowhere", "--model-path /nowhere: no such directory", 1},
+        {"--model-path tests/golden/r1 --layers 61", "memory: want 674.", 1},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         int status;
