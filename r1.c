@@ -1208,14 +1208,16 @@ static void rank_done(void) {
 // Rank 0 waits for its tokens. The others' only way to learn that their GPU has failed is to wait,
 // too; meanwhile rank 0 goes on.
 static void *rank_main(void *local) {
-    const Order *o = NULL;
+    bool over = false;
     rank_load((int)(intptr_t)local);
     rank_done();
-    for (unsigned seen = 0; !o || o->kind != ORDER_END; rank_done(), device_wait()) {
+    for (unsigned seen = 0; !over; rank_done(), device_wait()) {
         pthread_mutex_lock(&ranks.mutex);
         while (ranks.given == seen) pthread_cond_wait(&ranks.change, &ranks.mutex);
-        seen = ranks.given, o = ranks.order;
+        seen = ranks.given;
+        const Order *o = ranks.order;  // whoever gave it may reuse its memory after rank_done()
         pthread_mutex_unlock(&ranks.mutex);
+        over = o->kind == ORDER_END;
         rank_obey((int)(intptr_t)local, o);
     }
     return NULL;
@@ -3727,6 +3729,12 @@ int share_main(const Command *command, const ShareOptions *o) {
     const Options all = {.tensor_parallel_size = o->tp};
     share.plan = memory_here(&c, &all, rows, batch.most);
     int pool = share.plan.tokens / PAGE;
+    double weights = weights_plan(&c, o->tp);  // a GPU would have refused them by now
+    size_t available, memory;
+    device_memory(&available, &memory);
+    if (weights > available)
+        die("memory: want %.2f GB for weights, of %.2f GB that are free", weights / 1e9,
+            available / 1e9);
     share.n_pages = pages_for(rows);
     if (pool < share.n_pages)
         die("the cache has room for %d tokens, want %d", share.plan.tokens, rows);

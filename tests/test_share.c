@@ -200,8 +200,11 @@ static void test_mistakes(void) {
         {"one", "got \"one\", want a flag", 2},
         {"--output-file /nowhere/at/all", "--output-file /nowhere/at/all: No such file", 1},
         {"--model-path /nowhere", "--model-path /nowhere: no such directory", 1},
+        {"--model-path tests/golden/r1 --layers 61", "memory: want 674.", 1},
     };
-    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+    // The last one is only for machines on which R1 has no room: others would begin to make it up.
+    double memory = (double)sysconf(_SC_PHYS_PAGES) * sysconf(_SC_PAGESIZE);
+    for (size_t i = 0; i < sizeof rows / sizeof *rows - (memory > 6e11); i++) {
         int status;
         char *args = format_string("--model-path %s %s", dir, rows[i].args);
         char *text = run(args, &status);
