@@ -92,6 +92,8 @@ out:
     buf_free(&b);
 }
 
+static atomic_int connections;  // that have not ended
+
 static void *connection(void *arg) {
     int fd = (int)(intptr_t)arg;
     Buf b = {0};
@@ -122,6 +124,7 @@ static void *connection(void *arg) {
 out:
     close(fd);
     buf_free(&b);
+    connections--;
     return NULL;
 }
 
@@ -133,6 +136,7 @@ static void *server_loop(void *arg) {
     pthread_attr_setdetachstate(&small, PTHREAD_CREATE_DETACHED);
     for (int fd; (fd = accept(listener, NULL, NULL)) >= 0;) {
         pthread_t thread;
+        connections++;
         setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
         if (pthread_create(&thread, &small, connection, (void *)(intptr_t)fd)) die("no thread");
     }
@@ -774,5 +778,6 @@ int main(void) {
     check_usage();
     tokenizer_free(tokenizer);
     free(ids.data);
+    for (int i = 0; connections && i < 1000; i++) usleep(10000);  // what they hold would be leaks
     return test_end();
 }

@@ -823,9 +823,11 @@ static void test_states(void) {
         server.ranks[i].progress.loaded_bytes = 1000000000 - 100000000 * (i % 3);
         server.ranks[i].progress.total_bytes = 4000000000;
     }
-    check_reply("not ready", &(Reply[]){chat("{}")}[0], 503, ERROR_F(503, "ServiceUnavailableError",
+    Reply r = chat("{}");
+    check_reply("not ready", &r, 503, ERROR_F(503, "ServiceUnavailableError",
                 "r1 is not ready: loading, 23.1 % (slowest: rank 2, 20.0 %)"));
-    Reply r = ask("GET /health HTTP/1.1\r\n\r\n");
+    reply_free(&r);
+    r = ask("GET /health HTTP/1.1\r\n\r\n");
     CHECK(strstr(r.body.data, ",\"loaded_bytes\":3700000000,\"total_bytes\":16000000000,") &&
           strstr(r.body.data, "{\"rank\":2,\"node\":1,\"state\":\"loading\",\"loaded_bytes\":"
                               "800000000,\"total_bytes\":4000000000},{\"rank\":3,\"node\":1,"),
@@ -835,7 +837,9 @@ static void test_states(void) {
     server.node = 1, server.leader = "10.0.0.5:30000";
     static const char *const closed[] = {"GET /v1/models", "GET /", "POST /generate", "GET /none"};
     for (int i = 0; i < 4; i++) {
-        r = ask(format_string("%s HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", closed[i]));
+        char *request = format_string("%s HTTP/1.1\r\nContent-Length: 2\r\n\r\n{}", closed[i]);
+        r = ask(request);
+        free(request);
         CHECK(r.status == 503 && strstr(r.body.data, "node 1 serves /health and /metrics only; ask "
               "the leader at 10.0.0.5:30000"), "%s", r.body.data);
         reply_free(&r);
