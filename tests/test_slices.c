@@ -51,7 +51,7 @@ static void run_steps(Model *m, Logits *out) {
         }
         total += b.n;
     }
-    CHECK(total == ROWS, "%d rows", total);
+    if (m->rank == 0) CHECK(total == ROWS, "%d rows", total);  // threads would count at once
 }
 
 static void *rank_main(void *arg) {
