@@ -3010,7 +3010,7 @@ static void server_size(const Options *o) {
     char err[256];
     int tp = o->tensor_parallel_size;
     config_check_ranks(err, sizeof err, &server.config, tp);
-    if (*err) die("--tensor-parallel-size: %s", err);
+    if (*err) die("--tp-size: %s", err);
     server.node = o->node_rank, server.n_ranks = tp;
     server.n_local = o->nnodes > 1 ? tp / o->nnodes : tp;
     ranks.group = (Group){.rank = server.node * server.n_local, .size = tp,

@@ -1,5 +1,5 @@
-// tests/test_device.h: reads and fills what a twin has, for tests that are built for both: with -DCUDA, and
-// kernels.cu instead of kernels.c, it lies in a GPU's memory.
+// tests/test_device.h: reads and fills what a twin has, for tests that are built for both: with
+// -DCUDA, and kernels.cu instead of kernels.c, it lies in a GPU's memory.
 #ifndef TEST_DEVICE_H
 #define TEST_DEVICE_H
 

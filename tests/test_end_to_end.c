@@ -82,7 +82,7 @@ static void check_run(void) {
           !strncmp(out.data, strawberry, strlen(strawberry)), "two ranks say: %s", out.data);
     buf_free(&out), buf_free(&err);
     status = RUN(&out, &err, "run", "--model-path", "tiny-r1", "--tp", "4", "Hello");
-    CHECK(status == 1 && strstr(err.data, "--tensor-parallel-size: got 4, want one of 1, 2: each"),
+    CHECK(status == 1 && strstr(err.data, "--tp-size: got 4, want one of 1, 2: each"),
           "four ranks: %d %s", status, err.data);
     buf_free(&out), buf_free(&err);
     status = RUN(&out, &err, "run", "--model-path", "tiny-r1", "--temperature=0", "--stop", "4. a",
