@@ -107,8 +107,8 @@ void *device_alloc(size_t bytes) {
 void device_free(void *p) { check(cudaFree(p), "free"); }
 
 // ---- Ranks --------------------------------------------------------------------------------------
-// NCCL sums in an order of its own, in bf16 from rank to rank, and gives all ranks the same bits. Its
-// calls are recorded like kernels.
+// NCCL sums in an order of its own, in bf16 from rank to rank, and gives all ranks the same bits.
+// Its calls are recorded like kernels.
 
 static thread_local ncclComm_t comm;  // NULL: this rank is alone
 

@@ -3700,7 +3700,7 @@ static Config share_config(const Command *command, const ShareOptions *o, const 
     Config c = config_load(dir);
     char err[256];
     config_check_ranks(err, sizeof err, &c, o->tp);
-    if (*err) usage_die(command, "--tensor-parallel-size: %s", err);
+    if (*err) usage_die(command, "--tp: %s", err);
     if (o->layers > c.num_hidden_layers)
         usage_die(command, "--layers: got %d, want at most the model's %d", o->layers,
                   c.num_hidden_layers);

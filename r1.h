@@ -442,8 +442,8 @@ void rope_angles(float *rope, const float *inv_freq, const int *position, int n)
 // ParallelEmbedding)
 void embed(bf16 *x, const Linear *table, int first, const int *id, int n);
 
-// x [n] = the sum of all ranks' x, the same bits on all of them: in f32 and rounded once on the CPU,
-// with NCCL in its order, rounded to bf16 on the way. (Megatron-LM, section 3)
+// x [n] = the sum of all ranks' x, the same bits on all of them. On the CPU in f32, rounded once;
+// NCCL has its own order and rounds to bf16 on the way. (Megatron-LM, section 3)
 void all_reduce(bf16 *x, size_t n);
 
 // out [n][ranks x cols] f32, on rank 0, of each rank's in [n][cols]. Behind its own, rank 0 has

@@ -194,7 +194,7 @@ static void test_mistakes(void) {
         {"--prefill 1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1", "want 1 to 16 integers", 2},
         {"--layers 4", "--layers: got 4, want at most the model's 3", 2},
         {"--layers 0", "--layers: got \"0\", want an integer in 1..4096", 2},
-        {"--tp 3", "--tensor-parallel-size: got 3, want one of 1, 2: each rank needs whole", 2},
+        {"--tp 3", "--tp: got 3, want one of 1, 2: each rank needs whole", 2},
         {"--host here", "unknown flag --host", 2},
         {"--profile=yes", "--profile: got \"yes\", takes no value", 2},
         {"one", "got \"one\", want a flag", 2},
