@@ -60,6 +60,37 @@ kill $pid
 wait $pid || exit 1
 grep "Capture cuda graph end" $log'
 
+# What the server costs a step: as long as one takes there, less what bench --offline takes for it. Of
+# the lines about decoding the first is left out, whose time has prompts in it.
+host='
+export CUDA_VISIBLE_DEVICES=0
+logs=build/cuda/logs
+: >$logs/host_log
+build/cuda/r1 bench --offline --model-path tiny-r1 --tp 1 >$logs/host_table || exit 1
+build/cuda/r1 serve --model-path tiny-r1 --host 127.0.0.1 --port 0 2>>$logs/host_log & pid=$!
+for i in $(seq 100); do grep -q "ready to roll" $logs/host_log && break; sleep 0.2; done
+port=$(sed -n "s/.* running on http:..127.0.0.1:\([0-9]*\).*/\1/p" $logs/host_log)
+for rows in 1 256; do
+    build/cuda/r1 bench --port "$port" --tokenizer tiny-r1 --num-prompts $rows --disable-tqdm \
+        --random-input-len 896 --random-output-len 256 --random-range-ratio 1 \
+        --extra-request-body "{\"sampling_params\": {\"temperature\": 0.6, \"top_p\": 0.95,
+            \"max_new_tokens\": 256, \"ignore_eos\": true}}" \
+        --output-file $logs/host_jsonl >$logs/host_bench || exit 1
+    awk -v rows=$rows -F "[ ,:]+" "/Decode batch/ {
+            for (i = 1; i < NF; i++) {
+                if (\$i == \"#running-req\") running = \$(i + 1)
+                if (\$i == \"(token/s)\" && running > 0.9 * rows && n++)
+                    server += 1e6 * running / \$(i + 1) } }
+        \$1 == \"decode\" && \$2 == rows && \$3 == 1024 { step = 1e6 * rows / \$NF }
+        END { if (n > 1) server /= n - 1
+              printf \"note: %d rows: a step takes the server %.0f us, without it %.0f us\n\",
+                  rows, server, step
+              exit !(server > 0 && step > 0) }" $logs/host_table $logs/host_log || exit 1
+    : >$logs/host_log
+done
+kill $pid
+wait $pid && echo "what the server costs a step: 2 figures"'
+
 # Two nodes on this machine, with a GPU each: the CPU's answer, and both end well. And one GPU can't be
 # two ranks.
 nodes='
@@ -115,6 +146,7 @@ part slices 60 build/cuda/test_slices_cuda
 part answers 60 sh -c "$answers"
 part share 120 sh -c "$share"
 part serve 60 sh -c "$serve"
+part host 90 sh -c "$host"
 part nodes 60 sh -c "$nodes"
 part loads 120 sh -c "$loads"
 part cuda_files 60 build/cuda/test_cuda files
@@ -133,6 +165,6 @@ done
 for name in cuda gemm mla; do part bench_$name 60 build/cuda/test_$name bench; done
 part bench_layer 60 build/cuda/test_cuda bench_layer
 grep -h "^note" $logs/cuda_model $logs/cuda_talks $logs/cuda_files $logs/loads $logs/slices \
-    $logs/share $logs/bench_* 2>/dev/null
+    $logs/host $logs/share $logs/bench_* 2>/dev/null
 echo "$table"
 exit $failed
