@@ -60,36 +60,51 @@ kill $pid
 wait $pid || exit 1
 grep "Capture cuda graph end" $log'
 
-# What the server costs a step: as long as one takes there, less what bench --offline takes for it. Of
-# the lines about decoding the first is left out, whose time has prompts in it.
-host='
-export CUDA_VISIBLE_DEVICES=0
-logs=build/cuda/logs
-: >$logs/host_log
-build/cuda/r1 bench --offline --model-path tiny-r1 --tp 1 >$logs/host_table || exit 1
-build/cuda/r1 serve --model-path tiny-r1 --host 127.0.0.1 --port 0 2>>$logs/host_log & pid=$!
-for i in $(seq 100); do grep -q "ready to roll" $logs/host_log && break; sleep 0.2; done
-port=$(sed -n "s/.* running on http:..127.0.0.1:\([0-9]*\).*/\1/p" $logs/host_log)
-for rows in 1 256; do
-    build/cuda/r1 bench --port "$port" --tokenizer tiny-r1 --num-prompts $rows --disable-tqdm \
-        --random-input-len 896 --random-output-len 256 --random-range-ratio 1 \
+# A step in the server beside the same step in bench --offline: the difference is what the server costs
+# it and, with several ranks, their sums. Of the lines about decoding the first is left out, whose time
+# has prompts in it.
+steps='
+logs=build/cuda/logs batch=$(echo $rows | tr " " ,)
+build/cuda/r1 bench --offline --model-path $model --tp $ranks --batch $batch --context 1024 \
+    --prefill 1024,4096 >$logs/$name.table || exit 1
+build/cuda/r1 serve --model-path $model --tokenizer-path tiny-r1 $load --tp $ranks --host 127.0.0.1 \
+    --port 0 2>$logs/$name.log & pid=$!
+for i in $(seq 150); do grep -q "ready to roll" $logs/$name.log && break; sleep 0.2; done
+port=$(sed -n "s/.* running on http:..127.0.0.1:\([0-9]*\).*/\1/p" $logs/$name.log)
+ask() {
+    build/cuda/r1 bench --port "$port" --tokenizer tiny-r1 --num-prompts $1 --disable-tqdm \
+        --random-input-len $2 --random-output-len $3 --random-range-ratio 1 \
         --extra-request-body "{\"sampling_params\": {\"temperature\": 0.6, \"top_p\": 0.95,
-            \"max_new_tokens\": 256, \"ignore_eos\": true}}" \
-        --output-file $logs/host_jsonl >$logs/host_bench || exit 1
-    awk -v rows=$rows -F "[ ,:]+" "/Decode batch/ {
+            \"max_new_tokens\": $3, \"ignore_eos\": true}}" --output-file $logs/$name.jsonl
+}
+for n in $rows; do
+    ask $n 896 256 >$logs/$name.bench || exit 1
+    awk -v rows=$n -F "[ ,:]+" "/Decode batch/ {
             for (i = 1; i < NF; i++) {
                 if (\$i == \"#running-req\") running = \$(i + 1)
-                if (\$i == \"(token/s)\" && running > 0.9 * rows && n++)
+                if (\$i == \"(token/s)\" && running > 0.9 * rows && running <= rows && k++)
                     server += 1e6 * running / \$(i + 1) } }
-        \$1 == \"decode\" && \$2 == rows && \$3 == 1024 { step = 1e6 * rows / \$NF }
-        END { if (n > 1) server /= n - 1
-              printf \"note: %d rows: a step takes the server %.0f us, without it %.0f us\n\",
-                  rows, server, step
-              exit !(server > 0 && step > 0) }" $logs/host_table $logs/host_log || exit 1
-    : >$logs/host_log
+        \$1 == \"decode\" && \$2 == rows { step = 1e6 * rows / \$NF }
+        END { if (k > 1) server /= k - 1
+              printf \"note: %d rows: %.0f us in the server, %.0f us offline\n\", rows, server, step
+              exit !(server > 0 && step > 0) }" $logs/$name.table $logs/$name.log || exit 1
+done
+for n in 1024 4096; do
+    ask 1 $n 1 >$logs/$name.bench || exit 1
+    awk -v rows=$n "\$1 == \"prefill\" && \$2 == rows { step = \$9 } /^Median TTFT/ { server = \$4 }
+        END { printf \"note: prompt of %d: %.2f ms in the server, %.2f ms offline\n\", rows, server, step
+              exit !(server > 0 && step > 0) }" $logs/$name.table $logs/$name.bench || exit 1
 done
 kill $pid
-wait $pid && echo "what the server costs a step: 2 figures"'
+wait $pid && echo "the server and bench --offline: $(echo $rows | wc -w) steps, 2 prompts"'
+host="export CUDA_VISIBLE_DEVICES=0; name=host model=tiny-r1 ranks=1 rows='1 256' load=; $steps"
+
+# Two ranks with twelve layers of R1: 57 GB on each.
+pair="[ \$(nvidia-smi -L | wc -l) -ge 2 ] || { echo skipped: one GPU; exit 0; }
+mkdir -p build/r1-12
+sed 's/\"num_hidden_layers\": 61/\"num_hidden_layers\": 12/' tests/golden/r1/config.json \
+    >build/r1-12/config.json
+name=pair model=build/r1-12 ranks=2 rows='1 8 64' load='--load-format dummy'; $steps"
 
 # Two nodes on this machine, with a GPU each: the CPU's answer, and both end well. And one GPU can't be
 # two ranks.
@@ -146,7 +161,8 @@ part slices 60 build/cuda/test_slices_cuda
 part answers 60 sh -c "$answers"
 part share 120 sh -c "$share"
 part serve 60 sh -c "$serve"
-part host 90 sh -c "$host"
+part host 60 sh -c "$host"
+part pair 120 sh -c "$pair"
 part nodes 60 sh -c "$nodes"
 part loads 120 sh -c "$loads"
 part cuda_files 60 build/cuda/test_cuda files
@@ -165,6 +181,6 @@ done
 for name in cuda gemm mla; do part bench_$name 60 build/cuda/test_$name bench; done
 part bench_layer 60 build/cuda/test_cuda bench_layer
 grep -h "^note" $logs/cuda_model $logs/cuda_talks $logs/cuda_files $logs/loads $logs/slices \
-    $logs/host $logs/share $logs/bench_* 2>/dev/null
+    $logs/host $logs/pair $logs/share $logs/bench_* 2>/dev/null
 echo "$table"
 exit $failed
