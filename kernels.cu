@@ -266,6 +266,12 @@ static __device__ void copy_4(void *dst_smem, const void *src) {
                  "l"(src) : "memory");
 }
 
+// Each lane arrives when all copies that it asked for so far have come; it does not wait itself.
+static __device__ void copies_arrive(uint64_t *bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(bar))
+                 : "memory");
+}
+
 static __device__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int N> static __device__ void copies_wait() {  // all but this thread's last N groups
@@ -1249,13 +1255,14 @@ skinny(const __grid_constant__ Product p) {
     if (turn >= turns) turn = INT_MAX;
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.stages; i++)
-            bar_init(&full[i], 2), bar_init(&empty[i], DOWN ? CONSUMERS / 2 : CONSUMERS);
+            bar_init(&full[i], 1 + WARP), bar_init(&empty[i], DOWN ? CONSUMERS / 2 : CONSUMERS);
         bar_init_done();
     }
     __syncthreads();
-    launch_dependents();
-    // The kernel before DOWN starts it only when the lists are complete. Others ask now for weights
-    // of entries that are known without them.
+    bool first_of_two = !DOWN && p.s.list;
+    if (!first_of_two) launch_dependents();
+    // DOWN is started only when the lists are complete. Others ask now for weights of entries that
+    // are known without them.
     if (DOWN) entries += list_entries(p.s, table + entries, tile, 1, row_of, p.slots);
     Item item = first_item<DOWN>(p);
     for (; producer && issued < p.stages && has_item<DOWN>(p, item, entries);
@@ -1271,7 +1278,8 @@ skinny(const __grid_constant__ Product p) {
     for (int i = threadIdx.x; DOWN && i < p.slots; i += blockDim.x)
         weight_of[i] = i < p.s.n ? 1 : __ldcg(p.weight + __ldcg(p.s.list + i - p.s.n));
     grid_wait();
-    if (!DOWN && p.s.list)
+    if (first_of_two) launch_dependents();
+    if (first_of_two)
         entries += list_entries(p.s, table + entries, tile, 1, row_of, p.slots);
     __syncthreads();
 
@@ -1297,15 +1305,12 @@ skinny(const __grid_constant__ Product p) {
                                                  &full[slot]);
                     }
                     load_rows<FP8, SHIFT>(p, item, block, entry, row_of, stage, scales[slot]);
-                    copies_commit();
-                    copies_wait<0>();
-                    fence_async();
-                    __syncwarp();
-                    if (lane == 0) bar_arrive(&full[slot]);
+                    copies_arrive(&full[slot]);
                 }
                 issued--;
             } else if (!DOWN || slot % 2 == group) {
                 bar_wait(&full[slot], parity);
+                fence_async();
                 multiply<FP8, SHIFT, DOWN ? 2 : 1>(sum, stage, scales[slot], DOWN ? 0 : group,
                                                    item.end - block, entry.rows);
                 mine = true;
@@ -1608,8 +1613,8 @@ static __device__ float gated(float gate, float up) {
 static __global__ void gate_quant(uint8_t *q, float *scale, int stride, const float *from,
                                   int parts, int cols, int slots, int *slot_of, const int *pair,
                                   int n) {
-    grid_wait();
     launch_dependents();
+    grid_wait();
     int unit = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
     int slot = unit / (cols / BLOCK), group = unit % (cols / BLOCK);
     if (slot >= slots) return;
