@@ -1006,22 +1006,21 @@ static __device__ int slot_row(const Slots &s, int slot) {
 static __device__ int list_entries(const Slots &s, Entry *table, int tile, int align,
                                    uint16_t *row_of, int slots) {
     __shared__ int warp_sum[16];
-    int e = threadIdx.x, warp = e / 32, first = 0, last = 0;
+    int e = threadIdx.x, warp = e / 32, lane = e % 32, first = 0, last = 0;
     if (e < s.n_experts) first = s.n + __ldcg(s.start + e), last = s.n + __ldcg(s.start + e + 1);
 #pragma unroll 4
     for (int i = threadIdx.x; row_of && i < slots; i += blockDim.x) row_of[i] = slot_row(s, i);
     int begin = first / align * align, sum = first < last ? (last - begin + tile - 1) / tile : 0;
-    int tiles = sum, before = 0, total = 0;
+    int tiles = sum;
     for (int d = 1; d < 32; d *= 2) {
         int other = __shfl_up_sync(~0u, sum, d);
-        if (e % 32 >= d) sum += other;
+        if (lane >= d) sum += other;
     }
-    if (e % 32 == 31) warp_sum[warp] = sum;
+    if (lane == 31) warp_sum[warp] = sum;
     __syncthreads();
-    for (int w = 0; w < blockDim.x / 32; w++) {
-        if (w < warp) before += warp_sum[w];
-        total += warp_sum[w];
-    }
+    int of_warp = lane < blockDim.x / 32 ? warp_sum[lane] : 0;
+    int before = __reduce_add_sync(~0u, lane < warp ? of_warp : 0);
+    int total = __reduce_add_sync(~0u, of_warp);
     for (int i = 0; i < tiles; i++, begin += tile)
         table[before + sum - tiles + i] = (Entry){begin, (short)e, (short)min(tile, last - begin)};
     __syncthreads();
@@ -2563,6 +2562,25 @@ static __device__ int vote(uint32_t key) {
     return __ffs(__ballot_sync(~0u, key == __reduce_max_sync(~0u, key))) - 1;
 }
 
+// Adds up the parts of a lane's experts' scores, in order. MORE parts are loaded before the first
+// is added: a load takes as long as all.
+template <int EACH>
+static __device__ void add_scores(float sum[EACH], const float *from, size_t stride, int parts) {
+    enum { MORE = EACH == 32 ? 1 : 8, WIDE = EACH == 1 ? 1 : 4 };
+    typedef struct { float v[WIDE]; } __align__(4 * WIDE) Load;
+    for (int first = 0; first < parts; first += MORE) {
+        Load load[MORE][EACH / WIDE];
+#pragma unroll
+        for (int i = 0; i < MORE; i++)
+            for (int j = 0; j < EACH / WIDE; j++)
+                load[i][j] = ((const Load *)(from + min(first + i, parts - 1) * stride))[j];
+#pragma unroll
+        for (int i = 0; i < MORE; i++)
+            for (int j = 0; j < EACH && first + i < parts; j++)
+                sum[j] += load[i][j / WIDE].v[j % WIDE];
+    }
+}
+
 // A warp takes a row, a lane EACH neighbouring experts as order-preserving keys; a group is some
 // neighbouring lanes. First each group's two best, then the best groups, then the best experts
 // inside them: a dozen dependent votes. The bias steers the choice and never enters a weight. A row
@@ -2572,25 +2590,20 @@ static __device__ void route_row(const Routing &r, const float *product, const f
                                  const RouteDims &d, int row, int n, int *chosen, float *score) {
     const uint32_t none = order(-INFINITY);
     int lane = threadIdx.x % WARP, lanes = d.group_size / EACH, group = lane / lanes * lanes;
-    size_t stride = (size_t)n * d.n_experts;  // from part to part
     uint32_t key[EACH], best = none, second = none;
     float add[EACH], sum[EACH] = {}, total = 0;
-    bool open = false;
-    product += (size_t)row * d.n_experts;
+    bool open = false, there = lane * EACH < d.n_experts;
+    int own = there ? lane * EACH : 0;  // so that all lanes can load
 #pragma unroll
-    for (int j = 0; j < EACH; j++)
-        add[j] = lane * EACH + j < d.n_experts ? bias[lane * EACH + j] : 0;
+    for (int j = 0; j < EACH; j++) add[j] = bias[own + j];
     grid_wait();
-#pragma unroll 8
-    for (int p = 0; p < d.parts; p++)  // all loads first: each takes as long as all
-#pragma unroll
-        for (int j = 0; j < EACH; j++)
-            if (lane * EACH + j < d.n_experts) sum[j] += product[p * stride + lane * EACH + j];
+    add_scores<EACH>(sum, product + (size_t)row * d.n_experts + own, (size_t)n * d.n_experts,
+                     d.parts);
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
         int e = lane * EACH + j;
-        score[e] = e < d.n_experts ? __frcp_rn(1 + expf(-sum[j])) : 0;
-        key[j] = e < d.n_experts ? order(score[e] + add[j]) : 0;
+        score[e] = there ? __frcp_rn(1 + expf(-sum[j])) : 0;
+        key[j] = there ? order(score[e] + add[j]) : 0;
         second = max(second, min(best, key[j])), best = max(best, key[j]);
     }
     uint32_t own_best = best, own_second = second;
@@ -2600,7 +2613,7 @@ static __device__ void route_row(const Routing &r, const float *product, const f
         second = max(max(second, s), min(best, b)), best = max(best, b);
     }
     uint32_t group_key = order(order_value(best) + order_value(second));
-    if (lane * EACH >= d.n_experts) group_key = 0;
+    if (!there) group_key = 0;
     for (int i = 0; i < d.topk_group; i++)
         if ((unsigned)(vote(group_key) - group) < (unsigned)lanes) open = true, group_key = 0;
 #pragma unroll
@@ -2613,10 +2626,10 @@ static __device__ void route_row(const Routing &r, const float *product, const f
         for (int j = 1; j < EACH; j++) top = max(top, key[j]);
 #pragma unroll
         for (int j = EACH - 1; j >= 0; j--) at = key[j] == top ? j : at;
-        bool own = lane == vote(top);
+        bool won = lane == vote(top);
 #pragma unroll
-        for (int j = 0; j < EACH; j++) key[j] = own && j == at ? 0 : key[j];
-        if (own) chosen[i] = lane * EACH + at;
+        for (int j = 0; j < EACH; j++) key[j] = won && j == at ? 0 : key[j];
+        if (won) chosen[i] = lane * EACH + at;
     }
     __syncwarp();
     float weight = lane < d.k ? score[chosen[lane]] : 0;
