@@ -266,6 +266,12 @@ static __device__ void copy_4(void *dst_smem, const void *src) {
                  "l"(src) : "memory");
 }
 
+// Each lane arrives when all copies that it asked for so far have come; it does not wait itself.
+static __device__ void copies_arrive(uint64_t *bar) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(smem_address(bar))
+                 : "memory");
+}
+
 static __device__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 template <int N> static __device__ void copies_wait() {  // all but this thread's last N groups
@@ -1000,22 +1006,21 @@ static __device__ int slot_row(const Slots &s, int slot) {
 static __device__ int list_entries(const Slots &s, Entry *table, int tile, int align,
                                    uint16_t *row_of, int slots) {
     __shared__ int warp_sum[16];
-    int e = threadIdx.x, warp = e / 32, first = 0, last = 0;
+    int e = threadIdx.x, warp = e / 32, lane = e % 32, first = 0, last = 0;
     if (e < s.n_experts) first = s.n + __ldcg(s.start + e), last = s.n + __ldcg(s.start + e + 1);
 #pragma unroll 4
     for (int i = threadIdx.x; row_of && i < slots; i += blockDim.x) row_of[i] = slot_row(s, i);
     int begin = first / align * align, sum = first < last ? (last - begin + tile - 1) / tile : 0;
-    int tiles = sum, before = 0, total = 0;
+    int tiles = sum;
     for (int d = 1; d < 32; d *= 2) {
         int other = __shfl_up_sync(~0u, sum, d);
-        if (e % 32 >= d) sum += other;
+        if (lane >= d) sum += other;
     }
-    if (e % 32 == 31) warp_sum[warp] = sum;
+    if (lane == 31) warp_sum[warp] = sum;
     __syncthreads();
-    for (int w = 0; w < blockDim.x / 32; w++) {
-        if (w < warp) before += warp_sum[w];
-        total += warp_sum[w];
-    }
+    int of_warp = lane < blockDim.x / 32 ? warp_sum[lane] : 0;
+    int before = __reduce_add_sync(~0u, lane < warp ? of_warp : 0);
+    int total = __reduce_add_sync(~0u, of_warp);
     for (int i = 0; i < tiles; i++, begin += tile)
         table[before + sum - tiles + i] = (Entry){begin, (short)e, (short)min(tile, last - begin)};
     __syncthreads();
@@ -1026,7 +1031,7 @@ static __device__ int list_entries(const Slots &s, Entry *table, int tile, int a
 // y = x W^T for up to some tens of rows: each weight is read once, so the memory's speed is the
 // limit, and all that counts is that it never waits. Four warps of a block only ask for copies: a
 // ring of stages of 16 KB, 8 units of 2 KB (one strip's 16 rows, one K block). Two warpgroups
-// multiply, each 4 units of every stage. Kernels overlap, so the ring fills with weights while the
+// multiply, and take stages in turns. Kernels overlap, so the ring fills with weights while the
 // kernel before is still at work; activations follow behind grid_wait.
 //
 // wgmma wants 64 rows that meet the same columns, and four units of one strip are four blocks of K.
@@ -1038,8 +1043,8 @@ static __device__ int list_entries(const Slots &s, Entry *table, int tile, int a
 //
 // `parts` splits K over blocks where strips don't fill the chip; the next kernel adds. DOWN is the
 // experts' second product: a block owns 4 strips of the output and walks all experts, adding weight
-// x product to its rows in shared memory; its warpgroups take stages in turns, and while one adds,
-// the other multiplies. Nothing is written but y, in one order.
+// x product to its rows in shared memory; while one warpgroup adds, the other multiplies. Nothing
+// is written but y, in one order.
 
 enum {
     CONSUMERS = 8, PRODUCERS = 4, SKINNY_THREADS = (CONSUMERS + PRODUCERS) * 32,
@@ -1123,14 +1128,14 @@ static __device__ void load_rows(const Product &p, const Item &item, int block, 
     }
 }
 
-// Some halves of a stage, from `first` on. sum[tile] is [16][8]: this warp's units times 8 rows.
-template <bool FP8, int SHIFT, int HALVES>
+// A stage, in two halves of four units. sum[tile] is [16][8]: this warp's units times 8 rows.
+template <bool FP8, int SHIFT>
 static __device__ void multiply(float sum[1 << SHIFT][4], const uint8_t *stage, const float *scales,
-                                int first, int blocks, int rows) {
+                                int blocks, int rows) {
+    enum { HALVES = 2 };
     float c[HALVES][16];
     int lane = threadIdx.x % 32;
-    uint64_t w = smem_desc(stage) + first * (4 * UNIT >> 4);
-    uint64_t x = smem_desc(stage + STAGE_WEIGHTS) + first * (COLUMNS * ROW_BYTES >> 4);
+    uint64_t w = smem_desc(stage), x = smem_desc(stage + STAGE_WEIGHTS);
     wgmma_fence();
     for (int h = 0; h < HALVES; h++, w += 4 * UNIT >> 4, x += COLUMNS * ROW_BYTES >> 4)
         for (int k = 0; k < 4; k++) wgmma_32<FP8>(c[h], w + 2 * k, x + 2 * k, k > 0);
@@ -1138,7 +1143,7 @@ static __device__ void multiply(float sum[1 << SHIFT][4], const uint8_t *stage, 
     wgmma_wait<0>();
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
-        int unit = (first + h) * 4 + threadIdx.x / 32 % 4, block = unit >> SHIFT;
+        int unit = h * 4 + threadIdx.x / 32 % 4, block = unit >> SHIFT;
         float low = scales[2 * unit], high = scales[2 * unit + 1];
         const float2 *x_scale = (const float2 *)(scales + 2 * UNITS + (block << SHIFT + 3));
         if (block >= blocks) return;
@@ -1183,14 +1188,15 @@ static __device__ void keep_item(const Entry &entry, float *sums, const uint16_t
     __syncwarp();  // the next expert may give a row to another lane
 }
 
-// y's rows from y_row on: the sums [warps][stride][16] of the warps that shared a strip, added.
+// y's rows from y_row on: the sums [warps][stride][16] of the warps that shared a strip, added by
+// all consumers or, `alone`, by one warpgroup.
 template <int SHIFT>
 static __device__ void store_sums(const Product &p, size_t y_row, int rows, int group, int warps,
-                                  const float *sums, int stride) {
+                                  const float *sums, int stride, bool alone) {
     enum { WIDTH = STRIP << SHIFT };
-    int out = p.w.strips * STRIP;
-    sync_threads(1, CONSUMERS * 32);
-    for (int i = threadIdx.x; i < rows * WIDTH; i += CONSUMERS * 32) {
+    int out = p.w.strips * STRIP, threads = alone ? 128 : CONSUMERS * 32;
+    sync_threads(alone ? 4 + threadIdx.x / 128 : 1, threads);
+    for (int i = threadIdx.x % threads; i < rows * WIDTH; i += threads) {
         int row = i / WIDTH, column = i % WIDTH, to = group * WIDTH + column;
         const float *from = sums + (column / STRIP * stride + row) * STRIP + column % STRIP;
         float total = 0;
@@ -1201,8 +1207,9 @@ static __device__ void store_sums(const Product &p, size_t y_row, int rows, int 
     }
 }
 
-// A consumer's end of an item. DOWN's warpgroups add to one set of sums in turns: barrier 2 + group
-// says that it is the group's, `mine`, that it has had a part in the product. `last`: of a group.
+// A consumer's end of an item; `mine` says that its warpgroup has had a part in the product. DOWN's
+// warpgroups add to one set of sums in turns: barrier 2 + group says that it is the group's.
+// `last`: of a group.
 template <bool DOWN, int SHIFT>
 static __device__ void finish_item(const Product &p, const Item &item, const Entry &entry,
                                    bool mine, bool last, int group, float *sums,
@@ -1210,9 +1217,11 @@ static __device__ void finish_item(const Product &p, const Item &item, const Ent
                                    const float sum[1 << SHIFT][4]) {
     int warp = threadIdx.x / 32, room = DOWN ? p.s.n : p.x_rows;  // room: rows of a warp's sums
     if (!DOWN) {
+        bool alone = p.item_stages == 1;
         keep_item<DOWN, SHIFT>(entry, sums + warp * room * STRIP, row_of, weight_of, sum);
         store_sums<SHIFT>(p, (size_t)item.part * p.slots + entry.slot, entry.rows, item.group,
-                          UNITS, sums, room);
+                          alone ? 4 : CONSUMERS, sums + (alone ? group * 4 * room * STRIP : 0),
+                          room, alone);
         return;
     }
     if (mine) {
@@ -1221,7 +1230,7 @@ static __device__ void finish_item(const Product &p, const Item &item, const Ent
         arrive_threads(3 - group, CONSUMERS * 32);
     }
     if (!last) return;
-    store_sums<SHIFT>(p, 0, room, item.group, 1 << SHIFT, sums, room);
+    store_sums<SHIFT>(p, 0, room, item.group, 1 << SHIFT, sums, room, false);
     sync_threads(1, CONSUMERS * 32);
     for (int i = threadIdx.x; i < p.n_sums; i += CONSUMERS * 32) sums[i] = 0;
     sync_threads(1, CONSUMERS * 32);
@@ -1240,7 +1249,8 @@ skinny(const __grid_constant__ Product p) {
     Entry *table = (Entry *)(sums + p.n_sums);
     float *weight_of = (float *)(table + p.table);
     uint16_t *row_of = (uint16_t *)(weight_of + (DOWN ? p.slots : 0));
-    int warp = threadIdx.x / 32, lane = threadIdx.x % 32, tile = 8 << SHIFT, per = UNITS >> SHIFT;
+    int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // which the compiler knows to be one for all
+    int lane = threadIdx.x % 32, tile = 8 << SHIFT, per = UNITS >> SHIFT;
     int entries = list_known(p.s, table, tile), issued = 0;
     bool producer = warp >= CONSUMERS;
     // No more producers than stages: one that was two rounds of the ring ahead of the consumers
@@ -1249,13 +1259,15 @@ skinny(const __grid_constant__ Product p) {
     if (turn >= turns) turn = INT_MAX;
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.stages; i++)
-            bar_init(&full[i], 2), bar_init(&empty[i], DOWN ? CONSUMERS / 2 : CONSUMERS);
+            bar_init(&full[i], 1 + WARP), bar_init(&empty[i], CONSUMERS / 2);
         bar_init_done();
     }
     __syncthreads();
-    launch_dependents();
-    // The kernel before DOWN starts it only when the lists are complete. Others ask now for weights
-    // of entries that are known without them.
+    // The experts' first product lets DOWN begin behind its own wait, when the lists are complete,
+    // and halfway, so that the first loads of both don't meet. Others ask now for the weights of
+    // entries that are known without lists.
+    bool first_of_two = !DOWN && p.s.list;
+    if (!first_of_two) launch_dependents();
     if (DOWN) entries += list_entries(p.s, table + entries, tile, 1, row_of, p.slots);
     Item item = first_item<DOWN>(p);
     for (; producer && issued < p.stages && has_item<DOWN>(p, item, entries);
@@ -1271,14 +1283,15 @@ skinny(const __grid_constant__ Product p) {
     for (int i = threadIdx.x; DOWN && i < p.slots; i += blockDim.x)
         weight_of[i] = i < p.s.n ? 1 : __ldcg(p.weight + __ldcg(p.s.list + i - p.s.n));
     grid_wait();
-    if (!DOWN && p.s.list)
+    if (first_of_two)
         entries += list_entries(p.s, table + entries, tile, 1, row_of, p.slots);
     __syncthreads();
+    int half = p.groups * p.parts * entries / 2;
 
-    int slot = 0, parity = producer, other = 0;
-    int group = __shfl_sync(~0u, warp / 4, 0);  // so that the compiler knows it is one for all
+    // The warpgroups take stages in turns, and DOWN's the sums, too, which are the first group's to
+    // begin with.
+    int slot = 0, parity = producer, other = 0, group = warp / 4;
     float sum[1 << SHIFT][4] = {};
-    // DOWN's warpgroups take stages in turns, too; the sums are the first group's to begin with.
     for (int i = threadIdx.x; DOWN && !producer && i < p.n_sums; i += CONSUMERS * 32) sums[i] = 0;
     if (DOWN && !producer) sync_threads(1, CONSUMERS * 32);
     if (DOWN && group == 1) arrive_threads(2, CONSUMERS * 32);
@@ -1286,6 +1299,7 @@ skinny(const __grid_constant__ Product p) {
          next_item<DOWN>(p, &item, entries)) {
         Entry entry = table[item.entry];
         bool mine = false;
+        if (first_of_two && item.i >= half) launch_dependents();
         for (int block = item.block, n = 0; n < p.item_stages; n++, block += per) {
             uint8_t *stage = smem + slot * STAGE_BYTES;
             if (producer) {
@@ -1297,26 +1311,23 @@ skinny(const __grid_constant__ Product p) {
                                                  &full[slot]);
                     }
                     load_rows<FP8, SHIFT>(p, item, block, entry, row_of, stage, scales[slot]);
-                    copies_commit();
-                    copies_wait<0>();
-                    fence_async();
-                    __syncwarp();
-                    if (lane == 0) bar_arrive(&full[slot]);
+                    copies_arrive(&full[slot]);
                 }
                 issued--;
-            } else if (!DOWN || slot % 2 == group) {
+            } else if ((slot & 1) == group) {
                 bar_wait(&full[slot], parity);
-                multiply<FP8, SHIFT, DOWN ? 2 : 1>(sum, stage, scales[slot], DOWN ? 0 : group,
-                                                   item.end - block, entry.rows);
+                fence_async();
+                multiply<FP8, SHIFT>(sum, stage, scales[slot], item.end - block, entry.rows);
                 mine = true;
                 __syncwarp();
                 if (lane == 0) bar_arrive(&empty[slot]);
             }
             if (++slot == p.stages) slot = 0, parity ^= 1;
         }
-        if (producer) continue;
+        bool last = item.entry == entries - 1;
+        if (producer || !(mine || (DOWN && last))) continue;
         // Without DOWN, the next item's sums go to the other half, so that one barrier is enough.
-        finish_item<DOWN, SHIFT>(p, item, entry, mine, item.entry == entries - 1, group,
+        finish_item<DOWN, SHIFT>(p, item, entry, mine, last, group,
                                  sums + (DOWN ? 0 : other ^= p.n_sums / 2), row_of, weight_of, sum);
         memset(sum, 0, sizeof sum);
     }
@@ -1335,7 +1346,7 @@ template <bool FP8, bool DOWN, int SHIFT> static void launch_skinny(Product *p) 
                (p->s.list ? p->slots : 0) * (sizeof(uint16_t) + (DOWN ? sizeof(float) : 0));
     int room = (p->s.n <= 8 ? 110 : 222) << 10;
     p->stages = min_int(MAX_STAGES, (room - rest) / STAGE_BYTES);
-    if (DOWN) p->stages = p->stages / 2 * 2;  // so that a stage is always the same warpgroup's
+    p->stages = p->stages / 2 * 2;  // so that a stage is always the same warpgroup's
     assert(p->stages >= 2 && p->s.n_experts <= 256);
     int items = p->groups * p->parts * p->table;
     launch(skinny<FP8, DOWN, SHIFT>, min_int(n_sms, DOWN ? p->groups : items), SKINNY_THREADS,
@@ -1608,8 +1619,8 @@ static __device__ float gated(float gate, float up) {
 static __global__ void gate_quant(uint8_t *q, float *scale, int stride, const float *from,
                                   int parts, int cols, int slots, int *slot_of, const int *pair,
                                   int n) {
-    grid_wait();
     launch_dependents();
+    grid_wait();
     int unit = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
     int slot = unit / (cols / BLOCK), group = unit % (cols / BLOCK);
     if (slot >= slots) return;
@@ -2551,6 +2562,25 @@ static __device__ int vote(uint32_t key) {
     return __ffs(__ballot_sync(~0u, key == __reduce_max_sync(~0u, key))) - 1;
 }
 
+// Adds up the parts of a lane's experts' scores, in order. MORE parts are loaded before the first
+// is added: a load takes as long as all.
+template <int EACH>
+static __device__ void add_scores(float sum[EACH], const float *from, size_t stride, int parts) {
+    enum { MORE = EACH == 32 ? 1 : 8, WIDE = EACH == 1 ? 1 : 4 };
+    typedef struct { float v[WIDE]; } __align__(4 * WIDE) Load;
+    for (int first = 0; first < parts; first += MORE) {
+        Load load[MORE][EACH / WIDE];
+#pragma unroll
+        for (int i = 0; i < MORE; i++)
+            for (int j = 0; j < EACH / WIDE; j++)
+                load[i][j] = ((const Load *)(from + min(first + i, parts - 1) * stride))[j];
+#pragma unroll
+        for (int i = 0; i < MORE; i++)
+            for (int j = 0; j < EACH && first + i < parts; j++)
+                sum[j] += load[i][j / WIDE].v[j % WIDE];
+    }
+}
+
 // A warp takes a row, a lane EACH neighbouring experts as order-preserving keys; a group is some
 // neighbouring lanes. First each group's two best, then the best groups, then the best experts
 // inside them: a dozen dependent votes. The bias steers the choice and never enters a weight. A row
@@ -2560,25 +2590,20 @@ static __device__ void route_row(const Routing &r, const float *product, const f
                                  const RouteDims &d, int row, int n, int *chosen, float *score) {
     const uint32_t none = order(-INFINITY);
     int lane = threadIdx.x % WARP, lanes = d.group_size / EACH, group = lane / lanes * lanes;
-    size_t stride = (size_t)n * d.n_experts;  // from part to part
     uint32_t key[EACH], best = none, second = none;
     float add[EACH], sum[EACH] = {}, total = 0;
-    bool open = false;
-    product += (size_t)row * d.n_experts;
+    bool open = false, there = lane * EACH < d.n_experts;
+    int own = there ? lane * EACH : 0;  // so that all lanes can load
 #pragma unroll
-    for (int j = 0; j < EACH; j++)
-        add[j] = lane * EACH + j < d.n_experts ? bias[lane * EACH + j] : 0;
+    for (int j = 0; j < EACH; j++) add[j] = bias[own + j];
     grid_wait();
-#pragma unroll 8
-    for (int p = 0; p < d.parts; p++)  // all loads first: each takes as long as all
-#pragma unroll
-        for (int j = 0; j < EACH; j++)
-            if (lane * EACH + j < d.n_experts) sum[j] += product[p * stride + lane * EACH + j];
+    add_scores<EACH>(sum, product + (size_t)row * d.n_experts + own, (size_t)n * d.n_experts,
+                     d.parts);
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
         int e = lane * EACH + j;
-        score[e] = e < d.n_experts ? __frcp_rn(1 + expf(-sum[j])) : 0;
-        key[j] = e < d.n_experts ? order(score[e] + add[j]) : 0;
+        score[e] = there ? __frcp_rn(1 + expf(-sum[j])) : 0;
+        key[j] = there ? order(score[e] + add[j]) : 0;
         second = max(second, min(best, key[j])), best = max(best, key[j]);
     }
     uint32_t own_best = best, own_second = second;
@@ -2588,7 +2613,7 @@ static __device__ void route_row(const Routing &r, const float *product, const f
         second = max(max(second, s), min(best, b)), best = max(best, b);
     }
     uint32_t group_key = order(order_value(best) + order_value(second));
-    if (lane * EACH >= d.n_experts) group_key = 0;
+    if (!there) group_key = 0;
     for (int i = 0; i < d.topk_group; i++)
         if ((unsigned)(vote(group_key) - group) < (unsigned)lanes) open = true, group_key = 0;
 #pragma unroll
@@ -2601,10 +2626,10 @@ static __device__ void route_row(const Routing &r, const float *product, const f
         for (int j = 1; j < EACH; j++) top = max(top, key[j]);
 #pragma unroll
         for (int j = EACH - 1; j >= 0; j--) at = key[j] == top ? j : at;
-        bool own = lane == vote(top);
+        bool won = lane == vote(top);
 #pragma unroll
-        for (int j = 0; j < EACH; j++) key[j] = own && j == at ? 0 : key[j];
-        if (own) chosen[i] = lane * EACH + at;
+        for (int j = 0; j < EACH; j++) key[j] = won && j == at ? 0 : key[j];
+        if (won) chosen[i] = lane * EACH + at;
     }
     __syncwarp();
     float weight = lane < d.k ? score[chosen[lane]] : 0;
@@ -2742,10 +2767,12 @@ static Weights expert_weights(Weights w, const Linear *first, const Linear *seco
     return w;
 }
 
+enum { FEW_PARTS = 7 };  // of K: a stage each
+
 // f32 [parts][slots][2 cols of h]; returns how many parts.
 static int experts_up(float *products, const Act *a, Weights up, Slots s) {
     Product p = product_of(a, up, s, DTYPE_F8_E4M3);
-    p.parts = s.n <= 2 ? 4 : 1, p.y = products, p.y_f32 = true;
+    p.parts = s.n <= 2 ? FEW_PARTS : 1, p.y = products, p.y_f32 = true;
     run(&p);
     return p.parts;
 }
@@ -2801,7 +2828,8 @@ static size_t products_room(int rows, const Config *c) {  // floats
     size_t few = min_int(rows, EXPERT_ROWS), slots = c->num_experts_per_tok + 1;
     size_t up = 2 * c->moe_intermediate_size, down = c->hidden_size / 2, pairs = rows * slots;
     size_t sizes[] = {(size_t)n_sms * WIDE_SLOTS * WIDE_SLOTS,
-                      2 * (size_t)rows * c->intermediate_size, pairs + 64 + 4 * few * slots * up,
+                      2 * (size_t)rows * c->intermediate_size,
+                      pairs + 64 + FEW_PARTS * few * slots * up,
                       pairs + 64 + pairs * (up > down ? up : down)}, most = 0;
     for (size_t size : sizes) most = size > most ? size : most;
     return most;
