@@ -899,6 +899,14 @@ void mla_value(Act *o, const bf16 *u, const Linear *kv_b_proj, int heads, int n)
     parallel(value_head, &(struct HeadTask){NULL, o, u, kv_b_proj, NULL, heads, n}, heads);
 }
 
+void mla_attention(Act *o, bf16 *query, bf16 *u, const bf16 *q, const bf16 *cache,
+                   const Linear *kv_b_proj, const float *rope, float scale, int heads,
+                   const Batch *b) {
+    mla_query(query, q, kv_b_proj, rope, heads, b->n);
+    mla_attend(u, query, cache, scale, heads, b);
+    mla_value(o, u, kv_b_proj, heads, b->n);
+}
+
 Routing routing_new(int rows, const Config *c) {
     size_t pairs = (size_t)rows * c->num_experts_per_tok;
     return (Routing){

@@ -313,24 +313,32 @@ static __device__ uint64_t warp_desc(const void *p) {
 }
 
 // c [64][128] (+)= a [64][32] b [128][32]^T in e4m3, or of 16 columns in bf16: 32 bytes of each
-// row. Thread (warp, g = lane / 4, t = lane % 4) holds in c[4 j + i] row 16 warp + g + i / 2 * 8,
-// column 8 j + 2 t + i % 2.
+// row. TRANS: b lies as two tiles of [16][64], as far apart as the descriptor says. Thread (warp,
+// g = lane / 4, t = lane % 4) holds in c[4 j + i] row 16 warp + g + i / 2 * 8, column 8 j + 2 t +
+// i % 2.
 #define C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define WGMMA_128(types, transposes)                                                               \
-    asm volatile("{ .reg .pred p; setp.ne.b32 p, %66, 0;\n"                                        \
+#define WGMMA_128(types, operands, ...)                                                            \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %64, 0;\n"                                        \
                  "wgmma.mma_async.sync.aligned.m64n128" types " {"                                 \
                  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "          \
                  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "\
                  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "\
                  "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63},"\
-                 " %64, %65, p, 1, 1" transposes "; }"                                             \
+                 operands "; }"                                                                    \
                  : C4(0), C4(4), C4(8), C4(12), C4(16), C4(20), C4(24), C4(28), C4(32), C4(36),    \
                    C4(40), C4(44), C4(48), C4(52), C4(56), C4(60)                                  \
-                 : "l"(a), "l"(b), "r"(add))
-template <bool FP8>
+                 : "r"(add), __VA_ARGS__)
+template <bool FP8, int TRANS = 0>
 static __device__ void wgmma_128(float c[64], uint64_t a, uint64_t b, int add) {
-    if (FP8) WGMMA_128("k32.f32.e4m3.e4m3", "");
-    else WGMMA_128("k16.f32.bf16.bf16", ", 0, 0");
+    if (FP8) WGMMA_128("k32.f32.e4m3.e4m3", " %65, %66, p, 1, 1", "l"(a), "l"(b));
+    else WGMMA_128("k16.f32.bf16.bf16", " %65, %66, p, 1, 1, 0, %67", "l"(a), "l"(b), "n"(TRANS));
+}
+
+// The same for such a b, with a in registers, which hold pairs of elements as c's do.
+static __device__ void wgmma_rows(float c[64], const uint32_t a[4], uint64_t b) {
+    const int add = 1;
+    WGMMA_128("k16.f32.bf16.bf16", " {%65, %66, %67, %68}, %69, p, 1, 1, 1", "r"(a[0]), "r"(a[1]),
+              "r"(a[2]), "r"(a[3]), "l"(b));
 }
 #undef WGMMA_128
 
@@ -396,6 +404,17 @@ static __device__ void store_transposed(uint32_t row, uint32_t a, uint32_t b, ui
                                         uint32_t d) {  // row: an smem_address
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1,%2,%3,%4};" ::
                  "r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
+// Of four words of each of four neighbouring lanes: lane t's word i becomes lane i's word t.
+static __device__ void transpose_quad(uint32_t w[4]) {
+    for (int d = 1; d < 4; d *= 2)
+        for (int i = 0; i < 4; i++) {
+            if (i & d) continue;
+            bool high = threadIdx.x & d;
+            uint32_t other = __shfl_xor_sync(~0u, high ? w[i] : w[i + d], d);
+            w[i] = high ? other : w[i], w[i + d] = high ? w[i + d] : other;
+        }
 }
 
 static __device__ float exp2_fast(float x) {  // 2 ulp; -infinity gives 0
@@ -521,6 +540,13 @@ static void *mail_add(Mailbox *m, const void *data, size_t bytes) {
     return m->device + at;
 }
 
+// The same for n of a kind that the caller fills in: returns where.
+template <typename T> static T *mail_room(Mailbox *m, const T **device, int n) {
+    T *room = (T *)(m->host + m->used);
+    *device = (T *)mail_add(m, NULL, n * sizeof *room);
+    return room;
+}
+
 static void mail_send(Mailbox *m) {
     check(cudaMemcpyAsync(m->device, m->host, m->used, cudaMemcpyHostToDevice, stream), "copy");
     check(cudaEventRecord(m->copied, stream), "event");
@@ -531,17 +557,34 @@ static void mail_send(Mailbox *m) {
 // first comes, exactly that many: rows that only fill up would be routed to experts, whose weights
 // would have to be read. What else differs from step to step, lengths and pages, lies in device
 // memory.
+//
+// A step's last rows, wherever they stand in r1.c's batch, are those of prompts for which keys and
+// values are made: see mla_attention. They attend in tiles.
 
-enum { MAX_RECORDED = 256 };
+enum { MAX_RECORDED = 256,
+       QUERIES = 128, KEYS = 128,  // rows and tokens of a tile
+       HEAD_TILE = KEYS * KV_DIM * (int)sizeof(bf16) };  // bytes of its keys and values
 
 static int most_recorded = MAX_RECORDED;  // all ranks'
+
+typedef struct {  // rows of one sequence
+    int row, rows, position;  // the first one, how many, and the first one's position
+    int keys;                 // the sequence's first tile of keys
+} QueryTile;
+
+typedef struct { int table, tokens; } KeyTile;  // where its pages stand in the page table
 
 static thread_local struct {
     Mailbox mail;
     cudaGraphExec_t recorded[MAX_RECORDED + 1], run;
     int recording;  // rows; 0: none
     int heads;      // of attention; 0: it takes no part (a test)
-    bool prompts;   // some sequence has several rows in this step
+    int room;       // tiles of one head's keys and values that there is room for
+    int expanded;   // how many rows are last and have keys and values made for them
+    bool prompts;   // some sequence has several rows among the others
+    int n_queries, n_keys;
+    const QueryTile *queries;  // [n_queries] those that see most first
+    const KeyTile *keys;       // [n_keys]
 } step;
 
 static void mla_plan(const Batch *b, int heads);
@@ -554,44 +597,84 @@ static void step_forget(void) {
     memset(step.recorded, 0, sizeof step.recorded);
 }
 
-// The rows from `first` on that belong to one sequence: their end, and how many pages they see.
-static int batch_run(const Batch *b, int first, int *pages) {
-    int i = first;
-    for (*pages = 0; i < b->n && b->seq[i] == b->seq[first]; i++)
-        if (*pages <= b->position[i] / PAGE) *pages = b->position[i] / PAGE + 1;
-    return i;
+typedef struct {  // rows of one sequence that stand together
+    int first, rows, tokens, pages;  // tokens: that the last row sees; pages: those are in
+    bool expanded;
+    int keys;                        // tiles of all such runs as far as this one
+} Run;
+
+// The run behind r. It is expanded where that is less work and there is room: with latents a row
+// and a token are 1,088 products a head, with a key and a value 320, and to make these takes
+// 131,072 for each token before the run; its own tokens' cost what absorbing its rows would.
+static bool run_next(const Batch *b, Run *r) {
+    enum { LEAST = 64, SAVED = CACHE_DIM + LATENT_DIM - QK_DIM - V_DIM };
+    int first = r->first += r->rows;
+    if (first == b->n) return false;
+    for (r->rows = r->tokens = 0; first + r->rows < b->n; r->rows++) {
+        if (b->seq[first + r->rows] != b->seq[first]) break;
+        r->tokens = max_int(r->tokens, b->position[first + r->rows] + 1);
+    }
+    int before = r->tokens - r->rows, keys = r->keys + units(r->tokens, KEYS);
+    r->pages = units(r->tokens, PAGE);
+    r->expanded = r->rows >= LEAST && before == b->position[first] && keys <= step.room &&
+                  (before + r->rows / 2.0) * r->rows * SAVED > 1.0 * before * KV_DIM * LATENT_DIM;
+    if (r->expanded) r->keys = keys;
+    return true;
+}
+
+static int by_sight(const void *a, const void *b) {
+    const QueryTile *x = (const QueryTile *)a, *y = (const QueryTile *)b;
+    return y->position + y->rows - x->position - x->rows;
 }
 
 // Of the page tables only what is used is sent, one run behind the other: on the device max_pages
 // is 1, and a row's seq is where its run begins.
 bool step_begin(Batch *placed, const Batch *b) {
-    size_t rows = mail_bytes(b->n * sizeof(int)), out = mail_bytes(b->n_out * sizeof(int));
-    int pages, total = 0;
-    for (int i = 0; i < b->n; total += pages) i = batch_run(b, i, &pages);
-    if (mail_open(&step.mail, 3 * rows + out + mail_bytes(total * sizeof(int)))) step_forget();
-    placed->n = b->n, placed->max_pages = 1, placed->n_out = b->n_out;
-    placed->id = (int *)mail_add(&step.mail, b->id, b->n * sizeof(int));
-    placed->position = (int *)mail_add(&step.mail, b->position, b->n * sizeof(int));
-    int *seq = (int *)(step.mail.host + step.mail.used);
-    placed->seq = (int *)mail_add(&step.mail, NULL, b->n * sizeof(int));
-    placed->out = (int *)mail_add(&step.mail, b->out, b->n_out * sizeof(int));
-    int *table = (int *)(step.mail.host + step.mail.used), at = 0;
-    placed->pages = (int *)mail_add(&step.mail, NULL, total * sizeof(int));
-    step.prompts = false;
-    for (int i = 0, end; i < b->n; at += pages) {
-        end = batch_run(b, i, &pages);
-        step.prompts |= end > i + 1;
-        memcpy(table + at, b->pages + (size_t)b->seq[i] * b->max_pages, pages * sizeof(int));
-        for (; i < end; i++) seq[i] = at;
-    }
-    mail_send(&step.mail);
-    bool decodes = b->n <= most_recorded && b->n_out == b->n && !step.prompts;
-    if (decodes && (step.run = step.recorded[b->n])) return false;
+    int n = b->n, total = 0, row = 0, page = 0, q = 0;
+    size_t rows = mail_bytes(n * sizeof(int)), wanted = mail_bytes(b->n_out * sizeof(int));
+    Mailbox *m = &step.mail;
+    step.prompts = false, step.expanded = step.n_queries = step.n_keys = 0;
+    for (Run r = {}; run_next(b, &r); total += r.pages, step.n_keys = r.keys)
+        if (r.expanded) step.expanded += r.rows, step.n_queries += units(r.rows, QUERIES);
+        else step.prompts |= r.rows > 1;
+    if (mail_open(m, 4 * rows + wanted + mail_bytes(step.n_queries * sizeof(QueryTile)) +
+                         mail_bytes(step.n_keys * sizeof(KeyTile)) +
+                         mail_bytes(total * sizeof(int))))
+        step_forget();
+    placed->n = n, placed->max_pages = 1, placed->n_out = b->n_out;
+    const int *unused;
+    int *id = mail_room(m, &placed->id, n), *position = mail_room(m, &placed->position, n);
+    int *seq = mail_room(m, &placed->seq, n), *out = mail_room(m, &placed->out, b->n_out);
+    int *place = mail_room(m, &unused, n);
+    QueryTile *query = mail_room(m, &step.queries, step.n_queries);
+    KeyTile *key = mail_room(m, &step.keys, step.n_keys);
+    int *table = mail_room(m, &placed->pages, total);
+    for (int expanded = 0; expanded < 2; expanded++)
+        for (Run r = {}; run_next(b, &r);) {
+            if (r.expanded != expanded) continue;
+            int first = r.keys - units(r.tokens, KEYS), at = b->position[r.first];
+            for (int i = 0; expanded && i < r.rows; i += QUERIES)
+                query[q++] = (QueryTile){row + i, min_int(r.rows - i, QUERIES), at + i, first};
+            for (int i = 0; expanded && i < r.tokens; i += KEYS)
+                key[first + i / KEYS] = (KeyTile){page + i / PAGE, min_int(r.tokens - i, KEYS)};
+            memcpy(table + page, b->pages + (size_t)b->seq[r.first] * b->max_pages,
+                   r.pages * sizeof(int));
+            for (int i = r.first; i < r.first + r.rows; i++, row++)
+                id[row] = b->id[i], position[row] = b->position[i], seq[row] = page, place[i] = row;
+            page += r.pages;
+        }
+    for (int i = 0; i < b->n_out; i++) out[i] = place[b->out[i]];
+    qsort(query, step.n_queries, sizeof *query, by_sight);
+    mail_send(m);
+    bool decodes = n <= most_recorded && b->n_out == n && !step.prompts && !step.expanded;
+    if (decodes && (step.run = step.recorded[n])) return false;
     if (decodes) {
-        step.recording = b->n;
+        step.recording = n;
         check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording");
     }
-    if (step.heads) mla_plan(placed, step.heads);
+    Batch absorbed = *placed;
+    absorbed.n -= step.expanded;
+    if (step.heads && absorbed.n) mla_plan(&absorbed, step.heads);
     return true;
 }
 
@@ -2055,6 +2138,7 @@ static void mla_reserve(int rows, int heads) {
     plan.work = (Work *)place_alloc(n_sms * sizeof(Work));
     plan.part = (float *)place_alloc(columns * LATENT_DIM * sizeof(float));
     plan.ml = (float2 *)place_alloc(columns * sizeof(float2));
+    step.room = (size_t)rows * heads * LATENT_DIM * sizeof(bf16) / HEAD_TILE;
 }
 
 static bool many_columns(int heads, bool prompts) { return prompts || heads > 16; }
@@ -2526,6 +2610,401 @@ void mla_value(Act *o, const bf16 *u, const Linear *kv_b_proj, int heads, int n)
            (const float *)kv_b_proj->scale, heads, n);
 }
 
+// ---- mla_attention: keys and values -------------------------------------------------------------
+// For a prompt's many rows it pays to undo the absorbing: each head's keys (128 + the 64 that turn
+// and are cached) and values (128) of all tokens that they see are made from the latents, once a
+// layer, and a row and token then are 320 products a head and not 1,088. u is the room for that,
+// until the step's other rows, which come after, want it: it holds two tokens' for each row that a
+// step may have. Where prompts see more, they take some heads at a time. So nothing is reserved.
+//
+// In u lie tiles [heads][key tiles][4 squares of 64 dims: key, key, value, value][128 tokens][128
+// bytes], swizzled by the token, each square a bulk copy and wgmma's operand.
+
+enum {
+    SQUARE = KEYS * ROW_BYTES, EXPAND_STAGES = 6, EXPAND_THREADS = 2 * 128 + WARP,
+    HALF = BLOCK * LATENT_DIM * (int)sizeof(bf16),  // bytes of a head's W_UK or W_UV
+};
+
+typedef struct {
+    Act o;
+    uint8_t *room;
+    const bf16 *q, *cache;
+    const uint4 *bricks;
+    const float *w_scale, *rope;
+    const int *pages;
+    const QueryTile *queries;
+    const KeyTile *keys;
+    int n_queries, n_keys;
+    int heads, first, n_heads;  // of all heads those that are done at this time
+    float scale;                // for scores in base 2
+} Prompts;
+
+static __device__ uint8_t *head_tile(const Prompts &p, int head, int tile) {
+    return p.room + ((size_t)(head - p.first) * p.n_keys + tile) * HEAD_TILE;
+}
+
+struct ExpandShared {
+    uint8_t w[HALF];                               // W_UK^T [2][512][128 B] or W_UV [8][128][128 B]
+    uint8_t x[EXPAND_STAGES][2][PAGE][ROW_BYTES];  // 128 dims of a page's latents
+    uint64_t full[EXPAND_STAGES], empty[EXPAND_STAGES];
+};
+
+// Bricks are for mma.sync: each of 8 warps turns one of a head's half into rows for wgmma. A lane
+// has two chunks of neighbouring rows in every two fragments.
+static __device__ void expand_weights(ExpandShared *s, const uint4 *bricks, bool keys) {
+    int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+    const uint4 *brick = bricks + (warp + (keys ? 0 : UK_BRICKS)) * FRAGMENTS * 32 + g * 4 + t;
+#pragma unroll 4
+    for (int i = 0; i < FRAGMENTS; i += 2) {
+        uint4 a = __ldg(brick + i * 32), b = __ldg(brick + (i + 1) * 32);
+        int chunk = i % BRICK_STEPS * 2 + t, row = g * 8 + i / BRICK_STEPS * 2;
+        int square = keys ? chunk / 8 * LATENT_DIM + warp * 64
+                          : (warp / 2 * 2 + chunk / 8) * V_DIM + warp % 2 * 64;
+        uint8_t *to = s->w + (square + row) * ROW_BYTES;
+        *(uint4 *)(to + swizzle_chunk(row, chunk % 8) * 16) = make_uint4(a.x, a.z, b.x, b.z);
+        *(uint4 *)(to + ROW_BYTES + swizzle_chunk(row + 1, chunk % 8) * 16) =
+            make_uint4(a.y, a.w, b.y, b.w);
+    }
+}
+
+// A tile's two pages take turns, a quarter of their latents at a time. Where there is only one it
+// comes twice.
+static __device__ void expand_load(ExpandShared *s, const Prompts &p) {
+    enum { QUARTER = 2 * BLOCK_BYTES };
+    int slot = 0, parity = 1;
+    for (int i = blockIdx.y; i < p.n_keys; i += gridDim.y)
+        for (int k = 0; k < 2 * LATENT_SCALES; k++) {
+            int second = k % 2 && p.keys[i].tokens > PAGE;
+            size_t page = p.pages[p.keys[i].table + second];
+            bar_wait(&s->empty[slot], parity);
+            bar_expect(&s->full[slot], QUARTER);
+            bulk_load(s->x[slot], (uint8_t *)p.cache + page * PAGE_BYTES + k / 2 * QUARTER, QUARTER,
+                      &s->full[slot]);
+            if (++slot == EXPAND_STAGES) slot = 0, parity ^= 1;
+        }
+}
+
+// A thread's parts of two tokens' 128 dims, in whole chunks. Of tokens past the last the values
+// must be zeros: they weigh nothing, but 0 x NaN is NaN.
+static __device__ void expand_store(uint8_t *to, const float sum[64], int tokens) {
+    int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, first = threadIdx.x / 32 % 4 * 16 + g;
+    for (int i = 0; i < 8; i++) {
+        int token = first + i % 2 * 8, chunk = i / 2 * 4 + t;
+        uint32_t w[4];
+        for (int j = 0; j < 4; j++) {
+            const float *c = sum + (i / 2 * 4 + j) * 4 + i % 2 * 2;
+            w[j] = token < tokens ? bf16_pair(c[0], c[1]) : 0;
+        }
+        transpose_quad(w);
+        *(uint4 *)(to + chunk / 8 * SQUARE + token * ROW_BYTES + swizzle_chunk(g, chunk % 8) * 16) =
+            make_uint4(w[0], w[1], w[2], w[3]);
+    }
+}
+
+// A warpgroup's page of each tile, all 128 dims. The scales are those of 128 x 128 weights: a
+// quarter's sums are scaled in f32, while the other warpgroup multiplies.
+template <int KEY>
+static __device__ void expand_compute(ExpandShared *s, const Prompts &p, int head) {
+    int group = threadIdx.x / 128, n = group;
+    uint64_t w = smem_desc(s->w) + (KEY ? (LATENT_DIM * ROW_BYTES / 16 - 1ull) << 16 : 0);
+    float factor[LATENT_SCALES];
+    for (int i = 0; i < LATENT_SCALES; i++)
+        factor[i] = p.w_scale ? p.w_scale[(2 * head + !KEY) * LATENT_SCALES + i] : 1;
+    for (int i = blockIdx.y; i < p.n_keys; i += gridDim.y) {
+        float sum[64] = {};
+#pragma unroll
+        for (int quarter = 0; quarter < LATENT_SCALES; quarter++, n += 2) {
+            float c[64];
+            int slot = n % EXPAND_STAGES;
+            bar_wait(&s->full[slot], n / EXPAND_STAGES % 2);
+            uint64_t x = warp_desc(s->x[slot]);
+            wgmma_fence();
+            for (int k = 0; k < 8; k++) {  // 16 latents each
+                int at = KEY ? (quarter * 8 + k) * 16 * ROW_BYTES
+                             : (quarter * 2 + k / 4) * SQUARE + k % 4 * 32;
+                wgmma_128<false, KEY>(c, x + (k / 4 * BLOCK_BYTES + k % 4 * 32) / 16, w + at / 16,
+                                      k > 0);
+            }
+            wgmma_commit();
+            wgmma_wait<0>();
+            if (threadIdx.x % 32 == 0) bar_arrive(&s->empty[slot]);
+            for (int j = 0; j < 64; j++) sum[j] += c[j] * factor[quarter];
+        }
+        expand_store(head_tile(p, head, i) + (KEY ? 0 : 2 * SQUARE) + group * PAGE * ROW_BYTES, sum,
+                     KEY ? PAGE : p.keys[i].tokens - group * PAGE);
+    }
+}
+
+// Keys and values of the tiles: a block holds a head's W_UK or W_UV, 128 KB, and walks over tiles.
+// 262,144 operations for a token and head: bound by the tensor cores and by L2, of which a block
+// then reads 32 bytes a clock.
+static __global__ void __launch_bounds__(EXPAND_THREADS, 1)
+    expand_kernel(const __grid_constant__ Prompts p) {
+    extern __shared__ __align__(1024) uint8_t shared[];
+    ExpandShared *s = (ExpandShared *)shared;
+    int head = p.first + blockIdx.x / 2;
+    bool keys = blockIdx.x % 2 == 0, loads = threadIdx.x >= 2 * 128;
+    launch_dependents();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < EXPAND_STAGES; i++) bar_init(&s->full[i], 1), bar_init(&s->empty[i], 4);
+        bar_init_done();
+    }
+    if (!loads) expand_weights(s, p.bricks + (size_t)head * BRICKS * FRAGMENTS * 32, keys);
+    fence_async();
+    __syncthreads();
+    grid_wait();
+    if (loads) {
+        if (threadIdx.x % 32 == 0) expand_load(s, p);
+    } else if (keys) {
+        expand_compute<1>(s, p, head);
+    } else {
+        expand_compute<0>(s, p, head);
+    }
+}
+
+// ---- mla_attention: prompts ---------------------------------------------------------------------
+
+struct PromptShared {
+    uint8_t k[2][QK_DIM / 64][KEYS][ROW_BYTES], v[2][V_DIM / 64][KEYS][ROW_BYTES];
+    uint8_t q[QK_DIM / 64][QUERIES][ROW_BYTES];
+    uint64_t k_full[2], k_empty[2], v_full[2], v_empty[2], q_full, q_empty;
+};
+
+typedef struct { int turn, head, keys; QueryTile tile; } Task;  // keys: tiles that are seen
+
+// A block's next tile and head. They come longest first, and the blocks take them in turns, every
+// other time from behind, so that all have about the same to do.
+static __device__ bool task_next(Task *t, const Prompts &p) {
+    int turn = t->turn++, block = turn % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x;
+    int i = turn * gridDim.x + block;
+    if (i >= p.n_queries * p.n_heads) return false;
+    t->tile = p.queries[i / p.n_heads], t->head = p.first + i % p.n_heads;
+    t->keys = units(t->tile.position + t->tile.rows, KEYS);
+    return true;
+}
+
+// One thread keeps two tiles of keys and two of values on their way.
+static __device__ void keys_load(PromptShared *s, const Prompts &p) {
+    enum { NOPE_BYTES = 2 * SQUARE };
+    int k = 0;
+    for (Task t = {}; task_next(&t, p);)
+        for (int j = 0; j < t.keys; j++, k++) {
+            KeyTile tile = p.keys[t.tile.keys + j];
+            const uint8_t *from = head_tile(p, t.head, t.tile.keys + j);
+            int pages = units(tile.tokens, PAGE), slot = k % 2, parity = k / 2 % 2 ^ 1;
+            bar_wait(&s->k_empty[slot], parity);
+            bar_expect(&s->k_full[slot], NOPE_BYTES + pages * BLOCK_BYTES);
+            bulk_load(s->k[slot], from, NOPE_BYTES, &s->k_full[slot]);
+            for (int i = 0; i < pages; i++)
+                bulk_load(s->k[slot][NOPE_DIM / 64][i * PAGE],
+                          (uint8_t *)p.cache + (size_t)p.pages[tile.table + i] * PAGE_BYTES +
+                              LATENT_BLOCKS * BLOCK_BYTES, BLOCK_BYTES, &s->k_full[slot]);
+            bar_wait(&s->v_empty[slot], parity);
+            bar_expect(&s->v_full[slot], NOPE_BYTES);
+            bulk_load(s->v[slot], from + NOPE_BYTES, NOPE_BYTES, &s->v_full[slot]);
+        }
+}
+
+// Three warps bring the next tile's queries as soon as the last one's are used, and turn their
+// last 64 dims. Rows past the last keep what was there: they meet no others.
+static __device__ void queries_load(PromptShared *s, const Prompts &p) {
+    enum { THREADS = 3 * WARP };
+    int thread = threadIdx.x % 128 - WARP, n = 0;
+    for (Task t = {}; task_next(&t, p); n++) {
+        bar_wait(&s->q_empty, n % 2 ^ 1);
+        const bf16 *q = p.q + ((size_t)t.tile.row * p.heads + t.head) * QK_DIM;
+        for (int i = thread; i < t.tile.rows * 16; i += THREADS) {
+            int row = i / 16, c = i % 16;
+            copy_16(&s->q[c / 8][row][swizzle_chunk(row, c % 8) * 16],
+                    q + (size_t)row * p.heads * QK_DIM + c * CHUNK);
+        }
+        copies_commit();
+#pragma unroll 2
+        for (int i = thread; i < t.tile.rows * 8; i += THREADS) {
+            int row = i / 8, c = i % 8;
+            const uint4 *from = (uint4 *)(q + (size_t)row * p.heads * QK_DIM + NOPE_DIM);
+            *(uint4 *)&s->q[NOPE_DIM / 64][row][swizzle_chunk(row, c) * 16] =
+                rotate_chunk(from[c], p.rope + (t.tile.row + row) * ROPE_DIM + c * CHUNK);
+        }
+        copies_wait<0>();
+        fence_async();
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) bar_arrive(&s->q_full);
+    }
+}
+
+// Of a thread's two rows, g and g + 8 of its warp's 16: the largest score so far, its own part of
+// the sum of weights, and what older sums are to be shrunk by.
+typedef struct { float best[2], total[2], shrink[2]; } Rows;
+
+// A tile's scores become weights. score[4 j] is that of token 8 j + 2 t; row g sees `seen` of them.
+static __device__ void weigh(float score[64], Rows *r, int seen, float scale) {
+    int t = threadIdx.x % 4;
+    if (__any_sync(~0u, seen < KEYS))
+        for (int i = 0; i < 64; i++)
+            if (i / 4 * 8 + t * 2 + i % 2 >= seen + i / 2 % 2 * 8) score[i] = -INFINITY;
+    for (int k = 0; k < 2; k++) {
+        float most = r->best[k], sum = 0;
+        for (int i = 2 * k; i < 64; i += 4) most = fmaxf(most, fmaxf(score[i], score[i + 1]));
+        for (int d = 1; d < 4; d *= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, d));
+        r->shrink[k] = exp2_fast((r->best[k] - most) * scale);
+        r->best[k] = most;
+        for (int i = 2 * k; i < 64; i += i % 2 ? 3 : 1)
+            sum += score[i] = exp2_fast(fmaf(score[i], scale, -most * scale));
+        r->total[k] = r->total[k] * r->shrink[k] + sum;
+    }
+}
+
+// score [64][128] = Q K^T, and o [64][128] += weights V, of a warpgroup's rows and the k-th tile.
+static __device__ void score_keys(float score[64], PromptShared *s, uint64_t q, int k) {
+    bar_wait(&s->k_full[k % 2], k / 2 % 2);
+    uint64_t keys = smem_desc(s->k[k % 2]);
+    wgmma_fence();
+    for (int i = 0; i < QK_DIM / 16; i++) {
+        int at = (i / 4 * SQUARE + i % 4 * 32) / 16;
+        wgmma_128<false>(score, q + at, keys + at, i > 0);
+    }
+    wgmma_commit();
+}
+
+static __device__ void add_values(float o[64], const uint32_t weight[32], PromptShared *s, int k) {
+    bar_wait(&s->v_full[k % 2], k / 2 % 2);
+    uint64_t values = smem_desc(s->v[k % 2]) + ((uint64_t)(SQUARE / 16 - 1) << 16);
+    wgmma_fence();
+    for (int i = 0; i < KEYS / 16; i++)
+        wgmma_rows(o, weight + i * 4, values + i * 16 * ROW_BYTES / 16);
+    wgmma_commit();
+}
+
+// A thread's two rows: divided, rounded, and quantised, for a head is one scale group.
+static __device__ void prompt_store(const Prompts &p, const Task &task, int first,
+                                    const float o[64], const Rows &r) {
+    int t = threadIdx.x % 4;
+    for (int k = 0; k < 2; k++) {
+        int row = first + 8 * k;
+        size_t token = task.tile.row + row, line = (size_t)task.head * p.o.stride + token;
+        float total = r.total[k], amax = MIN_AMAX, v[CHUNK];
+        uint32_t w[32 / 2];
+        for (int d = 1; d < 4; d *= 2) total += __shfl_xor_sync(~0u, total, d);
+        for (int j = 0; j < 16; j++) {
+            w[j] = bf16_pair(o[4 * j + 2 * k] / total, o[4 * j + 2 * k + 1] / total);
+            amax = fmaxf(amax, fmaxf(fabsf(bf16_low(w[j])), fabsf(bf16_high(w[j]))));
+        }
+        for (int d = 1; d < 4; d *= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
+        float size = amax / E4M3_MAX;
+        for (int i = 0; i < 16; i += 4) {
+            transpose_quad(w + i);
+            if (row >= task.tile.rows) continue;
+            uint4 chunk = make_uint4(w[i], w[i + 1], w[i + 2], w[i + 3]);
+            ((uint4 *)(p.o.x + token * p.o.cols + task.head * V_DIM))[i + t] = chunk;
+            unpack8(v, chunk);
+            *(uint2 *)(p.o.q + line * ROW_BYTES + swizzle_chunk(token, (i + t) / 2) * 16 +
+                       t % 2 * 8) =
+                make_uint2(e4m3_pair(v[0] / size, v[1] / size) |
+                               e4m3_pair(v[2] / size, v[3] / size) << 16,
+                           e4m3_pair(v[4] / size, v[5] / size) |
+                               e4m3_pair(v[6] / size, v[7] / size) << 16);
+        }
+        if (t == 0 && row < task.tile.rows) p.o.scale[line] = size;
+    }
+}
+
+// A warpgroup's 64 rows of each task. While a tile's scores become weights, the last one's values
+// are being added; the other warpgroup fills what gaps there are.
+static __device__ void prompt_compute(PromptShared *s, const Prompts &p) {
+    int group = __shfl_sync(~0u, threadIdx.x / 128, 0), k = 0, n = 0;
+    int first = group * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;  // row g
+    bool leader = threadIdx.x % 32 == 0;
+    uint64_t q = smem_desc(s->q) + group * 64 * ROW_BYTES / 16;
+    for (Task task = {}; task_next(&task, p); n++) {
+        float score[64], o[64] = {};
+        uint32_t weight[32];
+        Rows r = {{-INFINITY, -INFINITY}};
+        int seen = task.tile.position + first + 1;
+        bar_wait(&s->q_full, n % 2);
+        score_keys(score, s, q, k);
+        wgmma_wait<0>();
+        if (leader) bar_arrive(&s->k_empty[k % 2]);
+        weigh(score, &r, seen, p.scale);
+        for (int i = 0; i < 32; i++) weight[i] = bf16_pair(score[2 * i], score[2 * i + 1]);
+        for (int last = k++ + task.keys; k < last; k++) {
+            seen -= KEYS;
+            score_keys(score, s, q, k);
+            add_values(o, weight, s, k - 1);
+            wgmma_wait<1>();
+            if (leader) bar_arrive(&s->k_empty[k % 2]);
+            weigh(score, &r, seen, p.scale);
+            wgmma_wait<0>();
+            if (leader) bar_arrive(&s->v_empty[(k - 1) % 2]);
+            for (int i = 0; i < 64; i++) o[i] *= r.shrink[i / 2 % 2];
+            for (int i = 0; i < 32; i++) weight[i] = bf16_pair(score[2 * i], score[2 * i + 1]);
+        }
+        if (leader) bar_arrive(&s->q_empty);
+        add_values(o, weight, s, k - 1);
+        wgmma_wait<0>();
+        if (leader) bar_arrive(&s->v_empty[(k - 1) % 2]);
+        prompt_store(p, task, first, o, r);
+    }
+}
+
+// Causal attention with 192 dims of keys and 128 of values. A block has 128 rows of a head at a
+// time, 64 each of two warpgroups, and walks over the tokens in tiles of 128, from the first to the
+// last that it sees; 80 KB a tile for 10.5 million operations, 32 bytes of L2 a clock at the tensor
+// cores' full rate, which the exponentials keep it from.
+static __global__ void __launch_bounds__(3 * 128, 1)
+    prompt_kernel(const __grid_constant__ Prompts p) {
+    extern __shared__ __align__(1024) uint8_t shared[];
+    PromptShared *s = (PromptShared *)shared;
+    launch_dependents();
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 2; i++) {
+            bar_init(&s->k_full[i], 1), bar_init(&s->k_empty[i], 8);
+            bar_init(&s->v_full[i], 1), bar_init(&s->v_empty[i], 8);
+        }
+        bar_init(&s->q_full, 3), bar_init(&s->q_empty, 8);
+        bar_init_done();
+    }
+    __syncthreads();
+    grid_wait();
+    if (threadIdx.x >= 2 * 128) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (threadIdx.x == 2 * 128) keys_load(s, p);
+        else if (threadIdx.x >= 2 * 128 + WARP) queries_load(s, p);
+    } else {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+        prompt_compute(s, p);
+    }
+}
+
+// ---- mla_attention ------------------------------------------------------------------------------
+
+static void attend_prompts(Prompts p) {
+    int at_once = min_int(p.heads, step.room / p.n_keys), turns = units(p.heads, at_once);
+    for (; p.first < p.heads; p.first += p.n_heads) {
+        p.n_heads = min_int(units(p.heads, turns), p.heads - p.first);
+        dim3 grid(2 * p.n_heads, min_int(p.n_keys, max_int(n_sms / (2 * p.n_heads), 1)));
+        launch(expand_kernel, grid, EXPAND_THREADS, sizeof(ExpandShared), p);
+        launch(prompt_kernel, min_int(n_sms, p.n_queries * p.n_heads), 3 * 128,
+               sizeof(PromptShared), p);
+    }
+}
+
+void mla_attention(Act *o, bf16 *query, bf16 *u, const bf16 *q, const bf16 *cache,
+                   const Linear *kv_b_proj, const float *rope, float scale, int heads,
+                   const Batch *b) {
+    Batch absorbed = *b;
+    absorbed.n -= step.expanded;
+    if (step.expanded)
+        attend_prompts((Prompts){*o, (uint8_t *)u, q, cache, (const uint4 *)kv_b_proj->data,
+                                 (const float *)kv_b_proj->scale, rope, b->pages, step.queries,
+                                 step.keys, step.n_queries, step.n_keys, heads, 0, 0,
+                                 scale * (float)M_LOG2E});
+    if (!absorbed.n) return;
+    mla_query(query, q, kv_b_proj, rope, heads, absorbed.n);
+    mla_attend(u, query, cache, scale, heads, &absorbed);
+    mla_value(o, u, kv_b_proj, heads, absorbed.n);
+}
+
 // ---- The stages: routing ------------------------------------------------------------------------
 
 Routing routing_new(int rows, const Config *c) {
@@ -2852,7 +3331,7 @@ void step_reserve(int rows, const Config *c) {
     // Recorded steps know where their arrays lie, so there is room for the largest step's from now
     // on, unless its page tables are longer than the cache could be without shared pages.
     enum { TABLES = 1 << 20 };
-    if (mail_open(&step.mail, 4 * mail_bytes(rows * sizeof(int)) + TABLES)) step_forget();
+    if (mail_open(&step.mail, 5 * mail_bytes(rows * sizeof(int)) + TABLES)) step_forget();
 }
 
 // ---- Choosing a token ---------------------------------------------------------------------------

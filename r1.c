@@ -1097,9 +1097,8 @@ void model_layer(Model *m, int layer, const Batch *b) {
     mla_latent(m->q_latent, cache, m->q_a, m->kv_a, &l->self_attn.q_a_layernorm,
                &l->self_attn.kv_a_layernorm, eps, m->rope, b);
     linear(m->q, m->q_latent, &l->self_attn.q_b_proj, n);
-    mla_query(m->query, m->q, &l->self_attn.kv_b_proj, m->rope, heads, n);
-    mla_attend(m->u, m->query, cache, m->softmax_scale, heads, b);
-    mla_value(m->heads_out, m->u, &l->self_attn.kv_b_proj, heads, n);
+    mla_attention(m->heads_out, m->query, m->u, m->q, cache, &l->self_attn.kv_b_proj, m->rope,
+                  m->softmax_scale, heads, b);
     linear(m->y, m->heads_out, &l->self_attn.o_proj, n);
     all_reduce(m->y, (size_t)n * c->hidden_size);
 
@@ -3306,8 +3305,8 @@ static int tokenize_main(char **argv) {
 // model, which is why it stands here and not in bench.c, a client; that file only reads its flags.
 
 typedef enum {  // what is timed by itself: the stages of model_layer, and what is around them
-    EMBED, NORM, QKV_A, LATENT, Q_B, QUERY, ATTEND, VALUE, OUT_PROJ, ROUTE, EXPERTS, DENSE, HEAD,
-    SAMPLE, N_STAGES
+    EMBED, NORM, QKV_A, LATENT, Q_B, QUERY, ATTEND, VALUE, ATTENTION, OUT_PROJ, ROUTE, EXPERTS,
+    DENSE, HEAD, SAMPLE, N_STAGES
 } Stage;
 
 typedef struct {  // what must be done at least, each input read once, each output written once
@@ -3334,13 +3333,14 @@ static struct {
     MemoryPlan plan;
     int n_pages;            // of the cache: as many as are needed
     double hit;             // experts that the rows of a step meet, on average over layers
+    bool prompt;            // the step's rows are a prompt's
     Choice *choice;
     Sampling *sampling;     // [max_out]
     FILE *out;              // --output-file, or NULL
     char date[32];
 } share;
 
-// How often a step has a stage.
+// How often a step has a stage. A prompt's attention is one stage: how it is cut is the twin's own.
 static int stage_calls(Stage s) {
     const Config *c = &share.m->config;
     switch (s) {
@@ -3348,6 +3348,8 @@ static int stage_calls(Stage s) {
     case NORM: return 2 * c->num_hidden_layers;
     case ROUTE: case EXPERTS: return c->num_hidden_layers - c->first_k_dense_replace;
     case DENSE: return c->first_k_dense_replace;
+    case QUERY: case ATTEND: case VALUE: return share.prompt ? 0 : c->num_hidden_layers;
+    case ATTENTION: return share.prompt ? c->num_hidden_layers : 0;
     default: return c->num_hidden_layers;
     }
 }
@@ -3375,6 +3377,10 @@ static void stage_run(Stage s, int layer) {
     case QUERY: mla_query(m->query, m->q, kv_b, m->rope, heads, n); break;
     case ATTEND: mla_attend(m->u, m->query, m->cache[layer], m->softmax_scale, heads, b); break;
     case VALUE: mla_value(m->heads_out, m->u, kv_b, heads, n); break;
+    case ATTENTION:
+        mla_attention(m->heads_out, m->query, m->u, m->q, m->cache[layer], kv_b, m->rope,
+                      m->softmax_scale, heads, b);
+        break;
     case OUT_PROJ: linear(m->y, m->heads_out, &l->self_attn.o_proj, n); break;
     case ROUTE:
         moe_route(&m->routing, m->normed, &l->moe_mlp.gate, &l->moe_mlp.e_score_correction_bias, c,
@@ -3437,9 +3443,15 @@ static Cost stage_cost(Stage s, const Load *load) {
         t.rows = n * heads * (s == QUERY ? 2 * (QK_DIM + CACHE_DIM) : 2 * LATENT_DIM + V_DIM);
         break;
     case ATTEND:
-        t.cache = (load->prompt ? n : load->seen) * row;
-        t.bf16 = 2 * load->seen * heads * (load->prompt ? QK_DIM + V_DIM : CACHE_DIM + LATENT_DIM);
+        t.cache = load->seen * row;
+        t.bf16 = 2 * load->seen * heads * (CACHE_DIM + LATENT_DIM);
         t.rows = n * heads * 2 * (CACHE_DIM + LATENT_DIM);
+        break;
+    case ATTENTION:
+        cost_linear(&t, kv_b, 1, 0);
+        t.cache = n * row;
+        t.bf16 = 2 * n * kv_b->out * kv_b->in + 2 * load->seen * heads * (QK_DIM + V_DIM);
+        t.rows = n * heads * (2 * QK_DIM + V_DIM);
         break;
     case OUT_PROJ:
         cost_linear(&t, &l->self_attn.o_proj, 1, n);
@@ -3568,7 +3580,8 @@ static void stage_all(void *stage) {
 static void profile_print(const Load *load, double step) {
     static const char *const names[] = {
         "embed", "add_norm", "q_a, kv_a", "mla_latent", "q_b", "mla_query", "mla_attend",
-        "mla_value", "o_proj", "moe_route", "moe_experts", "mlp", "norm, logits", "sample"};
+        "mla_value", "mla_attention", "o_proj", "moe_route", "moe_experts", "mlp", "norm, logits",
+        "sample"};
     double sum = 0;
     printf("    stage          calls  us a call       MB     GB/s  floor us  floor/time\n");
     for (Stage s = 0; s < N_STAGES; s++) {
@@ -3622,6 +3635,7 @@ static void load_time(bool prompt, int rows, int context) {
     }
     Load load = load_new(prompt, rows, context);
     Cost t = {0};
+    share.prompt = prompt;
     hits_count(&load);
     double step = step_seconds(&load, false);
     for (Stage s = 0; s < N_STAGES; s++) cost_add(&t, s, &load);

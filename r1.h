@@ -478,6 +478,12 @@ void mla_attend(bf16 *u, const bf16 *query, const bf16 *cache, float scale, int 
 // o = quant(u W_UV^T) per head: [n][heads*128], the input of o_proj.
 void mla_value(Act *o, const bf16 *u, const Linear *kv_b_proj, int heads, int n);
 
+// All three, of q and rope as in mla_query. A twin may take another way that gives the same o: a
+// GPU makes keys and values of a prompt's tokens again. query, u: room for what is between.
+void mla_attention(Act *o, bf16 *query, bf16 *u, const bf16 *q, const bf16 *cache,
+                   const Linear *kv_b_proj, const float *rope, float scale, int heads,
+                   const Batch *b);
+
 // The 8 (num_experts_per_tok) experts of each row and their weights: sigmoid scores of the
 // unquantised row; bias only for choosing; the best groups by the sum of their two best. (V3 eq.
 // 13-16)

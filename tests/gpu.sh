@@ -153,7 +153,7 @@ part build 400 make CUDA=1 -j"$(nproc)" build/cuda/r1 build/cuda/test_cuda build
     build/cuda/test_mla build/cuda/test_slices_cuda build/cuda/test_oracle_cuda
 part build_cpu 100 make CUDA=0 -j"$(nproc)" build/r1
 for test in cuda_place cuda_steps cuda_rows cuda_routes cuda_sample mla_query mla_value mla_attend \
-    mla_graph gemm_linear gemm_product gemm_mlp gemm_experts cuda_model cuda_talks; do
+    mla_graph mla_prompts gemm_linear gemm_product gemm_mlp gemm_experts cuda_model cuda_talks; do
     part $test 60 build/cuda/test_${test%_*} ${test#*_}
 done
 part oracle 60 build/cuda/test_oracle_cuda
@@ -170,7 +170,7 @@ rm -rf build/load
 part memcheck_run 60 compute-sanitizer --error-exitcode 9 build/cuda/r1 run --model-path tiny-r1 \
     --max-total-tokens 1024 --max-tokens 3 "How many r are there in strawberry ?"
 for test in cuda_place cuda_steps cuda_rows cuda_routes cuda_sample mla_query mla_value mla_attend \
-    gemm_linear gemm_product gemm_mlp gemm_experts; do
+    mla_prompts gemm_linear gemm_product gemm_mlp gemm_experts; do
     part memcheck_$test 60 compute-sanitizer --error-exitcode 9 build/cuda/test_${test%_*} \
         ${test#*_} 2
 done

@@ -578,7 +578,7 @@ static void test_model(void) {
     for (int i = 0; i < 256; i++) out[i] = i;
     for (int i = 0; i < SEQUENCES * PAGES; i++) pages[i] = (i * 5 + 2) % (SEQUENCES * PAGES);
     for (int end = text.len - SEQUENCES, n = 1; n > 0; turn++) {
-        static const int chunks[] = {1, 7, 33, 64};
+        static const int chunks[] = {64, 1, 7, 33};
         n = 0;
         for (int s = 0; s < SEQUENCES; s++)
             for (int i = 0; i < chunks[turn % 4] && done[s] < end - TAIL; i++, n++)

@@ -26,6 +26,7 @@ decltype(mla_latent) ref_mla_latent;
 decltype(mla_query) ref_mla_query;
 decltype(mla_attend) ref_mla_attend;
 decltype(mla_value) ref_mla_value;
+decltype(mla_attention) ref_mla_attention;
 decltype(moe_route) ref_moe_route;
 decltype(moe_experts) ref_moe_experts;
 decltype(mlp) ref_mlp;

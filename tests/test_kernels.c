@@ -873,9 +873,8 @@ static void net_step(RowOut *out, const int *row, int n) {
     mla_latent(qa, &bit_cache[0][0][0], &q_a[0][0], &kv_a[0][0], &net.gain[2], &net.gain[3], 1e-6f,
                &rope[0][0], &b);
     linear(&q[0][0][0], qa, &net.q_b, n);
-    mla_query(&query[0][0][0], &q[0][0][0], &net.kv_b, &rope[0][0], HEADS, n);
-    mla_attend(&u[0][0][0], &query[0][0][0], &bit_cache[0][0][0], 0.135f, HEADS, &b);
-    mla_value(o, &u[0][0][0], &net.kv_b, HEADS, n);
+    mla_attention(o, &query[0][0][0], &u[0][0][0], &q[0][0][0], &bit_cache[0][0][0], &net.kv_b,
+                  &rope[0][0], 0.135f, HEADS, &b);
     linear(&y[0][0], o, &net.o, n);
     add_norm(&x[0][0], a, &y[0][0], &net.gain[1], 1e-6f, n);
     mlp(&dense[0][0], wide, a, &net.dense, n);

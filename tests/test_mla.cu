@@ -1,5 +1,5 @@
-// tests/test_mla.cu: the absorbed attention of kernels.cu against the C twin, stage by stage, and
-// how fast it is.
+// tests/test_mla.cu: the attention of kernels.cu against the C twin, the absorbed stage by stage,
+// the prompts' as a whole, and how fast they are.
 //
 // Queries and the cache lie swizzled on the GPU, so both twins' forms are made here. Pages are
 // scrambled, and what a batch doesn't use of them is NaN.
@@ -163,20 +163,27 @@ static void case_pages(Case *c, const Span *spans, bf16 *cache) {
     free(order);
 }
 
-static Case case_new(int heads, const Span *spans, int n_seqs, int longest) {
+static Case case_open(int heads, const Span *spans, int n_seqs, int longest, bf16 **cache) {
     Case c = {};
     c.heads = heads, c.n_seqs = n_seqs, c.max_pages = units(longest, PAGE) + 3, c.n_pages = 5;
     for (int s = 0; s < n_seqs; s++) c.n += spans[s].rows, c.n_pages += units(spans[s].len, PAGE);
     c.position = (int *)xmalloc(c.n * sizeof(int)), c.seq = (int *)xmalloc(c.n * sizeof(int));
     c.pages = (int *)xmalloc(n_seqs * c.max_pages * sizeof(int));
-    bf16 *cache = (bf16 *)xmalloc(cache_size(&c) * 2), *query = bf16_noise(query_size(&c), 3);
     c.swizzled_cache = (bf16 *)xmalloc(cache_size(&c) * 2);
-    c.swizzled_query = (bf16 *)xmalloc(query_size(&c) * 2);
-    c.want = (bf16 *)xmalloc(u_size(&c) * 2);
-    case_pages(&c, spans, cache);
+    *cache = (bf16 *)xmalloc(cache_size(&c) * 2);
+    case_pages(&c, spans, *cache);
     for (int s = 0, i = 0; s < n_seqs; s++)
         for (int r = 0; r < spans[s].rows; r++, i++)
             c.position[i] = spans[s].len - spans[s].rows + r, c.seq[i] = s;
+    return c;
+}
+
+static Case case_new(int heads, const Span *spans, int n_seqs, int longest) {
+    bf16 *cache;
+    Case c = case_open(heads, spans, n_seqs, longest, &cache);
+    bf16 *query = bf16_noise(query_size(&c), 3);
+    c.swizzled_query = (bf16 *)xmalloc(query_size(&c) * 2);
+    c.want = (bf16 *)xmalloc(u_size(&c) * 2);
     for (int i = 0; i < c.n * heads; i++)
         for (int d = 0; d < CACHE_DIM; d++)
             c.swizzled_query[query_at(i / heads, i % heads, d, heads)] =
@@ -343,6 +350,112 @@ static void test_graph(void) {
     try_graph(16, true, many[0], many[1]);
 }
 
+// ---- mla_attention: prompts ---------------------------------------------------------------------
+
+// Row i of o is row[i] of the twin's. The bounds are case_compare's: here keys and values are
+// rounded, there queries and sums, which tells where scores are large; both are as far from what
+// f64 gives.
+static void prompts_compare(const Case *c, const Act *o, const RefAct *ref, const int *row) {
+    int heads = c->heads, n = c->n, cols = heads * V_DIM, wrong = 0;
+    size_t all = (size_t)o->stride * cols;
+    bf16 *x = (bf16 *)fetch(o->x, all * 2);
+    uint8_t *codes = (uint8_t *)fetch(o->q, all);
+    float *scale = (float *)fetch(o->scale, all / V_DIM * 4), bad = 0;
+    double error = 0, size = 1e-30;
+    for (int i = 0; i < n * heads; i++) {
+        const float *want = ref->x + (size_t)row[i / heads] * cols + i % heads * V_DIM;
+        const bf16 *got = x + (size_t)i * V_DIM;
+        size_t line = (size_t)(i % heads) * o->stride + i / heads;
+        float most = 0, amax = MIN_AMAX;
+        for (int d = 0; d < V_DIM; d++) {
+            most = fmaxf(most, fabsf(want[d]));
+            amax = fmaxf(amax, fabsf(bf16_value(got[d])));
+        }
+        wrong += scale[line] != amax / E4M3_MAX;
+        for (int d = 0; d < V_DIM; d++) {
+            float v = bf16_value(got[d]), e = v - want[d], of = v / scale[line];
+            bad = worst(fabsf(e), 3 * 0x1p-8f * most, bad);
+            error += (double)e * e, size += (double)want[d] * want[d];
+            int chunk = d / 16 ^ i / heads % 8;
+            float code = e4m3_value(codes[line * ROW_BYTES + chunk * 16 + d % 16]);
+            wrong += !(fabsf(code - of) <= fmaxf(fabsf(code) * 0x1p-4f, 0x1p-10f));
+        }
+    }
+    double relative = sqrt(error / size);
+    CHECK(bad <= 1 && relative <= 5e-3 && wrong == 0,
+          "prompts, %d heads, %d rows: %g of bound, relative %g, %d wrong codes", heads, n, bad,
+          relative, wrong);
+    printf("prompts, %d heads, %d rows, %d pages: %.2g of bound, relative %.2g\n", heads, n,
+           c->n_pages, bad, relative);
+    CHECK(poisoned(x + (size_t)n * cols, (all - (size_t)n * cols) * 2), "rows behind the last");
+    free(x), free(codes), free(scale);
+}
+
+// As a step has it: step_begin says which rows come last, and have keys and values made.
+static void try_prompts(int heads, const Span *spans, int n_seqs, int expanded) {
+    int longest = 0, n;
+    for (int i = 0; i < n_seqs; i++) longest = max_int(longest, spans[i].len);
+    bf16 *cache;
+    Case c = case_open(heads, spans, n_seqs, longest, &cache);
+    n = c.n;
+    size_t q_size = (size_t)n * heads * QK_DIM, rope_bytes = n * ROPE_DIM * 4;
+    Linear w = kv_b_noise(heads), p = w;
+    Act *o = act_poisoned(n, heads * V_DIM), *ref = ref_act_new(n, heads * V_DIM);
+    bf16 *q = bf16_noise(q_size, 1), *moved_q = (bf16 *)xmalloc(q_size * 2);
+    bf16 *query = (bf16 *)xmalloc(query_size(&c) * 2), *u = (bf16 *)xmalloc(u_size(&c) * 2);
+    float *rope = (float *)xmalloc(rope_bytes), frequency[ROPE_DIM / 2];
+    int *id = (int *)xmalloc(n * sizeof(int));
+    for (int i = 0; i < ROPE_DIM / 2; i++) frequency[i] = powf(10000, -i / 32.f);
+    for (int i = 0; i < n; i++) id[i] = i;
+    Batch b = {n, id, c.position, c.seq, c.pages, c.max_pages, NULL, 0}, there;
+    ref_rope_angles(rope, frequency, c.position, n);
+    ref_mla_attention(ref, query, u, q, cache, &w, rope, SCALE, heads, &b);
+
+    place_linear(&p, PLACE_KV_B);
+    plan_open(n, heads);
+    step.heads = heads;
+    step_begin(&there, &b);
+    CHECK(step.expanded == expanded, "%d heads: %d rows are expanded, want %d", heads,
+          step.expanded, expanded);
+    int *row = (int *)fetch(there.id, n * sizeof(int));
+    for (int i = 0; i < n; i++)
+        memcpy(moved_q + (size_t)i * heads * QK_DIM, q + (size_t)row[i] * heads * QK_DIM,
+               heads * QK_DIM * 2);
+    float *angles = (float *)room(NULL, rope_bytes);
+    rope_angles(angles, frequency, there.position, n);
+    mla_attention(o, (bf16 *)room(NULL, query_size(&c) * 2), (bf16 *)room(NULL, u_size(&c) * 2),
+                  (bf16 *)room(moved_q, q_size * 2),
+                  (bf16 *)room(c.swizzled_cache, cache_size(&c) * 2), &p, angles, SCALE, heads,
+                  &there);
+    step_end();
+    step.heads = step.room = step.expanded = 0;
+    prompts_compare(&c, o, (const RefAct *)ref, row);
+    CHECK(rooms_close(), "guards");
+    place_free();
+    case_free(&c), linear_free(&w), act_free(o), ref_act_free(ref);
+    free(cache), free(q), free(moved_q), free(query), free(u), free(rope), free(id), free(row);
+}
+
+template <int N> static void try_prompts(int heads, const Span (&spans)[N], int expanded) {
+    try_prompts(heads, spans, N, expanded);
+}
+
+static void test_prompts(void) {
+    try_prompts(4, {{65, 65}, {70, 1}, {129, 128}}, 193);
+    try_prompts(16, {{200, 1}, {130, 130}, {63, 63}}, 130);
+    if (quick()) return;
+    for (int rows : {64, 127, 128, 129, 200}) try_prompts(16, {{rows, rows}}, rows);
+    for (int before : {1, 63, 64, 65, 127}) try_prompts(16, {{before + 160, 160}, {3, 1}}, 160);
+    try_prompts(16, {{4497, 400}}, 400);
+    try_prompts(16, {{20000, 1}, {200, 200}, {64, 1}, {65, 65}, {4297, 200}, {1, 1}, {63, 8}}, 465);
+    try_prompts(4, {{200, 200}, {4097, 1}, {300, 300}, {2, 2}}, 500);
+    try_prompts(8, {{1025, 1025}, {64, 1}, {700, 260}}, 1285);
+    try_prompts(128, {{150, 150}, {65, 1}}, 150);
+    try_prompts(4, {{2000, 180}}, 0);    // there is no room
+    try_prompts(16, {{4097, 100}}, 0);   // it would be more work
+    try_prompts(16, {{1025, 1025}}, 1025);
+}
+
 // ---- Times --------------------------------------------------------------------------------------
 // One of 8 ranks' heads. Pages and weights take turns, so that they come from memory; u and the
 // queries lie in L2, as in a step.
@@ -431,6 +544,31 @@ static void bench_chain(int n, int len) {
     act_free(o);
 }
 
+// A prompt's stages on both ways.
+static void bench_prompt(int n, const char *peer) {
+    enum { TURNS = 3 };
+    int turn = 0, pages = units(n, PAGE), *zeros = (int *)xcalloc(n + pages, sizeof(int));
+    Batch b = bench_batch(n, 0, TURNS), now = b, there;
+    Act *o = act_new(n, HEADS * V_DIM);
+    auto attend = [&] {
+        Linear w = layer_kv_b(turn);
+        now.pages = b.pages + (size_t)(turn++ % TURNS) * pages;
+        mla_attention(o, pool.query, pool.u, pool.q, pool.pages, &w, pool.rope, SCALE, HEADS, &now);
+    };
+    mla_plan(&b, HEADS);
+    float absorbed = microseconds(attend, 2 * TURNS);
+    int *position = (int *)fetch(b.position, n * sizeof(int));
+    Batch host = {n, position, position, zeros, zeros, pages, NULL, 0};
+    step_begin(&there, &host);
+    float us = microseconds(attend, 2 * TURNS);
+    double operations = (double)n * (n + 1) * HEADS * (QK_DIM + V_DIM);
+    printf("note: prompt of %d: query, attend, value %.1f us; with keys and values %.1f us, %d "
+           "rows, %.0f TFLOPS%s\n", n, absorbed, us, step.expanded, operations / us * 1e-6, peer);
+    step.expanded = 0;
+    rooms_close();
+    act_free(o), free(zeros), free(position);
+}
+
 static void *pool_room(size_t bytes) { return filled(place_alloc(bytes), bytes); }
 
 static void bench(void) {
@@ -451,8 +589,10 @@ static void bench(void) {
     bench_attend("64 x 8192", 16, 64, 8192, "; FlashMLA 150.4 us");
     bench_attend("128 x 4096", 16, 128, 4096, "; FlashMLA 146.5 us");
     bench_attend("64 x 8192", 8, 64, 8192, "");
-    bench_attend("prompt of 1024", 16, 1024, 0, "; cuDNN, expanded, 21.7 us");
-    bench_attend("prompt of 4096", 16, 4096, 0, "; cuDNN, expanded, 183.7 us");
+    bench_attend("prompt of 1024", 16, 1024, 0, "");
+    bench_attend("prompt of 4096", 16, 4096, 0, "");
+    bench_prompt(1024, "; cuDNN, attention alone, 21.7 us");
+    bench_prompt(4096, "; cuDNN 183.7 us");
     for (int n : {1, 8, 64, 128, 1024, 4096}) bench_projections(n);
     bench_chain(1, 1024), bench_chain(1, 8192), bench_chain(8, 8192);
     check(cudaStreamSynchronize(stream), "bench");
@@ -462,6 +602,6 @@ static void bench(void) {
 int main(int argc, char **argv) {
     static const Part parts[] = {{"query", test_query},   {"value", test_value},
                                  {"attend", test_attend}, {"graph", test_graph},
-                                 {"bench", bench}};
-    return run_parts(parts, 5, argc, argv);
+                                 {"prompts", test_prompts}, {"bench", bench}};
+    return run_parts(parts, 6, argc, argv);
 }

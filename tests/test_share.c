@@ -76,9 +76,10 @@ static Want want_of(bool prompt, double n, double n_out, double seen, double hit
                    + HIDDEN + 2 * (Q_LORA + 576)           // the first products
                    + 2 * (Q_LORA + 576) + Q_LORA           // what is cached, and q quantised
                    + Q_LORA + heads * 192 * 2              // q_b
-                   + heads * 2 * (192 + 576)               // absorbed
-                   + heads * 2 * (576 + 512)               // attention
-                   + heads * (2 * 512 + 128)               // values
+                   + (prompt ? heads * (2 * 192 + 128)     // attention with keys and values
+                             : heads * 2 * (192 + 576)     // absorbed
+                             + heads * 2 * (576 + 512)     // attention
+                             + heads * (2 * 512 + 128))    // values
                    + heads * 128 + 2 * HIDDEN              // o_proj
                    + 3 * HIDDEN;                           // the MLP
     double around = 4 * HIDDEN + 6 * HIDDEN, router = 2 * HIDDEN + 8 * TOP_K;
@@ -125,7 +126,8 @@ static void check_step(const Json *o) {
 static void check_table(const char *text) {
     static const char *const stages[] = {
         "embed", "add_norm", "q_a, kv_a", "mla_latent", "q_b", "mla_query", "mla_attend",
-        "mla_value", "o_proj", "moe_route", "moe_experts", "mlp", "norm, logits", "sample"};
+        "mla_value", "mla_attention", "o_proj", "moe_route", "moe_experts", "mlp", "norm, logits",
+        "sample"};
     static const char *const parts[] = {
         ": rank 0 of 2, 3 of 3 layers\n", "\nmeasured ceilings: memory read ",
         "\nModelled, not measured, and in no figure above: NCCL's 7 sums of a step,\n  1 rows 0.1"};
