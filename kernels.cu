@@ -2252,8 +2252,9 @@ static __device__ size_t part_slot(const Tile &tile, int block, int begin, int c
     return (size_t)(2 * block + (tile.start > begin)) * columns;
 }
 
-// The producer warp: pages, and at a tile's first page its queries, as soon as there is room. Where
-// rows decode, this layer has written to the last page of a tile only: others don't wait for it.
+// The producer warp: pages, and at a tile's first page its queries, as soon as there is room; the
+// first tile's when the ring is full, since they wait. Where rows decode, this layer has written to
+// the last page of a tile only: others don't wait for it.
 template <int N, int W>
 static __device__ void attend_load(AttendShared<N, W> *s, const Attend &a, const Work &work) {
     int lane = threadIdx.x % 32, k = 0, n_tiles = 0, held = min_int(a.heads, MAX_COLUMNS);
@@ -2269,7 +2270,7 @@ static __device__ void attend_load(AttendShared<N, W> *s, const Attend &a, const
                 bar_expect(full, PAGE_BYTES);
                 bulk_load(s->page[k % STAGES], a.cache + page * PAGE * CACHE_DIM, PAGE_BYTES, full);
             }
-            if (i > w.first) continue;
+            if (i != (n_tiles ? w.first : min_int(w.first + STAGES, w.last) - 1)) continue;
             if (!waited) grid_wait(), waited = true;
             bar_wait(&s->q_empty, n_tiles % 2 ^ 1);
             if (lane == 0) bar_expect(&s->q_full, CACHE_BLOCKS * w.tile.slices * held * 128);
@@ -2444,6 +2445,9 @@ static __device__ void attend_compute(AttendShared<N, W> *s, const Attend &a, co
     }
 }
 
+// Two warpgroups need registers of the producer's, which only a whole group can give.
+static constexpr int attend_threads(int groups) { return groups * 128 + (groups > 1 ? 128 : 32); }
+
 // u [n][heads][512] of query [n][9][heads][128 B] and cache [pages][9][64][128 B]. One block an SM:
 // a producer warp keeps up to two pages of 72 KB in flight, each warpgroup takes them in turn for
 // its N columns, with all 512 x N sums in registers. N = 16, W = 1 for decoding with up to 16
@@ -2452,7 +2456,7 @@ static __device__ void attend_compute(AttendShared<N, W> *s, const Attend &a, co
 // wgmmas of 24 clocks, bound by shared memory at 2/3 of the tensor cores' rate; the groups' softmax
 // and products overlap as they drift apart. The products are the absorbed 1,088 per pair and head.
 template <int N, int W>
-static __global__ void __launch_bounds__((W + 1) * 128, 1) attend_kernel(Attend a) {
+static __global__ void __launch_bounds__(attend_threads(W), 1) attend_kernel(Attend a) {
     extern __shared__ __align__(1024) uint8_t shared[];  // swizzled tiles need multiples of 1,024
     AttendShared<N, W> *s = (AttendShared<N, W> *)shared;
     launch_dependents();
@@ -2474,7 +2478,7 @@ static __global__ void __launch_bounds__((W + 1) * 128, 1) attend_kernel(Attend 
 
 // ---- mla_attend: the combine --------------------------------------------------------------------
 
-enum { COMBINE_WARPS = 16, PARTS = 8 };  // warps of a block; parts in flight of a warp
+enum { COMBINE_WARPS = 8, PARTS = 10 };  // warps of a block; parts in flight of a warp
 
 // Adds parts to a sum; all are relative to 2^(their largest score), -infinity where empty.
 static __device__ void merge(float4 &sum, float &total, float &best, const float4 (&o)[PARTS],
@@ -2536,7 +2540,7 @@ static __global__ void __launch_bounds__(COMBINE_WARPS * 32)
 
 template <int N, int W> static void attend(Attend a, int tiles) {
     int share = tiles > 8 ? 1 : tiles > 4 ? 2 : tiles > 1 ? 4 : 8;  // for n_sms / tiles parts
-    launch(attend_kernel<N, W>, n_sms, (W + 1) * 128, sizeof(AttendShared<N, W>), a);
+    launch(attend_kernel<N, W>, n_sms, attend_threads(W), sizeof(AttendShared<N, W>), a);
     launch(combine_kernel, dim3(min_int(tiles, n_sms), W * N * 4 * share / COMBINE_WARPS),
            COMBINE_WARPS * 32, 0, a, W * N, tiles <= n_sms, share);
 }
