@@ -1772,8 +1772,8 @@ void rope_angles(float *rope, const float *inv_freq, const int *position, int n)
 // A block copies a row in 16-byte pieces: 14 KB, read and written once.
 static __global__ void embed_kernel(uint4 *x, const uint4 *table, int first, int rows,
                                     const int *id, int chunks) {
-    launch_dependents();
     grid_wait();
+    launch_dependents();  // mla_attend reads the plan, which is older than this, without a wait
     int at = id[blockIdx.x] - first;
     bool here = at >= 0 && at < rows;
     const uint4 *row = table + (size_t)(here ? at : 0) * chunks;
@@ -2063,16 +2063,18 @@ static __device__ void query_product(uint4 *out, const Brick &a, const uint4 (&x
 // query [n][9 blocks of 64][heads][128 B], swizzled by head: block y of head x is a brick times
 // q_nope, block 8 the rotated q_pe. A warp holds its brick in 128 registers and walks over tokens,
 // 32 at a time, all loads coalesced and no shared memory. One token of 16 heads is 2.1 MB of
-// weights for 144 blocks, latency only; many are bound by the 1,152 bytes written per head.
+// weights for 144 blocks, latency only; many are bound by the 1,152 bytes written per head. Few
+// tokens get blocks of one warp, so that mla_attend's have registers beside them and come early.
 static __global__ void __launch_bounds__(QUERY_WARPS * 32)
     query_kernel(bf16 *query, const bf16 *q, const uint4 *bricks, const float *scale,
                  const float *rope, int heads, int n) {
     int head = blockIdx.x, block = blockIdx.y, lane = threadIdx.x % 32;
-    int first = blockIdx.z * QUERY_WARPS + threadIdx.x / 32, step = gridDim.z * QUERY_WARPS;
+    int warps = blockDim.x / 32, step = gridDim.z * warps;
+    int first = blockIdx.z * warps + threadIdx.x / 32;
     uint4 *out = (uint4 *)query;
+    launch_dependents();
     if (block == CACHE_BLOCKS - 1) {
         grid_wait();
-        launch_dependents();
         for (int i = first * 32 + lane; i < n * 8; i += step * 32) {  // a thread turns one chunk
             size_t token = i / 8;
             int chunk = i % 8;
@@ -2087,7 +2089,6 @@ static __global__ void __launch_bounds__(QUERY_WARPS * 32)
     if (first * QUERY_TOKENS < n) brick_load(a, bricks, head, block);
     float factor = scale ? scale[2 * head * LATENT_SCALES + block / 2] : 1;
     grid_wait();
-    launch_dependents();
     for (int token = first * QUERY_TOKENS; token < n; token += step * QUERY_TOKENS) {
         rows_load(x, q + head * QK_DIM, (size_t)heads * QK_DIM, token, n);
         for (int j = 0; j < QUERY_TILES; j++)
@@ -2098,7 +2099,8 @@ static __global__ void __launch_bounds__(QUERY_WARPS * 32)
 void mla_query(bf16 *query, const bf16 *q, const Linear *kv_b_proj, const float *rope, int heads,
                int n) {
     dim3 grid(heads, CACHE_BLOCKS, min_int(units(n, QUERY_WARPS * QUERY_TOKENS), 16));
-    launch(query_kernel, grid, QUERY_WARPS * 32, 0, query, q,
+    int warps = min_int(units(n, QUERY_TOKENS), QUERY_WARPS);
+    launch(query_kernel, grid, warps * 32, 0, query, q,
            (const uint4 *)kv_b_proj->data, (const float *)kv_b_proj->scale, rope, heads, n);
 }
 
@@ -2197,8 +2199,8 @@ static __global__ void __launch_bounds__(PLAN_THREADS)
         work[b] = (Work){0, 0, 0, chunk};
 }
 
-// Once per step. mla_attend reads the plan and the page table without waiting for its predecessor,
-// mla_query, which starts it behind its own wait only: then the plan is complete.
+// Once per step. mla_attend reads the plan and the page table without waiting for its predecessors;
+// embed lets what follows begin behind its own wait only, when the plan is complete.
 static void mla_plan(const Batch *b, int heads) {
     launch(plan_kernel, 1, PLAN_THREADS, 0, plan.tile, plan.work, b->position, b->seq, b->max_pages,
            b->n, shape_of(heads, step.prompts), n_sms);
@@ -2250,22 +2252,26 @@ static __device__ size_t part_slot(const Tile &tile, int block, int begin, int c
     return (size_t)(2 * block + (tile.start > begin)) * columns;
 }
 
-// The producer warp: pages, and at a tile's first page its queries, as soon as there is room. Of
-// what it reads only the queries come from the kernel before: the first pages don't wait for that.
+// The producer warp: pages, and at a tile's first page its queries, as soon as there is room; the
+// first tile's when the ring is full, since they wait. Where rows decode, this layer has written to
+// the last page of a tile only: others don't wait for it.
 template <int N, int W>
 static __device__ void attend_load(AttendShared<N, W> *s, const Attend &a, const Work &work) {
     int lane = threadIdx.x % 32, k = 0, n_tiles = 0, held = min_int(a.heads, MAX_COLUMNS);
+    bool waited = W > 1;
+    if (waited) grid_wait();
     for (Walk w = {work.begin, work.tile}; walk_next(&w, a, work); n_tiles++)
         for (int i = w.first; i < w.last; i++, k++) {
             size_t page = a.pages[w.tile.table + i];
             uint64_t *full = &s->full[k % STAGES];
+            if (!waited && i == w.tile.pages - 1) grid_wait(), waited = true;
             bar_wait(&s->empty[k % STAGES], k / STAGES % 2 ^ 1);
             if (lane == 0) {
                 bar_expect(full, PAGE_BYTES);
                 bulk_load(s->page[k % STAGES], a.cache + page * PAGE * CACHE_DIM, PAGE_BYTES, full);
             }
-            if (i > w.first) continue;
-            if (n_tiles == 0) grid_wait();
+            if (i != (n_tiles ? w.first : min_int(w.first + STAGES, w.last) - 1)) continue;
+            if (!waited) grid_wait(), waited = true;
             bar_wait(&s->q_empty, n_tiles % 2 ^ 1);
             if (lane == 0) bar_expect(&s->q_full, CACHE_BLOCKS * w.tile.slices * held * 128);
             __syncwarp();
@@ -2439,6 +2445,9 @@ static __device__ void attend_compute(AttendShared<N, W> *s, const Attend &a, co
     }
 }
 
+// Two warpgroups need registers of the producer's, which only a whole group can give.
+static constexpr int attend_threads(int groups) { return groups * 128 + (groups > 1 ? 128 : 32); }
+
 // u [n][heads][512] of query [n][9][heads][128 B] and cache [pages][9][64][128 B]. One block an SM:
 // a producer warp keeps up to two pages of 72 KB in flight, each warpgroup takes them in turn for
 // its N columns, with all 512 x N sums in registers. N = 16, W = 1 for decoding with up to 16
@@ -2447,7 +2456,7 @@ static __device__ void attend_compute(AttendShared<N, W> *s, const Attend &a, co
 // wgmmas of 24 clocks, bound by shared memory at 2/3 of the tensor cores' rate; the groups' softmax
 // and products overlap as they drift apart. The products are the absorbed 1,088 per pair and head.
 template <int N, int W>
-static __global__ void __launch_bounds__((W + 1) * 128, 1) attend_kernel(Attend a) {
+static __global__ void __launch_bounds__(attend_threads(W), 1) attend_kernel(Attend a) {
     extern __shared__ __align__(1024) uint8_t shared[];  // swizzled tiles need multiples of 1,024
     AttendShared<N, W> *s = (AttendShared<N, W> *)shared;
     launch_dependents();
@@ -2469,15 +2478,20 @@ static __global__ void __launch_bounds__((W + 1) * 128, 1) attend_kernel(Attend 
 
 // ---- mla_attend: the combine --------------------------------------------------------------------
 
-enum { COMBINE_WARPS = 16, COMBINE_BATCH = 8 };  // warps of a block; parts in flight of a warp
+enum { COMBINE_WARPS = 8, PARTS = 10 };  // warps of a block; parts in flight of a warp
 
-// Adds a part to a sum; both are relative to 2^(their largest score), -infinity where empty.
-static __device__ void merge(float4 &sum, float &total, float &best, float4 o, float l, float m) {
-    float most = fmaxf(best, m), base = most == -INFINITY ? 0 : most;
-    float a = exp2_fast(best - base), b = exp2_fast(m - base);
-    sum.x = sum.x * a + o.x * b, sum.y = sum.y * a + o.y * b;
-    sum.z = sum.z * a + o.z * b, sum.w = sum.w * a + o.w * b;
-    total = total * a + l * b, best = most;
+// Adds parts to a sum; all are relative to 2^(their largest score), -infinity where empty.
+static __device__ void merge(float4 &sum, float &total, float &best, const float4 (&o)[PARTS],
+                             const float2 (&ml)[PARTS]) {
+    float most = best;
+    for (int i = 0; i < PARTS; i++) most = fmaxf(most, ml[i].x);
+    float base = most == -INFINITY ? 0 : most, a = exp2_fast(best - base);
+    sum.x *= a, sum.y *= a, sum.z *= a, sum.w *= a, total *= a, best = most;
+    for (int i = 0; i < PARTS; i++) {
+        float b = exp2_fast(ml[i].x - base);
+        sum.x += o[i].x * b, sum.y += o[i].y * b, sum.z += o[i].z * b, sum.w += o[i].w * b;
+        total += ml[i].y * b;
+    }
 }
 
 // Sums the parts of split tiles. 128 dims of a column are an item; `share` warps divide its parts
@@ -2487,7 +2501,7 @@ static __device__ void merge(float4 &sum, float &total, float &best, float4 o, f
 static __global__ void __launch_bounds__(COMBINE_WARPS * 32)
     combine_kernel(Attend a, int columns, bool by_tile, int share) {
     __shared__ float4 sums[COMBINE_WARPS][32];
-    __shared__ float totals[COMBINE_WARPS], bests[COMBINE_WARPS];
+    __shared__ float2 mls[COMBINE_WARPS];
     int b = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32, me = warp % share;
     int item = blockIdx.y * (COMBINE_WARPS / share) + warp / share, column = item / 4;
     int v = by_tile ? b : a.work[b].tile, chunk = a.work[0].chunk;
@@ -2496,36 +2510,37 @@ static __global__ void __launch_bounds__(COMBINE_WARPS * 32)
     launch_dependents();
     grid_wait();
     if (tile.slices == 0 || from == to || (!by_tile && from != b - 1)) return;
+    const float2 nothing = {-INFINITY, 0};
     float best = -INFINITY, total = 0;
-    float4 sum = {};
-    for (int i = from + me; i <= to; i += share * COMBINE_BATCH) {
-        float4 o[COMBINE_BATCH];
-        float2 ml[COMBINE_BATCH];
-        for (int j = 0; j < COMBINE_BATCH; j++) {  // past the last the last again, weighing nothing
-            int p = min_int(i + j * share, to);
+    float4 sum = {}, o[PARTS];
+    float2 ml[PARTS];
+    for (int i = from + me; i <= to; i += share * PARTS) {
+        for (int j = 0, p = i; j < PARTS; j++, p += share) {
             size_t at = part_slot(tile, p, p * chunk, columns) + column;
-            o[j] = ((const float4 *)(a.part + at * LATENT_DIM))[item % 4 * 32 + lane];
-            ml[j] = a.ml[at];
-            if (i + j * share > to) ml[j].x = -INFINITY;
+            const float4 *part = (const float4 *)(a.part + at * LATENT_DIM) + item % 4 * 32 + lane;
+            o[j] = p <= to ? *part : float4{}, ml[j] = p <= to ? a.ml[at] : nothing;
         }
-        for (int j = 0; j < COMBINE_BATCH; j++) merge(sum, total, best, o[j], ml[j].y, ml[j].x);
+        merge(sum, total, best, o, ml);
     }
     sums[warp][lane] = sum;
-    if (lane == 0) totals[warp] = total, bests[warp] = best;
+    if (lane == 0) mls[warp] = make_float2(best, total);
     __syncthreads();
     int slice = column / a.shape.columns, x = v + slice;
     int head = x % a.shape.slices * MAX_COLUMNS + column % a.shape.columns;
     if (me > 0 || slice >= tile.slices || head >= a.heads) return;
-    for (int i = 1; i < share; i++)
-        merge(sum, total, best, sums[warp + i][lane], totals[warp + i], bests[warp + i]);
+    for (int j = 0; j < PARTS; j++)
+        o[j] = j < share ? sums[warp + j][lane] : float4{},
+        ml[j] = j < share ? mls[warp + j] : nothing;
+    sum = {}, total = 0, best = -INFINITY;
+    merge(sum, total, best, o, ml);
     bf16 *u = a.u + ((size_t)(x / a.shape.slices) * a.heads + head) * LATENT_DIM;
     ((uint2 *)u)[item % 4 * 32 + lane] = make_uint2(bf16_pair(sum.x / total, sum.y / total),
                                                     bf16_pair(sum.z / total, sum.w / total));
 }
 
 template <int N, int W> static void attend(Attend a, int tiles) {
-    int share = tiles <= 8 ? 16 : tiles <= 32 ? 4 : 1;  // a tile has about n_sms / tiles parts
-    launch(attend_kernel<N, W>, n_sms, (W + 1) * 128, sizeof(AttendShared<N, W>), a);
+    int share = tiles > 8 ? 1 : tiles > 4 ? 2 : tiles > 1 ? 4 : 8;  // for n_sms / tiles parts
+    launch(attend_kernel<N, W>, n_sms, attend_threads(W), sizeof(AttendShared<N, W>), a);
     launch(combine_kernel, dim3(min_int(tiles, n_sms), W * N * 4 * share / COMBINE_WARPS),
            COMBINE_WARPS * 32, 0, a, W * N, tiles <= n_sms, share);
 }

@@ -329,7 +329,8 @@ static void try_graph(int heads, bool prompts, const Span *spans, const Span *ot
     step.prompts = prompts;
     check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "recording");
     mla_plan(&b, heads);
-    mla_query(other, query, &p, rope, 4, 1);  // the plan is read behind one more kernel
+    embed(other, &p, 0, b.seq, 1);  // the plan is read behind this
+    mla_query(other, query, &p, rope, 4, 1);
     mla_attend(u, query, cache, SCALE, heads, &b);
     check(cudaStreamEndCapture(stream, &graph), "recording");
     check(cudaGraphInstantiate(&exec, graph, 0), "graph");
