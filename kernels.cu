@@ -239,8 +239,17 @@ static __device__ void bar_expect(uint64_t *bar, uint32_t bytes) {
                  "r"(bytes) : "memory");
 }
 
-static __device__ void bar_arrive(uint64_t *bar) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(bar)) : "memory");
+// How many lanes arrive for their warp; a barrier counts that many for each. One is enough, since
+// __syncwarp puts before it what the others did. compute-sanitizer's racecheck does not know that
+// and sees races; so tests/gpu.sh gives it a copy of this file in which all 32 arrive.
+enum { ARRIVING = 1 };
+
+// The whole warp has done what the barrier stands for.
+static __device__ void warp_arrive(uint64_t *bar) {
+    __syncwarp();
+    if (threadIdx.x % WARP < ARRIVING)
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(smem_address(bar))
+                     : "memory");
 }
 
 static __device__ void bar_wait(uint64_t *bar, int parity) {
@@ -285,10 +294,6 @@ static __device__ void fence_async() {
 
 static __device__ void sync_threads(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-static __device__ void arrive_threads(int id, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 static __device__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -1258,7 +1263,8 @@ static __device__ void keep_item(const Entry &entry, float *sums, const uint16_t
         float *to[2], old[2][2] = {}, by[2] = {1, 1};
         if (tile * 8 >= entry.rows) break;
         for (int i = 0; i < 2; i++) {  // all loads before the stores, which they would wait for
-            int row = tile * 8 + lane % 4 * 2 + i, slot = entry.slot + min(row, entry.rows - 1);
+            int row = tile * 8 + lane % 4 * 2 + i, slot = entry.slot + row;
+            if (row >= entry.rows) continue;
             to[i] = sums + (DOWN ? row_of[slot] : row) * STRIP + lane / 4;
             if (DOWN) old[i][0] = to[i][0], old[i][1] = to[i][8], by[i] = weight_of[slot];
         }
@@ -1268,7 +1274,6 @@ static __device__ void keep_item(const Entry &entry, float *sums, const uint16_t
             to[i][8] = old[i][1] + by[i] * sum[tile][2 + i];
         }
     }
-    __syncwarp();  // the next expert may give a row to another lane
 }
 
 // y's rows from y_row on: the sums [warps][stride][16] of the warps that shared a strip, added by
@@ -1290,15 +1295,16 @@ static __device__ void store_sums(const Product &p, size_t y_row, int rows, int 
     }
 }
 
-// A consumer's end of an item; `mine` says that its warpgroup has had a part in the product. DOWN's
-// warpgroups add to one set of sums in turns: barrier 2 + group says that it is the group's.
-// `last`: of a group.
+// A consumer's end of an item; `mine` says that its warpgroup has had a part in the product, and
+// `turn` in how many before. In DOWN each warp shares its strip's sums with one of the other group:
+// they add in turns, the first group's warp first, and hand them over. `last`: of a group.
 template <bool DOWN, int SHIFT>
 static __device__ void finish_item(const Product &p, const Item &item, const Entry &entry,
-                                   bool mine, bool last, int group, float *sums,
+                                   bool mine, bool last, int turn, uint64_t *handed, float *sums,
                                    const uint16_t *row_of, const float *weight_of,
                                    const float sum[1 << SHIFT][4]) {
-    int warp = threadIdx.x / 32, room = DOWN ? p.s.n : p.x_rows;  // room: rows of a warp's sums
+    int warp = threadIdx.x / 32, group = warp / 4;
+    int room = DOWN ? p.s.n : p.x_rows;  // room: rows of a warp's sums
     if (!DOWN) {
         bool alone = p.item_stages == 1;
         keep_item<DOWN, SHIFT>(entry, sums + warp * room * STRIP, row_of, weight_of, sum);
@@ -1308,9 +1314,9 @@ static __device__ void finish_item(const Product &p, const Item &item, const Ent
         return;
     }
     if (mine) {
-        sync_threads(2 + group, CONSUMERS * 32);
+        bar_wait(&handed[warp], (turn + group + 1) % 2);
         keep_item<DOWN, SHIFT>(entry, sums + warp % 4 * room * STRIP, row_of, weight_of, sum);
-        arrive_threads(3 - group, CONSUMERS * 32);
+        warp_arrive(&handed[warp ^ 4]);
     }
     if (!last) return;
     store_sums<SHIFT>(p, 0, room, item.group, 1 << SHIFT, sums, room, false);
@@ -1326,14 +1332,14 @@ template <bool FP8, bool DOWN, int SHIFT>
 static __global__ void __launch_bounds__(SKINNY_THREADS, SHIFT ? 1 : 2)
 skinny(const __grid_constant__ Product p) {
     extern __shared__ __align__(1024) uint8_t smem[];
-    __shared__ uint64_t full[MAX_STAGES], empty[MAX_STAGES];
+    __shared__ uint64_t full[MAX_STAGES], empty[MAX_STAGES], handed[CONSUMERS];
     __shared__ __align__(16) float scales[MAX_STAGES][STAGE_SCALES];
     float *sums = (float *)(smem + p.stages * STAGE_BYTES);
     Entry *table = (Entry *)(sums + p.n_sums);
     float *weight_of = (float *)(table + p.table);
     uint16_t *row_of = (uint16_t *)(weight_of + (DOWN ? p.slots : 0));
     int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // which the compiler knows to be one for all
-    int lane = threadIdx.x % 32, tile = 8 << SHIFT, per = UNITS >> SHIFT;
+    int tile = 8 << SHIFT, per = UNITS >> SHIFT;
     int entries = list_known(p.s, table, tile), issued = 0;
     bool producer = warp >= CONSUMERS;
     // No more producers than stages: one that was two rounds of the ring ahead of the consumers
@@ -1342,7 +1348,8 @@ skinny(const __grid_constant__ Product p) {
     if (turn >= turns) turn = INT_MAX;
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.stages; i++)
-            bar_init(&full[i], 1 + WARP), bar_init(&empty[i], CONSUMERS / 2);
+            bar_init(&full[i], 1 + WARP), bar_init(&empty[i], ARRIVING * CONSUMERS / 2);
+        for (int i = 0; DOWN && i < CONSUMERS; i++) bar_init(&handed[i], ARRIVING);
         bar_init_done();
     }
     __syncthreads();
@@ -1371,13 +1378,11 @@ skinny(const __grid_constant__ Product p) {
     __syncthreads();
     int half = p.groups * p.parts * entries / 2;
 
-    // The warpgroups take stages in turns, and DOWN's the sums, too, which are the first group's to
-    // begin with.
-    int slot = 0, parity = producer, other = 0, group = warp / 4;
+    // The warpgroups take stages in turns, and DOWN's the sums, too.
+    int slot = 0, parity = producer, finished = 0, group = warp / 4;
     float sum[1 << SHIFT][4] = {};
     for (int i = threadIdx.x; DOWN && !producer && i < p.n_sums; i += CONSUMERS * 32) sums[i] = 0;
     if (DOWN && !producer) sync_threads(1, CONSUMERS * 32);
-    if (DOWN && group == 1) arrive_threads(2, CONSUMERS * 32);
     for (item = first_item<DOWN>(p); has_item<DOWN>(p, item, entries);
          next_item<DOWN>(p, &item, entries)) {
         Entry entry = table[item.entry];
@@ -1402,16 +1407,17 @@ skinny(const __grid_constant__ Product p) {
                 fence_async();
                 multiply<FP8, SHIFT>(sum, stage, scales[slot], item.end - block, entry.rows);
                 mine = true;
-                __syncwarp();
-                if (lane == 0) bar_arrive(&empty[slot]);
+                warp_arrive(&empty[slot]);
             }
             if (++slot == p.stages) slot = 0, parity ^= 1;
         }
         bool last = item.entry == entries - 1;
         if (producer || !(mine || (DOWN && last))) continue;
         // Without DOWN, the next item's sums go to the other half, so that one barrier is enough.
-        finish_item<DOWN, SHIFT>(p, item, entry, mine, last, group,
-                                 sums + (DOWN ? 0 : other ^= p.n_sums / 2), row_of, weight_of, sum);
+        finish_item<DOWN, SHIFT>(p, item, entry, mine, last, finished, handed,
+                                 sums + (DOWN ? 0 : finished % 2 * (p.n_sums / 2)), row_of,
+                                 weight_of, sum);
+        finished += mine;
         memset(sum, 0, sizeof sum);
     }
 }
@@ -1486,7 +1492,7 @@ static __device__ void wide_weights(const Product &p, const WideTile &t, int blo
 template <bool FP8, int GROUPS>
 static __device__ void wide_produce(const Product &p, const Entry *table, int tiles,
                                     WideStage<GROUPS> *ring, uint64_t *full, uint64_t *empty) {
-    int thread = threadIdx.x, lane = thread % 32, chunk = thread % 8;
+    int thread = threadIdx.x, chunk = thread % 8;
     int slot = 0, parity = 1, behind = -LAG, row[8], scale_row = 0;
     bool gather = p.s.gather || !FP8;
     int issued = 0;
@@ -1529,8 +1535,7 @@ static __device__ void wide_produce(const Product &p, const Entry *table, int ti
                 copies_commit();
                 copies_wait<LAG>();
                 fence_async();
-                __syncwarp();
-                if (behind >= 0 && lane == 0) bar_arrive(&full[behind]);
+                if (behind >= 0) warp_arrive(&full[behind]);
                 if (++behind == WIDE_STAGES) behind = 0;
             }
             if (++slot == WIDE_STAGES) slot = 0, parity ^= 1;
@@ -1539,9 +1544,8 @@ static __device__ void wide_produce(const Product &p, const Entry *table, int ti
     if (!gather) return;
     copies_wait<0>();
     fence_async();
-    __syncwarp();
     for (int i = 0; i < LAG; i++, behind = (behind + 1) % WIDE_STAGES)
-        if (behind >= 0 && lane == 0) bar_arrive(&full[behind]);
+        if (behind >= 0) warp_arrive(&full[behind]);
 }
 
 // A warp's 16 columns of y for the tile's slots: transposed in shared memory, 32 slots at a time.
@@ -1623,8 +1627,7 @@ static __device__ void wide_consume(const Product &p, const Entry *table, int ti
             bar_wait(&full[slot], parity);
             if (FP8) add_scaled(sum, w, x, (const float2 *)stage->scale + lane % 4, low, high);
             else add_plain(sum, w, x);
-            __syncwarp();
-            if (lane == 0) bar_arrive(&empty[slot]);
+            warp_arrive(&empty[slot]);
             if (++slot == WIDE_STAGES) slot = 0, parity ^= 1;
         }
         int first = t.entry.expert < p.s.n_experts ? p.s.n + p.s.start[t.entry.expert] : 0;
@@ -1645,7 +1648,8 @@ wide(const __grid_constant__ Product p) {
     Entry *table = (Entry *)(staging + GROUPS * 4 * WARP_STAGING);
     if (threadIdx.x == 0) {
         for (int i = 0; i < WIDE_STAGES; i++)
-            bar_init(&full[i], p.s.gather || !FP8 ? 1 + 4 : 1), bar_init(&empty[i], GROUPS * 4);
+            bar_init(&full[i], p.s.gather || !FP8 ? 1 + ARRIVING * 4 : 1),
+                bar_init(&empty[i], ARRIVING * GROUPS * 4);
         bar_init_done();
     }
     launch_dependents();
@@ -2349,7 +2353,7 @@ static __device__ void attend_page(Columns<N> &c, AttendShared<N, W> *s, uint8_t
                  q + (i / 4 * (W * N * 128) + i % 4 * 32) / 16, i > 0);
     wgmma_commit();
     wgmma_wait<0>();
-    if (q_last && threadIdx.x % 32 == 0) bar_arrive(&s->q_empty);
+    if (q_last) warp_arrive(&s->q_empty);
     // Rows past the sequence's end may hold anything, and 0 x NaN is NaN: the values must be zero.
     // (The keys need not: their scores are replaced. Both groups write the same.)
     for (int i = valid * 8 + threadIdx.x % 128; i < PAGE * 8; i += 128)
@@ -2421,7 +2425,7 @@ template <int N, int W>
 static __device__ void attend_compute(AttendShared<N, W> *s, const Attend &a, const Work &work) {
     int group = threadIdx.x / 128, k = 0, n_tiles = 0;
     for (Walk w = {work.begin, work.tile}; walk_next(&w, a, work); n_tiles++) {
-        bool busy = group * N < w.tile.slices * a.shape.columns, leader = threadIdx.x % 32 == 0;
+        bool busy = group * N < w.tile.slices * a.shape.columns;
         int longest = 0;
         Columns<N> c = {};
         for (int i = 0; i < w.tile.slices; i++)
@@ -2438,8 +2442,8 @@ static __device__ void attend_compute(AttendShared<N, W> *s, const Attend &a, co
             if (busy)
                 attend_page<N, W>(c, s, s->page[k % STAGES], i * PAGE,
                                   min_int(longest - i * PAGE, PAGE), a.scale, i == w.last - 1);
-            else if (leader && i == w.last - 1) bar_arrive(&s->q_empty);
-            if (leader) bar_arrive(&s->empty[k % STAGES]);
+            else if (i == w.last - 1) warp_arrive(&s->q_empty);
+            warp_arrive(&s->empty[k % STAGES]);
         }
         if (busy) attend_store(c, s, a, w, work);
     }
@@ -2461,8 +2465,9 @@ static __global__ void __launch_bounds__(attend_threads(W), 1) attend_kernel(Att
     AttendShared<N, W> *s = (AttendShared<N, W> *)shared;
     launch_dependents();
     if (threadIdx.x == 0) {
-        for (int i = 0; i < STAGES; i++) bar_init(&s->full[i], 1), bar_init(&s->empty[i], W * 4);
-        bar_init(&s->q_full, 1), bar_init(&s->q_empty, W * 4);
+        for (int i = 0; i < STAGES; i++)
+            bar_init(&s->full[i], 1), bar_init(&s->empty[i], ARRIVING * W * 4);
+        bar_init(&s->q_full, 1), bar_init(&s->q_empty, ARRIVING * W * 4);
         bar_init_done();
     }
     __syncthreads();
@@ -2742,7 +2747,7 @@ static __device__ void expand_compute(ExpandShared *s, const Prompts &p, int hea
             }
             wgmma_commit();
             wgmma_wait<0>();
-            if (threadIdx.x % 32 == 0) bar_arrive(&s->empty[slot]);
+            warp_arrive(&s->empty[slot]);
             for (int j = 0; j < 64; j++) sum[j] += c[j] * factor[quarter];
         }
         expand_store(head_tile(p, head, i) + (KEY ? 0 : 2 * SQUARE) + group * PAGE * ROW_BYTES, sum,
@@ -2761,7 +2766,8 @@ static __global__ void __launch_bounds__(EXPAND_THREADS, 1)
     bool keys = blockIdx.x % 2 == 0, loads = threadIdx.x >= 2 * 128;
     launch_dependents();
     if (threadIdx.x == 0) {
-        for (int i = 0; i < EXPAND_STAGES; i++) bar_init(&s->full[i], 1), bar_init(&s->empty[i], 4);
+        for (int i = 0; i < EXPAND_STAGES; i++)
+            bar_init(&s->full[i], 1), bar_init(&s->empty[i], ARRIVING * 4);
         bar_init_done();
     }
     if (!loads) expand_weights(s, p.bricks + (size_t)head * BRICKS * FRAGMENTS * 32, keys);
@@ -2843,8 +2849,7 @@ static __device__ void queries_load(PromptShared *s, const Prompts &p) {
         }
         copies_wait<0>();
         fence_async();
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) bar_arrive(&s->q_full);
+        warp_arrive(&s->q_full);
     }
 }
 
@@ -2929,7 +2934,6 @@ static __device__ void prompt_store(const Prompts &p, const Task &task, int firs
 static __device__ void prompt_compute(PromptShared *s, const Prompts &p) {
     int group = __shfl_sync(~0u, threadIdx.x / 128, 0), k = 0, n = 0;
     int first = group * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;  // row g
-    bool leader = threadIdx.x % 32 == 0;
     uint64_t q = smem_desc(s->q) + group * 64 * ROW_BYTES / 16;
     for (Task task = {}; task_next(&task, p); n++) {
         float score[64], o[64] = {};
@@ -2939,7 +2943,7 @@ static __device__ void prompt_compute(PromptShared *s, const Prompts &p) {
         bar_wait(&s->q_full, n % 2);
         score_keys(score, s, q, k);
         wgmma_wait<0>();
-        if (leader) bar_arrive(&s->k_empty[k % 2]);
+        warp_arrive(&s->k_empty[k % 2]);
         weigh(score, &r, seen, p.scale);
         for (int i = 0; i < 32; i++) weight[i] = bf16_pair(score[2 * i], score[2 * i + 1]);
         for (int last = k++ + task.keys; k < last; k++) {
@@ -2947,17 +2951,17 @@ static __device__ void prompt_compute(PromptShared *s, const Prompts &p) {
             score_keys(score, s, q, k);
             add_values(o, weight, s, k - 1);
             wgmma_wait<1>();
-            if (leader) bar_arrive(&s->k_empty[k % 2]);
+            warp_arrive(&s->k_empty[k % 2]);
             weigh(score, &r, seen, p.scale);
             wgmma_wait<0>();
-            if (leader) bar_arrive(&s->v_empty[(k - 1) % 2]);
+            warp_arrive(&s->v_empty[(k - 1) % 2]);
             for (int i = 0; i < 64; i++) o[i] *= r.shrink[i / 2 % 2];
             for (int i = 0; i < 32; i++) weight[i] = bf16_pair(score[2 * i], score[2 * i + 1]);
         }
-        if (leader) bar_arrive(&s->q_empty);
+        warp_arrive(&s->q_empty);
         add_values(o, weight, s, k - 1);
         wgmma_wait<0>();
-        if (leader) bar_arrive(&s->v_empty[(k - 1) % 2]);
+        warp_arrive(&s->v_empty[(k - 1) % 2]);
         prompt_store(p, task, first, o, r);
     }
 }
@@ -2973,10 +2977,10 @@ static __global__ void __launch_bounds__(3 * 128, 1)
     launch_dependents();
     if (threadIdx.x == 0) {
         for (int i = 0; i < 2; i++) {
-            bar_init(&s->k_full[i], 1), bar_init(&s->k_empty[i], 8);
-            bar_init(&s->v_full[i], 1), bar_init(&s->v_empty[i], 8);
+            bar_init(&s->k_full[i], 1), bar_init(&s->k_empty[i], ARRIVING * 8);
+            bar_init(&s->v_full[i], 1), bar_init(&s->v_empty[i], ARRIVING * 8);
         }
-        bar_init(&s->q_full, 3), bar_init(&s->q_empty, 8);
+        bar_init(&s->q_full, ARRIVING * 3), bar_init(&s->q_empty, ARRIVING * 8);
         bar_init_done();
     }
     __syncthreads();
