@@ -2103,7 +2103,7 @@ static __global__ void __launch_bounds__(QUERY_WARPS * 32)
 void mla_query(bf16 *query, const bf16 *q, const Linear *kv_b_proj, const float *rope, int heads,
                int n) {
     dim3 grid(heads, CACHE_BLOCKS, min_int(units(n, QUERY_WARPS * QUERY_TOKENS), 16));
-    int warps = min_int(units(n, QUERY_TOKENS), QUERY_WARPS);
+    int warps = n > QUERY_TOKENS ? QUERY_WARPS : 1;
     launch(query_kernel, grid, warps * 32, 0, query, q,
            (const uint4 *)kv_b_proj->data, (const float *)kv_b_proj->scale, rope, heads, n);
 }
