@@ -1171,6 +1171,19 @@ template <bool DOWN> static __device__ void next_item(const Product &p, Item *it
     else if (++item->entry == entries) item->entry = 0, item->group += gridDim.x;
 }
 
+// A block's shared memory, and what it knows of its work.
+typedef struct {
+    uint8_t *stages;                // of STAGE_BYTES
+    float (*scales)[STAGE_SCALES];  // of each stage
+    uint64_t *full, *empty;         // of each stage: it has come; it has been multiplied
+    uint64_t *handed;               // of each consumer: DOWN's sums are its own
+    float *sums, *weight_of;        // weight_of, row_of: of each slot
+    uint16_t *row_of;
+    Entry *table;
+    int entries, half;              // with item `half`, the next kernel may begin
+    int warp;
+} Ring;
+
 // One warp brings a whole stage, and four warps take turns: a copy's way is long, but they overlap.
 // Unit u of a stage is block u >> SHIFT of strip u % (1 << SHIFT): only with SHIFT 0 do a strip's
 // blocks stay one piece.
@@ -1295,34 +1308,112 @@ static __device__ void store_sums(const Product &p, size_t y_row, int rows, int 
     }
 }
 
-// A consumer's end of an item; `mine` says that its warpgroup has had a part in the product, and
-// `turn` in how many before. In DOWN each warp shares its strip's sums with one of the other group:
-// they add in turns, the first group's warp first, and hand them over. `last`: of a group.
-template <bool DOWN, int SHIFT>
-static __device__ void finish_item(const Product &p, const Item &item, const Entry &entry,
-                                   bool mine, bool last, int turn, uint64_t *handed, float *sums,
-                                   const uint16_t *row_of, const float *weight_of,
-                                   const float sum[1 << SHIFT][4]) {
-    int warp = threadIdx.x / 32, group = warp / 4;
-    int room = DOWN ? p.s.n : p.x_rows;  // room: rows of a warp's sums
-    if (!DOWN) {
-        bool alone = p.item_stages == 1;
-        keep_item<DOWN, SHIFT>(entry, sums + warp * room * STRIP, row_of, weight_of, sum);
-        store_sums<SHIFT>(p, (size_t)item.part * p.slots + entry.slot, entry.rows, item.group,
-                          alone ? 4 : CONSUMERS, sums + (alone ? group * 4 * room * STRIP : 0),
-                          room, alone);
-        return;
+// Is the n-th stage this producer's? No more producers than stages take turns: one that was two
+// rounds of the ring ahead of the consumers would take the parity of an old phase for its own.
+static __device__ bool brings(const Product &p, const Ring &r, int n) {
+    return (n & min((int)PRODUCERS, p.stages) - 1) == r.warp % PRODUCERS;
+}
+
+// Asks for the weights of the first round of the ring, as far as the entries are known. Returns how
+// many stages these are.
+template <bool FP8, bool DOWN, int SHIFT>
+static __device__ int fill_ring(const Product &p, const Ring &r) {
+    int n = 0;
+    for (Item item = first_item<DOWN>(p); n < p.stages && has_item<DOWN>(p, item, r.entries);
+         next_item<DOWN>(p, &item, r.entries)) {
+        int expert = r.table[item.entry].expert, block = item.block;
+        for (int i = 0; i < p.item_stages && n < p.stages; i++, n++, block += UNITS >> SHIFT)
+            if (brings(p, r, n))
+                load_weights<FP8, SHIFT>(p, item, block, expert, r.stages + n * STAGE_BYTES,
+                                         r.scales[n], &r.full[n]);
     }
-    if (mine) {
-        bar_wait(&handed[warp], (turn + group + 1) % 2);
-        keep_item<DOWN, SHIFT>(entry, sums + warp % 4 * room * STRIP, row_of, weight_of, sum);
-        warp_arrive(&handed[warp ^ 4]);
+    return n;
+}
+
+// A producer's walk over all items; the first `issued` stages' weights are on their way already.
+template <bool FP8, bool DOWN, int SHIFT>
+static __device__ void produce(const Product &p, const Ring &r, int issued) {
+    int slot = 0, parity = 1, n = 0;
+    for (Item item = first_item<DOWN>(p); has_item<DOWN>(p, item, r.entries);
+         next_item<DOWN>(p, &item, r.entries)) {
+        Entry entry = r.table[item.entry];
+        if (item.i >= r.half) launch_dependents();
+        for (int i = 0, block = item.block; i < p.item_stages; i++, n++, block += UNITS >> SHIFT) {
+            uint8_t *stage = r.stages + slot * STAGE_BYTES;
+            if (brings(p, r, n)) {
+                if (n >= issued) {
+                    bar_wait(&r.empty[slot], parity);
+                    load_weights<FP8, SHIFT>(p, item, block, entry.expert, stage, r.scales[slot],
+                                             &r.full[slot]);
+                }
+                load_rows<FP8, SHIFT>(p, item, block, entry, r.row_of, stage, r.scales[slot]);
+                copies_arrive(&r.full[slot]);
+            }
+            if (++slot == p.stages) slot = 0, parity ^= 1;
+        }
     }
-    if (!last) return;
-    store_sums<SHIFT>(p, 0, room, item.group, 1 << SHIFT, sums, room, false);
+}
+
+// A consumer's end of an item that is a part of y of its own. Each `turn` has the other half of the
+// sums, so that one barrier is enough.
+template <int SHIFT>
+static __device__ void finish_item(const Product &p, const Ring &r, const Item &item,
+                                   const Entry &entry, int turn, const float sum[1 << SHIFT][4]) {
+    bool alone = p.item_stages == 1;  // the warpgroup had the whole product
+    float *sums = r.sums + turn % 2 * (p.n_sums / 2);
+    keep_item<false, SHIFT>(entry, sums + r.warp * p.x_rows * STRIP, r.row_of, NULL, sum);
+    store_sums<SHIFT>(p, (size_t)item.part * p.slots + entry.slot, entry.rows, item.group,
+                      alone ? 4 : CONSUMERS, sums + (alone ? r.warp / 4 * 4 * p.x_rows * STRIP : 0),
+                      p.x_rows, alone);
+}
+
+// DOWN's: each warp shares its strip's sums with one of the other warpgroup, and they add in turns,
+// the first group's warp first.
+template <int SHIFT>
+static __device__ void add_item(const Product &p, const Ring &r, const Entry &entry, int turn,
+                                const float sum[1 << SHIFT][4]) {
+    bar_wait(&r.handed[r.warp], (turn + r.warp / 4 + 1) % 2);
+    keep_item<true, SHIFT>(entry, r.sums + r.warp % 4 * p.s.n * STRIP, r.row_of, r.weight_of, sum);
+    warp_arrive(&r.handed[r.warp ^ 4]);
+}
+
+static __device__ void clear_sums(const Product &p, const Ring &r) {
     sync_threads(1, CONSUMERS * 32);
-    for (int i = threadIdx.x; i < p.n_sums; i += CONSUMERS * 32) sums[i] = 0;
+    for (int i = threadIdx.x; i < p.n_sums; i += CONSUMERS * 32) r.sums[i] = 0;
     sync_threads(1, CONSUMERS * 32);
+}
+
+// A consumer's walk over the same items. `turns`: those that its warpgroup had a part in.
+template <bool FP8, bool DOWN, int SHIFT>
+static __device__ void consume(const Product &p, const Ring &r) {
+    int slot = 0, parity = 0, turns = 0;
+    float sum[1 << SHIFT][4] = {};
+    if (DOWN) clear_sums(p, r);
+    for (Item item = first_item<DOWN>(p); has_item<DOWN>(p, item, r.entries);
+         next_item<DOWN>(p, &item, r.entries)) {
+        Entry entry = r.table[item.entry];
+        bool mine = false;
+        if (item.i >= r.half) launch_dependents();
+        for (int i = 0, block = item.block; i < p.item_stages; i++, block += UNITS >> SHIFT) {
+            if ((slot & 1) == r.warp / 4) {
+                bar_wait(&r.full[slot], parity);
+                fence_async();
+                multiply<FP8, SHIFT>(sum, r.stages + slot * STAGE_BYTES, r.scales[slot],
+                                     item.end - block, entry.rows);
+                mine = true;
+                warp_arrive(&r.empty[slot]);
+            }
+            if (++slot == p.stages) slot = 0, parity ^= 1;
+        }
+        if (mine) {
+            if (DOWN) add_item<SHIFT>(p, r, entry, turns++, sum);
+            else finish_item<SHIFT>(p, r, item, entry, turns++, sum);
+            memset(sum, 0, sizeof sum);
+        }
+        if (!DOWN || item.entry < r.entries - 1) continue;
+        store_sums<SHIFT>(p, 0, p.s.n, item.group, 1 << SHIFT, r.sums, p.s.n, false);
+        clear_sums(p, r);
+    }
 }
 
 // All warps walk over the same items and stages. A stage's full barrier counts its weights' and its
@@ -1338,14 +1429,8 @@ skinny(const __grid_constant__ Product p) {
     Entry *table = (Entry *)(sums + p.n_sums);
     float *weight_of = (float *)(table + p.table);
     uint16_t *row_of = (uint16_t *)(weight_of + (DOWN ? p.slots : 0));
+    int tile = 8 << SHIFT, entries = list_known(p.s, table, tile);
     int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // which the compiler knows to be one for all
-    int tile = 8 << SHIFT, per = UNITS >> SHIFT;
-    int entries = list_known(p.s, table, tile), issued = 0;
-    bool producer = warp >= CONSUMERS;
-    // No more producers than stages: one that was two rounds of the ring ahead of the consumers
-    // would take the parity of an old phase for its own.
-    int turns = min((int)PRODUCERS, p.stages), turn = warp % PRODUCERS;
-    if (turn >= turns) turn = INT_MAX;
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.stages; i++)
             bar_init(&full[i], 1 + WARP), bar_init(&empty[i], ARRIVING * CONSUMERS / 2);
@@ -1356,70 +1441,23 @@ skinny(const __grid_constant__ Product p) {
     // The experts' first product lets DOWN begin behind its own wait, when the lists are complete,
     // and halfway, so that the first loads of both don't meet. Others ask now for the weights of
     // entries that are known without lists.
-    bool first_of_two = !DOWN && p.s.list;
+    bool first_of_two = !DOWN && p.s.list, producer = warp >= CONSUMERS;
     if (!first_of_two) launch_dependents();
     if (DOWN) entries += list_entries(p.s, table + entries, tile, 1, row_of, p.slots);
-    Item item = first_item<DOWN>(p);
-    for (; producer && issued < p.stages && has_item<DOWN>(p, item, entries);
-         next_item<DOWN>(p, &item, entries)) {
-        int expert = table[item.entry].expert;
-        for (int n = 0; n < p.item_stages && issued < p.stages; n++, issued++)
-            if (issued % turns == turn)
-                load_weights<FP8, SHIFT>(p, item, item.block + n * per, expert,
-                                         smem + issued * STAGE_BYTES, scales[issued],
-                                         &full[issued]);
-    }
+    Ring r = {smem, scales, full, empty, handed, sums, weight_of, row_of, table, entries, INT_MAX,
+              warp};
+    int issued = producer ? fill_ring<FP8, DOWN, SHIFT>(p, r) : 0;
 #pragma unroll 4
     for (int i = threadIdx.x; DOWN && i < p.slots; i += blockDim.x)
         weight_of[i] = i < p.s.n ? 1 : __ldcg(p.weight + __ldcg(p.s.list + i - p.s.n));
     grid_wait();
-    if (first_of_two)
-        entries += list_entries(p.s, table + entries, tile, 1, row_of, p.slots);
-    __syncthreads();
-    int half = p.groups * p.parts * entries / 2;
-
-    // The warpgroups take stages in turns, and DOWN's the sums, too.
-    int slot = 0, parity = producer, finished = 0, group = warp / 4;
-    float sum[1 << SHIFT][4] = {};
-    for (int i = threadIdx.x; DOWN && !producer && i < p.n_sums; i += CONSUMERS * 32) sums[i] = 0;
-    if (DOWN && !producer) sync_threads(1, CONSUMERS * 32);
-    for (item = first_item<DOWN>(p); has_item<DOWN>(p, item, entries);
-         next_item<DOWN>(p, &item, entries)) {
-        Entry entry = table[item.entry];
-        bool mine = false;
-        if (first_of_two && item.i >= half) launch_dependents();
-        for (int block = item.block, n = 0; n < p.item_stages; n++, block += per) {
-            uint8_t *stage = smem + slot * STAGE_BYTES;
-            if (producer) {
-                if (--turn < 0) {
-                    turn = turns - 1;
-                    if (issued <= 0) {
-                        bar_wait(&empty[slot], parity);
-                        load_weights<FP8, SHIFT>(p, item, block, entry.expert, stage, scales[slot],
-                                                 &full[slot]);
-                    }
-                    load_rows<FP8, SHIFT>(p, item, block, entry, row_of, stage, scales[slot]);
-                    copies_arrive(&full[slot]);
-                }
-                issued--;
-            } else if ((slot & 1) == group) {
-                bar_wait(&full[slot], parity);
-                fence_async();
-                multiply<FP8, SHIFT>(sum, stage, scales[slot], item.end - block, entry.rows);
-                mine = true;
-                warp_arrive(&empty[slot]);
-            }
-            if (++slot == p.stages) slot = 0, parity ^= 1;
-        }
-        bool last = item.entry == entries - 1;
-        if (producer || !(mine || (DOWN && last))) continue;
-        // Without DOWN, the next item's sums go to the other half, so that one barrier is enough.
-        finish_item<DOWN, SHIFT>(p, item, entry, mine, last, finished, handed,
-                                 sums + (DOWN ? 0 : finished % 2 * (p.n_sums / 2)), row_of,
-                                 weight_of, sum);
-        finished += mine;
-        memset(sum, 0, sizeof sum);
+    if (first_of_two) {
+        r.entries += list_entries(p.s, table + entries, tile, 1, row_of, p.slots);
+        r.half = p.groups * p.parts * r.entries / 2;
     }
+    __syncthreads();
+    if (producer) produce<FP8, DOWN, SHIFT>(p, r, issued);
+    else consume<FP8, DOWN, SHIFT>(p, r);
 }
 
 // Shares the shared memory out between ring and sums. With few rows two kernels fit side by side.
