@@ -2521,7 +2521,7 @@ static __global__ void __launch_bounds__(attend_threads(W), 1) attend_kernel(Att
 
 // ---- mla_attend: the combine --------------------------------------------------------------------
 
-enum { COMBINE_WARPS = 8, PARTS = 10 };  // warps of a block; parts in flight of a warp
+enum { COMBINE_WARPS = 8, PARTS = 8 };  // warps of a block; parts in flight of a warp
 
 // Adds parts to a sum; all are relative to 2^(their largest score), -infinity where empty.
 static __device__ void merge(float4 &sum, float &total, float &best, const float4 (&o)[PARTS],
@@ -2541,7 +2541,7 @@ static __device__ void merge(float4 &sum, float &total, float &best, const float
 // among them and meet in shared memory, so that a single row's many parts are read by 64 blocks,
 // and many rows' few by one warp each. With few tiles block x looks at tile x; with many at the
 // tile that reaches from SM x - 1 into SM x, which is where splits are. Bound by latency.
-static __global__ void __launch_bounds__(COMBINE_WARPS * 32)
+static __global__ void __launch_bounds__(COMBINE_WARPS * 32, 3)
     combine_kernel(Attend a, int columns, bool by_tile, int share) {
     __shared__ float4 sums[COMBINE_WARPS][32];
     __shared__ float2 mls[COMBINE_WARPS];
@@ -2571,11 +2571,12 @@ static __global__ void __launch_bounds__(COMBINE_WARPS * 32)
     int slice = column / a.shape.columns, x = v + slice;
     int head = x % a.shape.slices * MAX_COLUMNS + column % a.shape.columns;
     if (me > 0 || slice >= tile.slices || head >= a.heads) return;
-    for (int j = 0; j < PARTS; j++)
-        o[j] = j < share ? sums[warp + j][lane] : float4{},
-        ml[j] = j < share ? mls[warp + j] : nothing;
-    sum = {}, total = 0, best = -INFINITY;
-    merge(sum, total, best, o, ml);
+    for (int j = 0; share > 1 && j < PARTS; j++) {  // the first warp adds the others' sums to its own
+        bool there = j + 1 < share;
+        o[j] = there ? sums[warp + j + 1][lane] : float4{};
+        ml[j] = there ? mls[warp + j + 1] : nothing;
+    }
+    if (share > 1) merge(sum, total, best, o, ml);
     bf16 *u = a.u + ((size_t)(x / a.shape.slices) * a.heads + head) * LATENT_DIM;
     ((uint2 *)u)[item % 4 * 32 + lane] = make_uint2(bf16_pair(sum.x / total, sum.y / total),
                                                     bf16_pair(sum.z / total, sum.w / total));
