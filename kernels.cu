@@ -1308,8 +1308,9 @@ static __device__ void store_sums(const Product &p, size_t y_row, int rows, int 
     }
 }
 
-// Is the n-th stage this producer's? No more producers than stages take turns: one that was two
-// rounds of the ring ahead of the consumers would take the parity of an old phase for its own.
+// Is the n-th stage this producer's? No more producers than stages take turns (stages are even, so
+// these are 2 or 4): one that was two rounds of the ring ahead of the consumers would take the
+// parity of an old phase for its own.
 static __device__ bool brings(const Product &p, const Ring &r, int n) {
     return (n & min((int)PRODUCERS, p.stages) - 1) == r.warp % PRODUCERS;
 }
@@ -2571,7 +2572,7 @@ static __global__ void __launch_bounds__(COMBINE_WARPS * 32, 3)
     int slice = column / a.shape.columns, x = v + slice;
     int head = x % a.shape.slices * MAX_COLUMNS + column % a.shape.columns;
     if (me > 0 || slice >= tile.slices || head >= a.heads) return;
-    for (int j = 0; share > 1 && j < PARTS; j++) {  // the first warp adds the others' sums to its own
+    for (int j = 0; share > 1 && j < PARTS; j++) {  // the first warp adds the others' sums
         bool there = j + 1 < share;
         o[j] = there ? sums[warp + j + 1][lane] : float4{};
         ml[j] = there ? mls[warp + j + 1] : nothing;
