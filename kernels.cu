@@ -312,6 +312,10 @@ static __device__ uint64_t smem_desc(const void *p) {
     return (uint64_t)((smem_address(p) & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
+static __device__ uint64_t desc_at(uint64_t desc, int bytes) {  // no carry: half the instructions
+    return desc & ~0xffffffffull | (uint32_t)desc + (bytes >> 4);
+}
+
 // The same, where the compiler would not know that it is one for the whole warp.
 static __device__ uint64_t warp_desc(const void *p) {
     return __shfl_sync(~0u, smem_address(p) >> 4, 0) | 1ull << 16 | 64ull << 32 | 1ull << 62;
@@ -411,6 +415,11 @@ static __device__ void store_transposed(uint32_t row, uint32_t a, uint32_t b, ui
                  "r"(row), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 
+static __device__ void store_8x8(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1,%2,%3,%4};" ::"r"(row),
+                 "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
 // Of four words of each of four neighbouring lanes: lane t's word i becomes lane i's word t.
 static __device__ void transpose_quad(uint32_t w[4]) {
     for (int d = 1; d < 4; d *= 2)
@@ -427,6 +436,9 @@ static __device__ float exp2_fast(float x) {  // 2 ulp; -infinity gives 0
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
+
+// A number that is the same in the whole warp, so that the compiler knows it, too.
+static __device__ int even(int i) { return __shfl_sync(~0u, i, 0); }
 
 static __device__ float warp_max(float v) {
     for (int i = 16; i > 0; i /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, i));
@@ -1045,6 +1057,7 @@ typedef struct {  // a kernel's work: y = x W^T for all slots
     int slots, parts, part_blocks;  // K is split into parts; the next kernel adds them
     // What launch_skinny works out.
     int groups, item_stages, stages, x_rows, n_sums, table;
+    int tile;               // slots; and launch_wide this
     uint64_t by_groups, by_parts;   // for divide
 } Product;
 
@@ -1482,235 +1495,270 @@ template <bool FP8, bool DOWN, int SHIFT> static void launch_skinny(Product *p) 
 }
 
 // ---- The products: many rows --------------------------------------------------------------------
-// y = x W^T with tiles of 128 or 192 weight rows by 128 slots on wgmma, which takes a strip's rows
-// as they lie: W is always the first operand, so that few slots waste nothing of it. One warpgroup
-// copies, two or three (GROUPS) multiply, 64 weight rows each. In e4m3, after each block of 128
-// columns the tensor cores' sums are scaled and added to f32 sums, for their own keep only about 14
-// bits. Warpgroups take turns: while one scales, the others multiply. In bf16 the tensor cores' own
-// sums are exact enough.
+// y = x W^T with tiles of up to 192 slots by 128 weight rows on wgmma. One warpgroup brings stages
+// of 128 columns (64 in bf16), three multiply, 64 slots each; those that have none pass by.
+//
+// In e4m3, after each block of 128 columns the tensor cores' sums are scaled and added to f32 sums,
+// for their own keep only about 14 bits. So the slots are the first operand: a thread then holds
+// two of them and needs two scales of theirs, and two of the weights'. With the weights first it
+// would read 48 scales from shared memory, which the operands have busy for most of the time. While
+// one warpgroup scales, the others multiply. In bf16 the tensor cores' own sums are exact enough.
+//
+// The tensor cores need 768 clocks for a stage, and an instruction that waits for the one before it
+// takes 4 to 6. So all that doesn't change from stage to stage is worked out once for a tile, and
+// what is the same in a warp is said to be (`even`), so that the compiler keeps it out of the
+// lanes' registers. tests/PERF.md says what that brought.
 
 enum {
-    WIDE_SLOTS = 128, WIDE_STAGES = 4, WARP_STAGING = 1024,
-    LAG = 2,  // stages whose copies are on their way while the next are asked for
+    WIDE_STRIPS = 8, WIDE_GROUPS = 3, WIDE_SLOTS = WIDE_GROUPS * 64, WIDE_STAGES = 4,
+    STAGING = 16 * 128,  // bytes: a warp's 16 slots, 64 bf16 of each
 };
 
-template <int GROUPS> struct WideStage {
-    uint8_t w[GROUPS * 64 * ROW_BYTES], x[WIDE_SLOTS * ROW_BYTES];
-    float scale[WIDE_SLOTS];
-    uint8_t pad[512];  // stages start at multiples of 1 KB
-};
+typedef struct __align__(1024) {  // as the swizzle wants it
+    uint8_t w[WIDE_STRIPS * UNIT], x[WIDE_SLOTS * ROW_BYTES];
+    float x_scale[WIDE_SLOTS], w_scale[2];  // of the slots; of each strip's rows 0-7 and 8-15
+    uint64_t full, empty;
+} WideStage;
 
 typedef struct { Entry entry; int strip, part, block, end; } WideTile;
 
-template <int GROUPS>
 static __device__ WideTile wide_tile(const Product &p, const Entry *table, int i) {
-    int strips = GROUPS * 4, columns = (p.w.strips + strips - 1) / strips;
+    int columns = (p.w.strips + WIDE_STRIPS - 1) / WIDE_STRIPS;
     int part = i % p.parts, block = part * p.part_blocks;
     i /= p.parts;
-    return (WideTile){table[i / columns], i % columns * strips, part,
+    return (WideTile){table[i / columns], i % columns * WIDE_STRIPS, part,
                       block, min(block + p.part_blocks, p.w.blocks)};
 }
 
+// Where a thread of the producers finds its part of a tile's next block.
+typedef struct {
+    const uint8_t *w, *x;          // w: of a strip, if it has one
+    const float *w_scale, *x_scale;
+    uint32_t row[WIDE_SLOTS / 16]; // where gathered rows lie, of slots thread / 8, that + 16, ..
+    uint32_t scale[2];             // their scales, of slots thread and thread + 128
+} WideFrom;
+
+// Gathered rows in e4m3 are swizzled by their own number and wanted by their place, those in bf16
+// lie plain: 8 threads bring a row's chunks, each from where the one lies that it needs.
+template <bool FP8>
+static __device__ void wide_rows(WideFrom *f, const Product &p, const WideTile &t, bool gather) {
+    int thread = threadIdx.x, first = thread / 8, last = t.entry.rows - 1;
+    f->x = p.x + t.block * p.x_block, f->x_scale = p.x_scale + (size_t)t.block * p.x_stride;
+    if (!gather) f->x += (size_t)t.entry.slot * ROW_BYTES, f->x_scale += t.entry.slot;
+#pragma unroll
+    for (int k = 0; gather && k < WIDE_SLOTS / 16; k++) {
+        int row = slot_row(p.s, t.entry.slot + min(first + k * 16, last));
+        int chunk = (thread ^ first ^ (FP8 ? row : 0)) & 7;
+        f->row[k] = row * p.x_row + chunk * 16;
+    }
+    for (int k = 0; FP8 && gather && k < 2; k++)
+        f->scale[k] = slot_row(p.s, t.entry.slot + min(thread + k * 128, last));
+}
+
+static __device__ int strip_of(int thread) {  // in a tile: each warp has two
+    return thread % WARP < 2 ? thread % WARP * 4 + thread / WARP : INT_MAX;
+}
+
+static __device__ void wide_weights_from(WideFrom *f, const Product &p, const WideTile &t) {
+    int strip = strip_of(threadIdx.x), expert = t.entry.expert;
+    f->w = NULL, f->w_scale = scales_at(p.w, threadIdx.x & 1, expert, t.strip) + t.block;
+    if (strip < min((int)WIDE_STRIPS, p.w.strips - t.strip))
+        f->w = strip_at(p.w, expert, t.strip + strip) + (size_t)t.block * UNIT;
+}
+
 // A stage's weights, and word of all bulk copies that will come for it.
-template <int GROUPS>
-static __device__ void wide_weights(const Product &p, const WideTile &t, int block, bool gather,
-                                    WideStage<GROUPS> *stage, uint64_t *full) {
-    int strips = min(GROUPS * 4, p.w.strips - t.strip);
-    int rows = min(WIDE_SLOTS, p.x_stride - t.entry.slot);
-    int mine = threadIdx.x / 32 + threadIdx.x % 32 * 4;  // this lane's strip
-    if (threadIdx.x == 0)
-        bar_expect(full, strips * UNIT + (gather ? 0 : rows * (ROW_BYTES + 4)));
-    if (mine < strips)
-        bulk_load(stage->w + mine * UNIT,
-                  strip_at(p.w, t.entry.expert, t.strip + mine) + (size_t)block * UNIT, UNIT, full);
+static __device__ void wide_weights(const Product &p, WideFrom *f, int bytes, WideStage *stage) {
+    int thread = threadIdx.x;
+    if (thread == 0) bar_expect(&stage->full, bytes);
+    if (f->w) bulk_load(stage->w + strip_of(thread) * UNIT, f->w, UNIT, &stage->full), f->w += UNIT;
+    if (thread < 2) {
+        if (p.fp8) copy_4(&stage->w_scale[thread], f->w_scale++);
+        copies_arrive(&stage->full);
+    }
 }
 
-// The first weights don't wait for the kernel before, unless they need its lists. Gathered rows are
-// swizzled by their own number and wanted by their place, and bf16 ones lie plain: 8 lanes bring a
-// row's chunks and turn them. Others come as one copy.
-template <bool FP8, int GROUPS>
-static __device__ void wide_produce(const Product &p, const Entry *table, int tiles,
-                                    WideStage<GROUPS> *ring, uint64_t *full, uint64_t *empty) {
-    int thread = threadIdx.x, chunk = thread % 8;
-    int slot = 0, parity = 1, behind = -LAG, row[8], scale_row = 0;
-    bool gather = p.s.gather || !FP8;
-    int issued = 0;
-    if (!p.s.n_experts && (int)blockIdx.x < tiles) {
-        WideTile t = wide_tile<GROUPS>(p, table, blockIdx.x);
-        for (; issued < min((int)WIDE_STAGES, t.end - t.block); issued++)
-            wide_weights(p, t, t.block + issued, gather, &ring[issued], &full[issued]);
-    }
-    grid_wait();
+// The first weights don't wait for the kernel before, unless they need its lists. Rows that lie
+// side by side come as one copy.
+template <bool FP8>
+static __device__ void wide_produce(const Product &p, const Entry *table, int tiles, bool gather,
+                                    WideStage *ring) {
+    int thread = threadIdx.x, parity = 1, issued = 0;
+    WideStage *stage = ring;
+    WideFrom f;
     for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
-        WideTile t = wide_tile<GROUPS>(p, table, i);
-        if (gather) {
-            int last = t.entry.slot + t.entry.rows - 1;
-            for (int k = 0; k < 8; k++)
-                row[k] = slot_row(p.s, min(t.entry.slot + k * 16 + thread / 8, last));
-            scale_row = slot_row(p.s, min(t.entry.slot + thread, last));
+        WideTile t = wide_tile(p, table, i);
+        int rows = t.entry.rows, blocks = t.end - t.block;
+        int scales = (rows + 3) / 4 * 16;  // bytes, in whole chunks, as copies want them
+        int bytes = min((int)WIDE_STRIPS, p.w.strips - t.strip) * UNIT;
+        if (!gather) bytes += rows * ROW_BYTES + scales;
+        wide_weights_from(&f, p, t);
+        if (i == (int)blockIdx.x) {
+            if (!p.s.n_experts)
+#pragma unroll 1
+                for (; issued < min((int)WIDE_STAGES, blocks); issued++)
+                    wide_weights(p, &f, bytes, &ring[issued]);
+            grid_wait();
         }
-        int rows = min(WIDE_SLOTS, p.x_stride - t.entry.slot);
-        for (int block = t.block; block < t.end; block++) {
-            WideStage<GROUPS> *stage = &ring[slot];
-            size_t from = (size_t)block * p.x_stride + t.entry.slot;
+        wide_rows<FP8>(&f, p, t, gather);
+        for (; blocks > 0; blocks--) {
             if (--issued < 0) {
-                bar_wait(&empty[slot], parity);
-                wide_weights(p, t, block, gather, stage, &full[slot]);
+                bar_wait(&stage->empty, parity);
+                wide_weights(p, &f, bytes, stage);
             }
-            if (thread == 32 && !gather)
-                bulk_load(stage->x, p.x + from * ROW_BYTES, rows * ROW_BYTES, &full[slot]);
-            if (thread == 64 && !gather)
-                bulk_load(stage->scale, p.x_scale + from, rows * 4, &full[slot]);
             if (gather) {
-                const uint8_t *x = p.x + block * p.x_block + chunk * 16;
-                for (int k = 0; k < 8; k++) {
-                    int to = k * 16 + thread / 8, turned = chunk ^ to & 7 ^ (FP8 ? row[k] & 7 : 0);
-                    if (FP8 || to < t.entry.rows)
-                        copy_16(stage->x + to * ROW_BYTES + (turned << 4), x + row[k] * p.x_row);
-                }
-                if (FP8)
-                    copy_4(&stage->scale[thread],
-                           p.x_scale + (size_t)block * p.x_stride + scale_row);
-                copies_commit();
-                copies_wait<LAG>();
-                fence_async();
-                if (behind >= 0) warp_arrive(&full[behind]);
-                if (++behind == WIDE_STAGES) behind = 0;
-            }
-            if (++slot == WIDE_STAGES) slot = 0, parity ^= 1;
-        }
-    }
-    if (!gather) return;
-    copies_wait<0>();
-    fence_async();
-    for (int i = 0; i < LAG; i++, behind = (behind + 1) % WIDE_STAGES)
-        if (behind >= 0) warp_arrive(&full[behind]);
-}
-
-// A warp's 16 columns of y for the tile's slots: transposed in shared memory, 32 slots at a time.
-static __device__ void wide_store(const Product &p, const WideTile &t, int strip, int first,
-                                  uint8_t *staging, const float sum[64]) {
-    int lane = threadIdx.x % 32, out = p.w.strips * STRIP, end = t.entry.slot + t.entry.rows;
+                uint8_t *to = stage->x + thread * 16;
 #pragma unroll
-    for (int j = 0; j < 16; j++) {
-        if (p.y_f32) {
-            for (int i = 0; i < 4; i++) {
-                int slot = t.entry.slot + j * 8 + lane % 4 * 2 + i % 2;
-                if (slot < first || slot >= end) continue;
-                ((float *)p.y)[((size_t)t.part * p.slots + slot) * out + strip * STRIP + lane / 4 +
-                               i / 2 * 8] = sum[4 * j + i];
+                for (int k = 0; k < WIDE_SLOTS / 16; k++)
+                    if (thread / 8 + k * 16 < rows)
+                        copy_16(to + k * 16 * ROW_BYTES, f.x + f.row[k]);
+                for (int k = 0; FP8 && k < 2; k++)
+                    if (thread + k * 128 < rows)
+                        copy_4(&stage->x_scale[thread + k * 128], f.x_scale + f.scale[k]);
+                copies_arrive(&stage->full);
+            } else if (thread == WARP) {
+                bulk_load(stage->x, f.x, rows * ROW_BYTES, &stage->full);
+            } else if (thread == 2 * WARP) {
+                bulk_load(stage->x_scale, f.x_scale, scales, &stage->full);
             }
-            continue;
+            f.x += p.x_block, f.x_scale += p.x_stride;
+            if (++stage == ring + WIDE_STAGES) stage = ring, parity ^= 1;
         }
-        if (j % 2) continue;
-        uint32_t to = smem_address(staging) + ((j % 4 + lane / 16) * 8 + lane % 8) * 32 +
-                      lane / 8 % 2 * 16;
-        const float *c = sum + 4 * j;
-        store_transposed(to, bf16_pair(c[0], c[1]), bf16_pair(c[2], c[3]), bf16_pair(c[4], c[5]),
-                         bf16_pair(c[6], c[7]));
-        if (j % 4 == 0) continue;
-        __syncwarp();
-        int slot = t.entry.slot + j / 4 * 32 + lane;
-        if (slot >= first && slot < end) {
-            uint4 *y = (uint4 *)result_at(p, slot, strip * STRIP);
-            for (int i = 0; i < 2; i++) y[i] = ((const uint4 *)staging)[lane * 2 + i];
-        }
-        __syncwarp();
     }
 }
 
-static __device__ void add_plain(float sum[64], uint64_t w, uint64_t x) {
+// sum += a stage's product with 64 slots, of which this thread has two: `slot` and the 8th from it.
+// In e4m3 the stage is given back before its product is scaled.
+template <bool FP8>
+static __device__ void add_stage(float (&sum)[64], WideStage *stage, int group, int slot) {
+    uint64_t x = smem_desc(stage->x + group * 64 * ROW_BYTES), w = smem_desc(stage->w);
+    float c[64], (&to)[64] = FP8 ? c : sum;
+    float2 of_x = {stage->x_scale[slot], stage->x_scale[slot + 8]};
+    float2 of_w = *(const float2 *)stage->w_scale;
     wgmma_fence();
-    for (int k = 0; k < 4; k++) wgmma_128<false>(sum, w + k * 2, x + k * 2, 1);
+    for (int k = 0; k < 4; k++)
+        wgmma_128<FP8>(to, desc_at(x, k * 32), desc_at(w, k * 32), !FP8 || k > 0);
     wgmma_commit();
     wgmma_wait<0>();
+    warp_arrive(&stage->empty);
+    if (!FP8) return;
+    float scale[] = {of_x.x * of_w.x, of_x.y * of_w.x, of_x.x * of_w.y, of_x.y * of_w.y};
+#pragma unroll
+    for (int i = 0; i < 64; i++) sum[i] += c[i] * scale[i / 4 % 2 * 2 + i / 2 % 2];
 }
 
-// low and high: the weights' scales of a thread's rows g and g + 8.
-static __device__ void add_scaled(float sum[64], uint64_t w, uint64_t x, const float2 *x_scale,
-                                  float low, float high) {
-    float c[64];
-    wgmma_fence();
-    for (int k = 0; k < 4; k++) wgmma_128<true>(c, w + k * 2, x + k * 2, k > 0);
-    wgmma_commit();
-    float2 s = x_scale[0], next = x_scale[4];
-    wgmma_wait<0>();
+// Sums as they are, for the next kernel to add.
+static __device__ void store_parts(const Product &p, const WideTile &t, int slot, int end,
+                                   const float (&sum)[64]) {
+    int lane = threadIdx.x % WARP, out = p.w.strips * STRIP;
+    int column = t.strip * STRIP + lane % 4 * 2;
+    float *y = (float *)p.y + (size_t)t.part * p.slots * out;
+    slot += lane / 4;
 #pragma unroll
-    for (int j = 0; j < 16; j++) {
-        sum[4 * j] += c[4 * j] * (s.x * low), sum[4 * j + 1] += c[4 * j + 1] * (s.y * low);
-        sum[4 * j + 2] += c[4 * j + 2] * (s.x * high);
-        sum[4 * j + 3] += c[4 * j + 3] * (s.y * high);
-        s = next;
-        if (j < 14) next = x_scale[(j + 2) * 4];
+    for (int i = 0; i < 64; i += 2) {
+        int to = slot + i / 2 % 2 * 8, at = column + i / 4 * 8;
+        if (to < end && at < out) *(float2 *)(y + (size_t)to * out + at) = {sum[i], sum[i + 1]};
     }
 }
 
-template <bool FP8, int GROUPS>
-static __device__ void wide_consume(const Product &p, const Entry *table, int tiles,
-                                    WideStage<GROUPS> *ring, uint64_t *full, uint64_t *empty,
-                                    uint8_t *staging) {
-    int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4, slot = 0, parity = 0;
-    int group = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);  // so that the compiler knows it even
-    uint64_t first_x = smem_desc(ring->x), first_w = smem_desc(ring->w) + group * 512;
+// Sums as bf16: a warp's 16 slots go through shared memory, so that 8 lanes write 128 bytes of a
+// slot at once. Slots before `first` are another expert's.
+static __device__ void store_rows(const Product &p, const WideTile &t, int first, int slot, int end,
+                                  uint8_t *staging, const float (&sum)[64]) {
+    int lane = threadIdx.x % WARP, chunk = lane % 8;
+    uint32_t to = smem_address(staging) + lane % 16 * 128;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+#pragma unroll
+        for (int j = 0; j < 8; j += 2) {
+            const float *c = sum + (h * 8 + j) * 4;
+            store_8x8(to + ((j + lane / 16 ^ lane % 8) << 4), bf16_pair(c[0], c[1]),
+                      bf16_pair(c[2], c[3]), bf16_pair(c[4], c[5]), bf16_pair(c[6], c[7]));
+        }
+        __syncwarp();
+        int column = (t.strip + h * 4) * STRIP + chunk * 8;
+        for (int row = lane / 8; row < 16 && column < p.w.strips * STRIP; row += 4)
+            if (slot + row >= first && slot + row < end)
+                *(uint4 *)result_at(p, slot + row, column) =
+                    *(const uint4 *)(staging + row * 128 + ((chunk ^ row % 8) << 4));
+        __syncwarp();
+    }
+}
+
+template <bool FP8>
+static __device__ void wide_multiply(const Product &p, const Entry *table, int tiles, bool gather,
+                                     WideStage *ring, uint8_t *staging) {
+    int group = even(threadIdx.x / 128 - 1);
+    int warp = threadIdx.x / WARP % 4, row = group * 64 + warp * 16;
+    int slot = row + threadIdx.x % WARP / 4;
+    unsigned n = 0;  // stages so far
     for (int i = blockIdx.x; i < tiles; i += gridDim.x) {
-        WideTile t = wide_tile<GROUPS>(p, table, i);
+        WideTile t = wide_tile(p, table, i);
         float sum[64] = {};
-        int own = group * 4 + warp;  // strip of the tile
-        int strip = min(t.strip + own, p.w.strips - 1);
-        const float *low_at = scales_at(p.w, 0, t.entry.expert, strip);
-        const float *high_at = scales_at(p.w, 1, t.entry.expert, strip);
-        for (int block = t.block; block < t.end; block++) {
-            const WideStage<GROUPS> *stage = &ring[slot];
-            uint64_t at = slot * (sizeof *stage >> 4), x = first_x + at, w = first_w + at;
-            float low = FP8 ? low_at[block] : 1, high = FP8 ? high_at[block] : 1;  // early
-            bar_wait(&full[slot], parity);
-            if (FP8) add_scaled(sum, w, x, (const float2 *)stage->scale + lane % 4, low, high);
-            else add_plain(sum, w, x);
-            warp_arrive(&empty[slot]);
-            if (++slot == WIDE_STAGES) slot = 0, parity ^= 1;
+        bool any = even(t.entry.rows) > group * 64;
+        for (int left = t.end - t.block; left > 0; left--, n++) {
+            WideStage *stage = ring + n % WIDE_STAGES;
+            bar_wait(&stage->full, n / WIDE_STAGES & 1);
+            if (gather) fence_async();
+            if (any) add_stage<FP8>(sum, stage, group, slot);
+            else warp_arrive(&stage->empty);
         }
+        int from = t.entry.slot + row, end = t.entry.slot + t.entry.rows;
         int first = t.entry.expert < p.s.n_experts ? p.s.n + p.s.start[t.entry.expert] : 0;
-        if (t.strip + own < p.w.strips)
-            wide_store(p, t, t.strip + own, first, staging + own * WARP_STAGING, sum);
+        if (from >= end) continue;
+        if (p.y_f32) store_parts(p, t, from, end, sum);
+        else store_rows(p, t, first, from, end, staging + row / 16 * STAGING, sum);
     }
 }
 
-// Blocks take tiles in turns, those of the same slots one after the other. A full barrier counts
-// what comes as bulk copies and, where rows are gathered, the four warps whose copies it can't see.
-template <bool FP8, int GROUPS>
-static __global__ void __launch_bounds__(128 * (GROUPS + 1), 1)
+// Blocks take tiles in turns, those of the same slots one after the other. A stage is full when its
+// bulk copies have come, and the weights' scales, and gathered rows, which all threads copy.
+template <bool FP8>
+static __global__ void __launch_bounds__(128 * (WIDE_GROUPS + 1), 1)
 wide(const __grid_constant__ Product p) {
     extern __shared__ __align__(1024) uint8_t smem[];
-    __shared__ uint64_t full[WIDE_STAGES], empty[WIDE_STAGES];
-    WideStage<GROUPS> *ring = (WideStage<GROUPS> *)smem;
+    WideStage *ring = (WideStage *)smem;
     uint8_t *staging = smem + WIDE_STAGES * sizeof *ring;
-    Entry *table = (Entry *)(staging + GROUPS * 4 * WARP_STAGING);
+    Entry *table = (Entry *)(staging + WIDE_GROUPS * 4 * STAGING);
+    bool gather = p.s.gather || !FP8;
     if (threadIdx.x == 0) {
         for (int i = 0; i < WIDE_STAGES; i++)
-            bar_init(&full[i], p.s.gather || !FP8 ? 1 + ARRIVING * 4 : 1),
-                bar_init(&empty[i], ARRIVING * GROUPS * 4);
+            bar_init(&ring[i].full, gather ? 3 + 128 : 3),
+            bar_init(&ring[i].empty, ARRIVING * WIDE_GROUPS * 4);
         bar_init_done();
     }
     launch_dependents();
-    int entries = list_known(p.s, table, WIDE_SLOTS);
+    int entries = list_known(p.s, table, p.tile);
     if (p.s.n_experts)
-        grid_wait(), entries += list_entries(p.s, table + entries, WIDE_SLOTS, 8, NULL, 0);
+        grid_wait(), entries += list_entries(p.s, table + entries, p.tile, gather ? 1 : 8, NULL, 0);
     __syncthreads();
-    int tiles = entries * ((p.w.strips + GROUPS * 4 - 1) / (GROUPS * 4)) * p.parts;
+    int tiles = even(entries) * ((p.w.strips + WIDE_STRIPS - 1) / WIDE_STRIPS) * p.parts;
     if (threadIdx.x < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-        wide_produce<FP8, GROUPS>(p, table, tiles, ring, full, empty);
+        wide_produce<FP8>(p, table, tiles, gather, ring);
     } else {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 152;");
         grid_wait();  // before y is written
-        wide_consume<FP8, GROUPS>(p, table, tiles, ring, full, empty, staging);
+        wide_multiply<FP8>(p, table, tiles, gather, ring, staging);
     }
 }
 
-template <bool FP8, int GROUPS> static void launch_wide(Product *p) {
-    size_t smem = WIDE_STAGES * sizeof(WideStage<GROUPS>) + GROUPS * 4 * WARP_STAGING +
-                  max_entries(&p->s, WIDE_SLOTS) * sizeof(Entry);
-    launch(wide<FP8, GROUPS>, n_sms, 128 * (GROUPS + 1), smem, *p);
+// The size of tiles that keeps the busiest multiprocessor's tensor cores and copies the shortest.
+static int wide_slots(const Product *p) {
+    if (p->s.n_experts) return WIDE_SLOTS;  // an expert's own number decides
+    int best = WIDE_SLOTS, least = INT_MAX;
+    for (int tile = WIDE_SLOTS; tile > 0; tile -= 64) {
+        int tiles = units(p->w.strips, WIDE_STRIPS) * units(p->s.n, tile) * p->parts;
+        int cost = units(tiles, n_sms) * (tile + 64);
+        if (cost < least) least = cost, best = tile;
+    }
+    return best;
+}
+
+template <bool FP8> static void launch_wide(Product *p) {
+    p->tile = wide_slots(p);
+    size_t smem = WIDE_STAGES * sizeof(WideStage) + WIDE_GROUPS * 4 * STAGING +
+                  max_entries(&p->s, p->tile) * sizeof(Entry);
+    launch(wide<FP8>, n_sms, 128 * (WIDE_GROUPS + 1), smem, *p);
 }
 
 // ---- The products: between them -----------------------------------------------------------------
@@ -1937,15 +1985,13 @@ static int k_parts(const Product *p) {
 static void run(Product *p) {
     p->part_blocks = units(p->w.blocks, p->parts);
     bool few = few_rows(p), fewest = p->s.n <= 8;
-    int tiles = units(p->w.strips, 12) * known_entries(&p->s, WIDE_SLOTS) * p->parts;
     if (few && !p->fp8 && fewest) launch_skinny<false, false, 0>(p);
     else if (few && !p->fp8) launch_skinny<false, false, 2>(p);
     else if (few && p->weight) launch_skinny<true, true, 2>(p);
     else if (few && fewest) launch_skinny<true, false, 0>(p);
     else if (few) launch_skinny<true, false, 2>(p);
-    else if (!p->fp8) launch_wide<false, 2>(p);
-    else if (p->s.n_experts || tiles >= n_sms) launch_wide<true, 3>(p);
-    else launch_wide<true, 2>(p);  // smaller tiles, so that no block is idle
+    else if (p->fp8) launch_wide<true>(p);
+    else launch_wide<false>(p);
 }
 
 // For all rows, to p->y as bf16.
@@ -3223,35 +3269,36 @@ static __global__ void __launch_bounds__(LIST_EXPERTS)
     if (gridDim.x == 1) list_rows(r, chosen, d, n);
 }
 
-// Many rows' lists: a block makes one expert's. It counts the choices of smaller experts, which is
-// where the list starts, and copies its own in order. All blocks read all choices, 32 bytes a row,
-// from L2; that is less than two kernels and a scan would cost up to some thousand rows.
+// Many rows' lists: a block makes one expert's, and each of its warps looks through a stretch of
+// the choices. First it counts those of smaller experts, which is where the list starts, and its
+// own; then it copies its own in order, behind those of the warps before it. All blocks read all
+// choices, 32 bytes a row, from L2; that is less than two kernels and a scan would cost.
 static __global__ void route_lists_kernel(Routing r, int pairs) {
     __shared__ int own[WARP], smaller[WARP];
-    int e = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, before = 0, at = 0;
+    int e = blockIdx.x, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, before = 0, count = 0;
+    int stretch = (pairs + blockDim.x - 1) / blockDim.x * WARP;
+    int first = warp * stretch, last = min(first + stretch, pairs);
     launch_dependents();
     grid_wait();
-#pragma unroll 4
-    for (int p = threadIdx.x; p < pairs; p += blockDim.x) before += r.expert[p] < e;
-    before = __reduce_add_sync(~0u, before);
-    if (lane == 0) smaller[warp] = before;
+#pragma unroll 8
+    for (int p = first + lane; p < last; p += WARP) {
+        int chosen = r.expert[p];
+        before += chosen < e, count += chosen == e;
+    }
+    before = __reduce_add_sync(~0u, before), count = __reduce_add_sync(~0u, count);
+    if (lane == 0) smaller[warp] = before, own[warp] = count;
     __syncthreads();
-    for (int w = 0; w < (int)blockDim.x / WARP; w++) at += smaller[w];
-    if (threadIdx.x == 0) r.start[e] = at;
+    bool there = lane < (int)blockDim.x / WARP;
+    int start = __reduce_add_sync(~0u, there ? smaller[lane] : 0);
+    int to = start + __reduce_add_sync(~0u, lane < warp ? own[lane] : 0);
+    if (threadIdx.x == 0) r.start[e] = start;
     if (threadIdx.x == 0 && e == (int)gridDim.x - 1) r.start[e + 1] = pairs;
-    for (int first = 0; first < pairs; first += blockDim.x) {
-        int p = first + threadIdx.x;
-        bool take = p < pairs && r.expert[p] == e;
+#pragma unroll 8
+    for (int p = first + lane; p - lane < last; p += WARP) {
+        bool take = p < last && r.expert[p] == e;
         uint32_t lanes = __ballot_sync(~0u, take);
-        if (lane == 0) own[warp] = __popc(lanes);
-        __syncthreads();
-        int to = at + __popc(lanes & ((1u << lane) - 1));
-        for (int w = 0; w < (int)blockDim.x / WARP; w++) {
-            if (w < warp) to += own[w];
-            at += own[w];
-        }
-        if (take) r.pair[to] = p;
-        __syncthreads();
+        if (take) r.pair[to + __popc(lanes & ((1u << lane) - 1))] = p;
+        to += __popc(lanes);
     }
 }
 
@@ -3274,7 +3321,7 @@ static void route(Routing *r, const Vector *bias, const Config *c, int n, int pa
 // rows leave some idle.
 static int router_parts(const Config *c, int n) {
     int most = max_int(c->hidden_size, c->n_routed_experts) / c->n_routed_experts;
-    int tiles = units(n, WIDE_SLOTS) * units(c->n_routed_experts, WIDE_SLOTS);
+    int tiles = units(n, WIDE_SLOTS) * units(c->n_routed_experts, WIDE_STRIPS * STRIP);
     most = min_int(most, max_int(n_sms / tiles, 1));
     return min_int(min_int(n > SKINNY_ROWS ? 14 : 8, most), c->hidden_size / (BLOCK / 2));
 }
@@ -3365,7 +3412,7 @@ void logits(float *out, const Act *a, const Linear *lm_head, const int *rows, in
 static size_t products_room(int rows, const Config *c) {  // floats
     size_t few = min_int(rows, EXPERT_ROWS), slots = c->num_experts_per_tok + 1;
     size_t up = 2 * c->moe_intermediate_size, down = c->hidden_size / 2, pairs = rows * slots;
-    size_t sizes[] = {(size_t)n_sms * WIDE_SLOTS * WIDE_SLOTS,
+    size_t sizes[] = {(size_t)n_sms * WIDE_SLOTS * WIDE_STRIPS * STRIP,
                       2 * (size_t)rows * c->intermediate_size,
                       pairs + 64 + FEW_PARTS * few * slots * up,
                       pairs + 64 + pairs * (up > down ? up : down)}, most = 0;

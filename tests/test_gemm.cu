@@ -403,7 +403,7 @@ static void bench(void) {
     pool_scales = (uint8_t *)filled(device_alloc(4 << 20), 4 << 20);
     scratch = (float *)device_alloc(products_room(4096, &c) * sizeof *scratch);
     printf("note: reading alone: %.0f GB/s\n", 1e-3 * (1900 << 20) / read_us(pool, 1900 << 20, 1));
-    for (int n : {1, 8, 32, 64, 256, 4096}) {
+    for (int n : {1, 8, 32, 64, 128, 256, 512, 1024, 4096}) {
         bench_linear("qkv_a", 2112, HIDDEN, DTYPE_F8_E4M3, n, 1);
         bench_linear("q_b", 3072, 1536, DTYPE_F8_E4M3, n, 1);
         bench_linear("o", HIDDEN, 2048, DTYPE_F8_E4M3, n, 1);
@@ -411,7 +411,7 @@ static void bench(void) {
         bench_linear("router", EXPERTS, HIDDEN, DTYPE_BF16, n, router_parts(&c, n));
         if (n <= 256) bench_linear("lm_head", 16160, HIDDEN, DTYPE_BF16, n, 1);
     }
-    for (int n : {1, 2, 8, 32, 64, 256, 1024, 4096}) bench_experts(n);
+    for (int n : {1, 2, 8, 32, 64, 256, 512, 1024, 4096}) bench_experts(n);
     device_free(pool), device_free(pool_scales), device_free(scratch);
 }
 
