@@ -1194,51 +1194,86 @@ typedef struct {
     uint16_t *row_of;
     Entry *table;
     int entries, half;              // with item `half`, the next kernel may begin
-    int warp;
+    int n_stages, item_stages, warp;
 } Ring;
 
-// One warp brings a whole stage, and four warps take turns: a copy's way is long, but they overlap.
+// Where a producer is: at stage i of an item, the block's n-th stage, which goes to `slot`. A lane
+// finds its part of the weights and a scale of them from w and scale on, for expert 0 and block 0.
+typedef struct {
+    Item item;
+    int i, n, slot, parity, group;
+    const uint8_t *w;
+    const float *scale;
+} Spot;
+
+// No more producers than stages take turns (stages are even, so these are 2 or 4): one that was two
+// rounds of the ring ahead of the consumers would take the parity of an old phase for its own.
+static __device__ int producers(const Ring &r) { return min((int)PRODUCERS, r.n_stages); }
+
 // Unit u of a stage is block u >> SHIFT of strip u % (1 << SHIFT): only with SHIFT 0 do a strip's
-// blocks stay one piece.
+// blocks stay one piece. A unit's copy is a lane's, its two scales are two lanes'.
+template <bool DOWN, int SHIFT>
+static __device__ void move(const Product &p, const Ring &r, Spot *at, int n) {
+    at->i += n, at->n += n, at->slot += n;
+    if (at->slot >= r.n_stages) at->slot -= r.n_stages, at->parity ^= 1;
+    for (; at->i >= r.item_stages; at->i -= r.item_stages) next_item<DOWN>(p, &at->item, r.entries);
+    if (at->group == at->item.group) return;
+    int lane = threadIdx.x % WARP, unit = lane / 2, strip = (at->group = at->item.group) << SHIFT;
+    at->w = SHIFT ? strip_at(p.w, 0, strip + lane % (1 << SHIFT)) + (lane >> SHIFT) * UNIT
+                  : strip_at(p.w, 0, strip);
+    at->scale = scales_at(p.w, lane % 2, 0, strip + unit % (1 << SHIFT)) + (unit >> SHIFT);
+}
+
+// A producer's first stage, if there are so many.
+template <bool DOWN, int SHIFT>
+static __device__ Spot first_spot(const Product &p, const Ring &r) {
+    Spot at = {first_item<DOWN>(p), 0, 0, 0, 1, -1};
+    move<DOWN, SHIFT>(p, r, &at, r.warp % PRODUCERS);
+    return at;
+}
+
+// One warp brings a whole stage, and four warps take turns: a copy's way is long, but they overlap.
 template <bool FP8, int SHIFT>
-static __device__ void load_weights(const Product &p, const Item &item, int block, int expert,
-                                    uint8_t *stage, float *scales, uint64_t *bar) {
-    int lane = threadIdx.x % 32, first = item.group << SHIFT;
-    int strips = min(1 << SHIFT, p.w.strips - first);
-    int blocks = max(0, min(UNITS >> SHIFT, item.end - block));
-    if (lane == 0) bar_expect(bar, strips * blocks * UNIT);
+static __device__ void load_weights(const Product &p, const Ring &r, const Spot &at, int expert) {
+    int lane = threadIdx.x % WARP, block = at.item.block + at.i * (UNITS >> SHIFT);
+    int strips = min(1 << SHIFT, p.w.strips - (at.group << SHIFT));
+    int blocks = max(0, min(UNITS >> SHIFT, at.item.end - block));
+    uint8_t *stage = r.stages + at.slot * STAGE_BYTES;
+    const uint8_t *from = at.w + expert * p.w.expert_bytes + block * UNIT;
+    if (lane == 0) bar_expect(&r.full[at.slot], strips * blocks * UNIT);
     __syncwarp();
-    int unit = SHIFT == 0 ? lane / 2 : lane, k = unit >> SHIFT, strip = unit & (1 << SHIFT) - 1;
-    const uint8_t *from = strip_at(p.w, expert, first + strip) + (size_t)(block + k) * UNIT;
-    if (SHIFT == 0 && lane == 0 && blocks) bulk_load(stage, from, blocks * UNIT, bar);
-    if (SHIFT > 0 && k < blocks && strip < strips)
-        bulk_load(stage + unit * UNIT, from, UNIT, bar);
-    unit = lane / 2, k = unit >> SHIFT, strip = unit & (1 << SHIFT) - 1;
-    if (FP8 && k < blocks && strip < strips)
-        copy_4(scales + lane, scales_at(p.w, lane % 2, expert, first + strip) + block + k);
+    if (SHIFT == 0 && lane == 0 && blocks) bulk_load(stage, from, blocks * UNIT, &r.full[at.slot]);
+    if (SHIFT > 0 && lane >> SHIFT < blocks && lane % (1 << SHIFT) < strips)
+        bulk_load(stage + lane * UNIT, from, UNIT, &r.full[at.slot]);
+    int unit = lane / 2;
+    if (FP8 && unit >> SHIFT < blocks && unit % (1 << SHIFT) < strips)
+        copy_4(&r.scales[at.slot][lane], at.scale + expert * p.w.expert_scales + block);
 }
 
 // Eight lanes bring 128 bytes of a row and swizzle them by its place in the stage.
 template <bool FP8, int SHIFT>
-static __device__ void load_rows(const Product &p, const Item &item, int block, const Entry &entry,
-                                 const uint16_t *row_of, uint8_t *stage, float *scales) {
+static __device__ void load_rows(const Product &p, const Ring &r, const Spot &at,
+                                 const Entry &entry) {
     enum { ROWS = 8 << SHIFT, BLOCKS = UNITS >> SHIFT };
-    int lane = threadIdx.x % 32, chunk = lane % 8, blocks = min((int)BLOCKS, item.end - block);
+    int lane = threadIdx.x % WARP, chunk = lane % 8, block = at.item.block + at.i * BLOCKS;
+    int blocks = min((int)BLOCKS, at.item.end - block);
     const uint8_t *x = p.x + block * p.x_block;
+    uint8_t *to = r.stages + at.slot * STAGE_BYTES + STAGE_WEIGHTS;
     for (int i = lane / 8; i < entry.rows; i += 4) {
-        int slot = entry.slot + i, row = p.s.gather ? row_of[slot] : slot;
-        const uint8_t *from = x + row * p.x_row + (FP8 ? chunk ^ row & 7 : chunk) * 16;
-        uint8_t *to = stage + STAGE_WEIGHTS + i * ROW_BYTES + ((chunk ^ i & 7) << 4);
+        int slot = entry.slot + i, row = p.s.gather ? r.row_of[slot] : slot;
+        uint32_t from = row * (uint32_t)p.x_row + (FP8 ? chunk ^ row & 7 : chunk) * 16;
 #pragma unroll
-        for (int k = 0; k < BLOCKS; k++, from += p.x_block)
-            if (k < blocks) copy_16(to + k * ROWS * ROW_BYTES, from);
+        for (int k = 0; k < BLOCKS; k++, from += (uint32_t)p.x_block)
+            if (k < blocks)
+                copy_16(to + (k * ROWS + i) * ROW_BYTES + ((chunk ^ i & 7) << 4), x + from);
     }
+    float *scales = r.scales[at.slot] + 2 * UNITS;
+    const float *x_scale = p.x_scale + block * (size_t)p.x_stride;
 #pragma unroll
-    for (int c = lane; FP8 && c < 2 * COLUMNS; c += 32) {
+    for (int c = lane; FP8 && c < 2 * COLUMNS; c += WARP) {
         int k = c / ROWS, i = c % ROWS, slot = entry.slot + i;
         if (k >= blocks || i >= entry.rows) continue;
-        copy_4(scales + 2 * UNITS + c, p.x_scale + (size_t)(block + k) * p.x_stride +
-                                           (p.s.gather ? row_of[slot] : slot));
+        copy_4(scales + c, x_scale + k * p.x_stride + (p.s.gather ? r.row_of[slot] : slot));
     }
 }
 
@@ -1246,23 +1281,29 @@ static __device__ void load_rows(const Product &p, const Item &item, int block, 
 template <bool FP8, int SHIFT>
 static __device__ void multiply(float sum[1 << SHIFT][4], const uint8_t *stage, const float *scales,
                                 int blocks, int rows) {
-    enum { HALVES = 2 };
+    enum { HALVES = 2, TILES = 1 << SHIFT, EARLY = TILES < 2 ? TILES : 2 };
     float c[HALVES][16];
-    int lane = threadIdx.x % 32;
+    float2 of_w[HALVES] = {}, of_x[HALVES][EARLY] = {};
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4;
+    const float2 *x_scale = (const float2 *)(scales + 2 * UNITS);
     uint64_t w = smem_desc(stage), x = smem_desc(stage + STAGE_WEIGHTS);
     wgmma_fence();
     for (int h = 0; h < HALVES; h++, w += 4 * UNIT >> 4, x += COLUMNS * ROW_BYTES >> 4)
         for (int k = 0; k < 4; k++) wgmma_32<FP8>(c[h], w + 2 * k, x + 2 * k, k > 0);
     wgmma_commit();
+#pragma unroll
+    for (int h = 0; FP8 && h < HALVES; h++) {  // meanwhile, what is nearly always needed
+        int unit = h * 4 + warp, x = unit >> SHIFT << SHIFT + 2;
+        of_w[h] = ((const float2 *)scales)[unit];
+        for (int tile = 0; tile < EARLY; tile++) of_x[h][tile] = x_scale[x + tile * 4 + lane % 4];
+    }
     wgmma_wait<0>();
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
-        int unit = h * 4 + threadIdx.x / 32 % 4, block = unit >> SHIFT;
-        float low = scales[2 * unit], high = scales[2 * unit + 1];
-        const float2 *x_scale = (const float2 *)(scales + 2 * UNITS + (block << SHIFT + 3));
-        if (block >= blocks) return;
+        int unit = h * 4 + warp;
+        if (unit >> SHIFT >= blocks) return;
 #pragma unroll
-        for (int tile = 0; tile < 1 << SHIFT; tile++) {
+        for (int tile = 0; tile < TILES; tile++) {
             if (tile > 0 && tile * 8 >= rows) break;
             float v[4], by[4] = {1, 1, 1, 1};
             for (int i = 0; i < 4; i++) {
@@ -1271,33 +1312,26 @@ static __device__ void multiply(float sum[1 << SHIFT][4], const uint8_t *stage, 
                 v[i] = SHIFT ? c[h][4 * tile + i] : unit & 1 ? odd : even;
             }
             if (FP8) {
-                float2 s = x_scale[tile * 4 + lane % 4];
-                by[0] = s.x * low, by[1] = s.y * low, by[2] = s.x * high, by[3] = s.y * high;
+                float2 w = of_w[h], x = tile < EARLY ? of_x[h][tile % EARLY]
+                                      : x_scale[(unit >> SHIFT << SHIFT + 2) + tile * 4 + lane % 4];
+                by[0] = x.x * w.x, by[1] = x.y * w.x, by[2] = x.x * w.y, by[3] = x.y * w.y;
             }
             for (int i = 0; i < 4; i++) sum[tile][i] += v[i] * by[i];
         }
     }
 }
 
-// An item's product goes to its warp's sums [rows][16]; for DOWN weighted, and to the slots' rows.
-template <bool DOWN, int SHIFT>
-static __device__ void keep_item(const Entry &entry, float *sums, const uint16_t *row_of,
-                                 const float *weight_of, const float sum[1 << SHIFT][4]) {
-    int lane = threadIdx.x % 32;
+// An item's product goes to its warp's sums [rows][16].
+template <int SHIFT>
+static __device__ void keep_sums(const Entry &entry, float *sums, const float sum[1 << SHIFT][4]) {
+    int lane = threadIdx.x % WARP;
 #pragma unroll
     for (int tile = 0; tile < 1 << SHIFT; tile++) {
-        float *to[2], old[2][2] = {}, by[2] = {1, 1};
-        if (tile * 8 >= entry.rows) break;
-        for (int i = 0; i < 2; i++) {  // all loads before the stores, which they would wait for
-            int row = tile * 8 + lane % 4 * 2 + i, slot = entry.slot + row;
-            if (row >= entry.rows) continue;
-            to[i] = sums + (DOWN ? row_of[slot] : row) * STRIP + lane / 4;
-            if (DOWN) old[i][0] = to[i][0], old[i][1] = to[i][8], by[i] = weight_of[slot];
-        }
         for (int i = 0; i < 2; i++) {
-            if (tile * 8 + lane % 4 * 2 + i >= entry.rows) continue;
-            to[i][0] = old[i][0] + by[i] * sum[tile][i];
-            to[i][8] = old[i][1] + by[i] * sum[tile][2 + i];
+            int row = tile * 8 + lane % 4 * 2 + i;
+            if (row >= entry.rows) return;
+            float *to = sums + row * STRIP + lane / 4;
+            to[0] = sum[tile][i], to[8] = sum[tile][2 + i];
         }
     }
 }
@@ -1321,50 +1355,34 @@ static __device__ void store_sums(const Product &p, size_t y_row, int rows, int 
     }
 }
 
-// Is the n-th stage this producer's? No more producers than stages take turns (stages are even, so
-// these are 2 or 4): one that was two rounds of the ring ahead of the consumers would take the
-// parity of an old phase for its own.
-static __device__ bool brings(const Product &p, const Ring &r, int n) {
-    return (n & min((int)PRODUCERS, p.stages) - 1) == r.warp % PRODUCERS;
-}
-
 // Asks for the weights of the first round of the ring, as far as the entries are known. Returns how
-// many stages these are.
+// many of these stages are this warp's.
 template <bool FP8, bool DOWN, int SHIFT>
 static __device__ int fill_ring(const Product &p, const Ring &r) {
-    int n = 0;
-    for (Item item = first_item<DOWN>(p); n < p.stages && has_item<DOWN>(p, item, r.entries);
-         next_item<DOWN>(p, &item, r.entries)) {
-        int expert = r.table[item.entry].expert, block = item.block;
-        for (int i = 0; i < p.item_stages && n < p.stages; i++, n++, block += UNITS >> SHIFT)
-            if (brings(p, r, n))
-                load_weights<FP8, SHIFT>(p, item, block, expert, r.stages + n * STAGE_BYTES,
-                                         r.scales[n], &r.full[n]);
-    }
-    return n;
+    int issued = 0, step = producers(r);
+    if (r.warp % PRODUCERS >= step) return 0;
+    for (Spot at = first_spot<DOWN, SHIFT>(p, r);
+         at.n < r.n_stages && has_item<DOWN>(p, at.item, r.entries);
+         move<DOWN, SHIFT>(p, r, &at, step), issued++)
+        load_weights<FP8, SHIFT>(p, r, at, r.table[at.item.entry].expert);
+    return issued;
 }
 
-// A producer's walk over all items; the first `issued` stages' weights are on their way already.
+// A producer's walk over its stages; the first `issued` ones' weights are on their way already.
 template <bool FP8, bool DOWN, int SHIFT>
 static __device__ void produce(const Product &p, const Ring &r, int issued) {
-    int slot = 0, parity = 1, n = 0;
-    for (Item item = first_item<DOWN>(p); has_item<DOWN>(p, item, r.entries);
-         next_item<DOWN>(p, &item, r.entries)) {
-        Entry entry = r.table[item.entry];
-        if (item.i >= r.half) launch_dependents();
-        for (int i = 0, block = item.block; i < p.item_stages; i++, n++, block += UNITS >> SHIFT) {
-            uint8_t *stage = r.stages + slot * STAGE_BYTES;
-            if (brings(p, r, n)) {
-                if (n >= issued) {
-                    bar_wait(&r.empty[slot], parity);
-                    load_weights<FP8, SHIFT>(p, item, block, entry.expert, stage, r.scales[slot],
-                                             &r.full[slot]);
-                }
-                load_rows<FP8, SHIFT>(p, item, block, entry, r.row_of, stage, r.scales[slot]);
-                copies_arrive(&r.full[slot]);
-            }
-            if (++slot == p.stages) slot = 0, parity ^= 1;
+    int step = producers(r);
+    if (r.warp % PRODUCERS >= step) return;
+    for (Spot at = first_spot<DOWN, SHIFT>(p, r); has_item<DOWN>(p, at.item, r.entries);
+         move<DOWN, SHIFT>(p, r, &at, step)) {
+        Entry entry = r.table[at.item.entry];
+        if (at.item.i >= r.half) launch_dependents();
+        if (--issued < 0) {
+            bar_wait(&r.empty[at.slot], at.parity);
+            load_weights<FP8, SHIFT>(p, r, at, entry.expert);
         }
+        load_rows<FP8, SHIFT>(p, r, at, entry);
+        copies_arrive(&r.full[at.slot]);
     }
 }
 
@@ -1375,19 +1393,49 @@ static __device__ void finish_item(const Product &p, const Ring &r, const Item &
                                    const Entry &entry, int turn, const float sum[1 << SHIFT][4]) {
     bool alone = p.item_stages == 1;  // the warpgroup had the whole product
     float *sums = r.sums + turn % 2 * (p.n_sums / 2);
-    keep_item<false, SHIFT>(entry, sums + r.warp * p.x_rows * STRIP, r.row_of, NULL, sum);
+    keep_sums<SHIFT>(entry, sums + r.warp * p.x_rows * STRIP, sum);
     store_sums<SHIFT>(p, (size_t)item.part * p.slots + entry.slot, entry.rows, item.group,
                       alone ? 4 : CONSUMERS, sums + (alone ? r.warp / 4 * 4 * p.x_rows * STRIP : 0),
                       p.x_rows, alone);
 }
 
-// DOWN's: each warp shares its strip's sums with one of the other warpgroup, and they add in turns,
-// the first group's warp first.
+// Where DOWN's sums of a lane's slots lie, if it has so many, and by what they are weighted. Looked
+// up while a stage is on its way.
+template <int SHIFT> struct Targets { int at[1 << SHIFT][2]; float by[1 << SHIFT][2]; };
+
 template <int SHIFT>
-static __device__ void add_item(const Product &p, const Ring &r, const Entry &entry, int turn,
-                                const float sum[1 << SHIFT][4]) {
+static __device__ void find_targets(Targets<SHIFT> *to, const Ring &r, const Entry &entry) {
+    int lane = threadIdx.x % WARP;
+#pragma unroll
+    for (int tile = 0; tile < 1 << SHIFT && tile * 8 < entry.rows; tile++) {
+        for (int i = 0; i < 2; i++) {
+            int row = tile * 8 + lane % 4 * 2 + i, slot = entry.slot + min(row, entry.rows - 1);
+            int of = r.row_of[slot] * STRIP + lane / 4;
+            to->at[tile][i] = row < entry.rows ? of : -1, to->by[tile][i] = r.weight_of[slot];
+        }
+    }
+}
+
+// DOWN's: each warp shares its strip's sums with one of the other warpgroup, and they add in turns,
+// the first group's warp first. All loads stand before the stores, which they would wait for.
+template <int SHIFT>
+static __device__ void add_item(const Product &p, const Ring &r, const Targets<SHIFT> &to, int rows,
+                                int turn, const float sum[1 << SHIFT][4]) {
+    float *sums = r.sums + r.warp % 4 * p.s.n * STRIP, old[1 << SHIFT][2][2];
     bar_wait(&r.handed[r.warp], (turn + r.warp / 4 + 1) % 2);
-    keep_item<true, SHIFT>(entry, r.sums + r.warp % 4 * p.s.n * STRIP, r.row_of, r.weight_of, sum);
+#pragma unroll
+    for (int tile = 0; tile < 1 << SHIFT && tile * 8 < rows; tile++)
+        for (int i = 0; i < 2; i++) {
+            const float *from = sums + max(to.at[tile][i], 0);
+            old[tile][i][0] = from[0], old[tile][i][1] = from[8];
+        }
+#pragma unroll
+    for (int tile = 0; tile < 1 << SHIFT && tile * 8 < rows; tile++)
+        for (int i = 0; i < 2; i++) {
+            if (to.at[tile][i] < 0) continue;
+            sums[to.at[tile][i]] = old[tile][i][0] + to.by[tile][i] * sum[tile][i];
+            sums[to.at[tile][i] + 8] = old[tile][i][1] + to.by[tile][i] * sum[tile][2 + i];
+        }
     warp_arrive(&r.handed[r.warp ^ 4]);
 }
 
@@ -1397,33 +1445,33 @@ static __device__ void clear_sums(const Product &p, const Ring &r) {
     sync_threads(1, CONSUMERS * 32);
 }
 
-// A consumer's walk over the same items. `turns`: those that its warpgroup had a part in.
+// A consumer's walk over the same items, of whose stages its warpgroup has every second: next the
+// i-th from the item's first on. `turns`: items that it had a part in.
 template <bool FP8, bool DOWN, int SHIFT>
 static __device__ void consume(const Product &p, const Ring &r) {
-    int slot = 0, parity = 0, turns = 0;
+    int i = r.warp / 4, slot = i, parity = 0, turns = 0;
     float sum[1 << SHIFT][4] = {};
     if (DOWN) clear_sums(p, r);
     for (Item item = first_item<DOWN>(p); has_item<DOWN>(p, item, r.entries);
          next_item<DOWN>(p, &item, r.entries)) {
-        Entry entry = r.table[item.entry];
-        bool mine = false;
         if (item.i >= r.half) launch_dependents();
-        for (int i = 0, block = item.block; i < p.item_stages; i++, block += UNITS >> SHIFT) {
-            if ((slot & 1) == r.warp / 4) {
+        if (i < r.item_stages) {
+            Entry entry = r.table[item.entry];
+            Targets<SHIFT> targets;
+            if (DOWN) find_targets<SHIFT>(&targets, r, entry);
+            for (; i < r.item_stages; i += 2) {
                 bar_wait(&r.full[slot], parity);
                 fence_async();
                 multiply<FP8, SHIFT>(sum, r.stages + slot * STAGE_BYTES, r.scales[slot],
-                                     item.end - block, entry.rows);
-                mine = true;
+                                     item.end - item.block - i * (UNITS >> SHIFT), entry.rows);
                 warp_arrive(&r.empty[slot]);
+                if ((slot += 2) >= r.n_stages) slot -= r.n_stages, parity ^= 1;
             }
-            if (++slot == p.stages) slot = 0, parity ^= 1;
-        }
-        if (mine) {
-            if (DOWN) add_item<SHIFT>(p, r, entry, turns++, sum);
+            if (DOWN) add_item<SHIFT>(p, r, targets, entry.rows, turns++, sum);
             else finish_item<SHIFT>(p, r, item, entry, turns++, sum);
             memset(sum, 0, sizeof sum);
         }
+        i -= r.item_stages;
         if (!DOWN || item.entry < r.entries - 1) continue;
         store_sums<SHIFT>(p, 0, p.s.n, item.group, 1 << SHIFT, r.sums, p.s.n, false);
         clear_sums(p, r);
@@ -1439,12 +1487,16 @@ skinny(const __grid_constant__ Product p) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ uint64_t full[MAX_STAGES], empty[MAX_STAGES], handed[CONSUMERS];
     __shared__ __align__(16) float scales[MAX_STAGES][STAGE_SCALES];
-    float *sums = (float *)(smem + p.stages * STAGE_BYTES);
-    Entry *table = (Entry *)(sums + p.n_sums);
-    float *weight_of = (float *)(table + p.table);
-    uint16_t *row_of = (uint16_t *)(weight_of + (DOWN ? p.slots : 0));
-    int tile = 8 << SHIFT, entries = list_known(p.s, table, tile);
-    int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // which the compiler knows to be one for all
+    // The whole block's numbers: even, or the compiler would fetch them again at every use.
+    int n_stages = even(p.stages), item_stages = even(p.item_stages);
+    int to_table = even(n_stages * STAGE_BYTES + p.n_sums * sizeof(float));
+    int to_weights = even(to_table + p.table * sizeof(Entry));
+    int to_rows = even(to_weights + (DOWN ? p.slots : 0) * sizeof(float));
+    float *sums = (float *)(smem + n_stages * STAGE_BYTES);
+    float *weight_of = (float *)(smem + to_weights);
+    Entry *table = (Entry *)(smem + to_table);
+    uint16_t *row_of = (uint16_t *)(smem + to_rows);
+    int tile = 8 << SHIFT, entries = list_known(p.s, table, tile), warp = even(threadIdx.x / WARP);
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.stages; i++)
             bar_init(&full[i], 1 + WARP), bar_init(&empty[i], ARRIVING * CONSUMERS / 2);
@@ -1458,15 +1510,16 @@ skinny(const __grid_constant__ Product p) {
     bool first_of_two = !DOWN && p.s.list, producer = warp >= CONSUMERS;
     if (!first_of_two) launch_dependents();
     if (DOWN) entries += list_entries(p.s, table + entries, tile, 1, row_of, p.slots);
+    entries = even(entries);
     Ring r = {smem, scales, full, empty, handed, sums, weight_of, row_of, table, entries, INT_MAX,
-              warp};
+              n_stages, item_stages, warp};
     int issued = producer ? fill_ring<FP8, DOWN, SHIFT>(p, r) : 0;
 #pragma unroll 4
     for (int i = threadIdx.x; DOWN && i < p.slots; i += blockDim.x)
         weight_of[i] = i < p.s.n ? 1 : __ldcg(p.weight + __ldcg(p.s.list + i - p.s.n));
     grid_wait();
     if (first_of_two) {
-        r.entries += list_entries(p.s, table + entries, tile, 1, row_of, p.slots);
+        r.entries = even(entries + list_entries(p.s, table + entries, tile, 1, row_of, p.slots));
         r.half = p.groups * p.parts * r.entries / 2;
     }
     __syncthreads();
