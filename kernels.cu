@@ -1426,7 +1426,8 @@ static __device__ void add_item(const Product &p, const Ring &r, const Targets<S
 #pragma unroll
     for (int tile = 0; tile < 1 << SHIFT && tile * 8 < rows; tile++)
         for (int i = 0; i < 2; i++) {
-            const float *from = sums + max(to.at[tile][i], 0);
+            if (to.at[tile][i] < 0) continue;
+            const float *from = sums + to.at[tile][i];
             old[tile][i][0] = from[0], old[tile][i][1] = from[8];
         }
 #pragma unroll
@@ -1487,7 +1488,7 @@ skinny(const __grid_constant__ Product p) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ uint64_t full[MAX_STAGES], empty[MAX_STAGES], handed[CONSUMERS];
     __shared__ __align__(16) float scales[MAX_STAGES][STAGE_SCALES];
-    // The whole block's numbers: even, or the compiler would fetch them again at every use.
+    // The whole block's numbers: even, or the compiler would fetch them anew at every use.
     int n_stages = even(p.stages), item_stages = even(p.item_stages);
     int to_table = even(n_stages * STAGE_BYTES + p.n_sums * sizeof(float));
     int to_weights = even(to_table + p.table * sizeof(Entry));
@@ -3500,7 +3501,7 @@ void step_reserve(int rows, const Config *c) {
 // or two microseconds. Nothing is sorted, and where top_k, top_p and min_p cut is never found out:
 // an id is drawn from all, and only for this one it is asked whether they would have left it.
 
-enum { TEAM = 8, TEAM_THREADS = 1024, QUAD = 4, MOST_IDS = 50000 };  // of a block
+enum { TEAM = 8, TEAM_THREADS = 512, QUAD = 4, MOST_IDS = 50000 };  // of a block
 
 static __host__ __device__ void philox_rounds(uint32_t out[4], uint64_t key, uint32_t c0,
                                               uint32_t c1, uint32_t c2, uint32_t c3) {
@@ -3547,7 +3548,7 @@ template <typename T, T (*combine)(T, T)> static __device__ T team_all(Team *t, 
     if (threadIdx.x % WARP == 0) warp[threadIdx.x / WARP] = v;
     __syncthreads();
     if (threadIdx.x < WARP) {
-        v = warp[threadIdx.x];
+        v = threadIdx.x < TEAM_THREADS / WARP ? warp[threadIdx.x] : T(0);
         for (int d = WARP / 2; d; d /= 2) v = combine(v, __shfl_xor_sync(~0u, v, d));
         if (threadIdx.x == 0) *slot = v;
     }
