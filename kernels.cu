@@ -224,6 +224,10 @@ static __device__ void launch_dependents() {
 
 static __device__ uint32_t smem_address(const void *p) { return __cvta_generic_to_shared(p); }
 
+// A number that is the same in the whole warp, so that the compiler knows it, too: it then keeps
+// it, and what is made of it, in registers of the warp, where wgmma and barriers want them.
+static __device__ int even(int i) { return __shfl_sync(~0u, i, 0); }
+
 static __device__ void bar_init(uint64_t *bar, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(bar)), "r"(count));
 }
@@ -312,13 +316,13 @@ static __device__ uint64_t smem_desc(const void *p) {
     return (uint64_t)((smem_address(p) & 0x3ffff) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
 }
 
-static __device__ uint64_t desc_at(uint64_t desc, int bytes) {  // no carry: half the instructions
-    return desc & ~0xffffffffull | (uint32_t)desc + (bytes >> 4);
-}
-
 // The same, where the compiler would not know that it is one for the whole warp.
 static __device__ uint64_t warp_desc(const void *p) {
-    return __shfl_sync(~0u, smem_address(p) >> 4, 0) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+    return (uint32_t)even(smem_address(p) >> 4) | 1ull << 16 | 64ull << 32 | 1ull << 62;
+}
+
+static __device__ uint64_t desc_at(uint64_t desc, int bytes) {  // no carry: half the instructions
+    return desc & ~0xffffffffull | (uint32_t)desc + (bytes >> 4);
 }
 
 // c [64][128] (+)= a [64][32] b [128][32]^T in e4m3, or of 16 columns in bf16: 32 bytes of each
@@ -436,9 +440,6 @@ static __device__ float exp2_fast(float x) {  // 2 ulp; -infinity gives 0
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
-
-// A number that is the same in the whole warp, so that the compiler knows it, too.
-static __device__ int even(int i) { return __shfl_sync(~0u, i, 0); }
 
 static __device__ float warp_max(float v) {
     for (int i = 16; i > 0; i /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, i));
@@ -1210,8 +1211,8 @@ typedef struct {
 // rounds of the ring ahead of the consumers would take the parity of an old phase for its own.
 static __device__ int producers(const Ring &r) { return min((int)PRODUCERS, r.n_stages); }
 
-// Unit u of a stage is block u >> SHIFT of strip u % (1 << SHIFT): only with SHIFT 0 do a strip's
-// blocks stay one piece. A unit's copy is a lane's, its two scales are two lanes'.
+// Goes n stages on. Unit u of a stage is block u >> SHIFT of strip u % (1 << SHIFT): only with
+// SHIFT 0 do a strip's blocks stay one piece. A unit's copy is a lane's, its two scales two lanes'.
 template <bool DOWN, int SHIFT>
 static __device__ void move(const Product &p, const Ring &r, Spot *at, int n) {
     at->i += n, at->n += n, at->slot += n;
@@ -1566,6 +1567,7 @@ template <bool FP8, bool DOWN, int SHIFT> static void launch_skinny(Product *p) 
 enum {
     WIDE_STRIPS = 8, WIDE_GROUPS = 3, WIDE_SLOTS = WIDE_GROUPS * 64, WIDE_STAGES = 4,
     STAGING = 16 * 128,  // bytes: a warp's 16 slots, 64 bf16 of each
+    GATHERED = WIDE_SLOTS / 16,  // rows that a thread brings a chunk of
 };
 
 typedef struct __align__(1024) {  // as the swizzle wants it
@@ -1588,19 +1590,19 @@ static __device__ WideTile wide_tile(const Product &p, const Entry *table, int i
 typedef struct {
     const uint8_t *w, *x;          // w: of a strip, if it has one
     const float *w_scale, *x_scale;
-    uint32_t row[WIDE_SLOTS / 16]; // where gathered rows lie, of slots thread / 8, that + 16, ..
+    uint32_t row[GATHERED];        // where gathered rows lie, of slots thread / 8, that + 16, ..
     uint32_t scale[2];             // their scales, of slots thread and thread + 128
 } WideFrom;
 
 // Gathered rows in e4m3 are swizzled by their own number and wanted by their place, those in bf16
 // lie plain: 8 threads bring a row's chunks, each from where the one lies that it needs.
 template <bool FP8>
-static __device__ void wide_rows(WideFrom *f, const Product &p, const WideTile &t, bool gather) {
+static __device__ void find_rows(WideFrom *f, const Product &p, const WideTile &t, bool gather) {
     int thread = threadIdx.x, first = thread / 8, last = t.entry.rows - 1;
     f->x = p.x + t.block * p.x_block, f->x_scale = p.x_scale + (size_t)t.block * p.x_stride;
     if (!gather) f->x += (size_t)t.entry.slot * ROW_BYTES, f->x_scale += t.entry.slot;
 #pragma unroll
-    for (int k = 0; gather && k < WIDE_SLOTS / 16; k++) {
+    for (int k = 0; gather && k < GATHERED; k++) {
         int row = slot_row(p.s, t.entry.slot + min(first + k * 16, last));
         int chunk = (thread ^ first ^ (FP8 ? row : 0)) & 7;
         f->row[k] = row * p.x_row + chunk * 16;
@@ -1613,7 +1615,7 @@ static __device__ int strip_of(int thread) {  // in a tile: each warp has two
     return thread % WARP < 2 ? thread % WARP * 4 + thread / WARP : INT_MAX;
 }
 
-static __device__ void wide_weights_from(WideFrom *f, const Product &p, const WideTile &t) {
+static __device__ void find_weights(WideFrom *f, const Product &p, const WideTile &t) {
     int strip = strip_of(threadIdx.x), expert = t.entry.expert;
     f->w = NULL, f->w_scale = scales_at(p.w, threadIdx.x & 1, expert, t.strip) + t.block;
     if (strip < min((int)WIDE_STRIPS, p.w.strips - t.strip))
@@ -1621,7 +1623,7 @@ static __device__ void wide_weights_from(WideFrom *f, const Product &p, const Wi
 }
 
 // A stage's weights, and word of all bulk copies that will come for it.
-static __device__ void wide_weights(const Product &p, WideFrom *f, int bytes, WideStage *stage) {
+static __device__ void bring_weights(const Product &p, WideFrom *f, int bytes, WideStage *stage) {
     int thread = threadIdx.x;
     if (thread == 0) bar_expect(&stage->full, bytes);
     if (f->w) bulk_load(stage->w + strip_of(thread) * UNIT, f->w, UNIT, &stage->full), f->w += UNIT;
@@ -1629,6 +1631,20 @@ static __device__ void wide_weights(const Product &p, WideFrom *f, int bytes, Wi
         if (p.fp8) copy_4(&stage->w_scale[thread], f->w_scale++);
         copies_arrive(&stage->full);
     }
+}
+
+// A stage's gathered rows and their scales.
+template <bool FP8>
+static __device__ void gather_rows(const WideFrom &f, int rows, WideStage *stage) {
+    int thread = threadIdx.x;
+    uint8_t *to = stage->x + thread * 16;
+#pragma unroll
+    for (int k = 0; k < GATHERED; k++)
+        if (thread / 8 + k * 16 < rows) copy_16(to + k * 16 * ROW_BYTES, f.x + f.row[k]);
+    for (int k = 0; FP8 && k < 2; k++)
+        if (thread + k * 128 < rows)
+            copy_4(&stage->x_scale[thread + k * 128], f.x_scale + f.scale[k]);
+    copies_arrive(&stage->full);
 }
 
 // The first weights don't wait for the kernel before, unless they need its lists. Rows that lie
@@ -1645,30 +1661,22 @@ static __device__ void wide_produce(const Product &p, const Entry *table, int ti
         int scales = (rows + 3) / 4 * 16;  // bytes, in whole chunks, as copies want them
         int bytes = min((int)WIDE_STRIPS, p.w.strips - t.strip) * UNIT;
         if (!gather) bytes += rows * ROW_BYTES + scales;
-        wide_weights_from(&f, p, t);
+        find_weights(&f, p, t);
         if (i == (int)blockIdx.x) {
             if (!p.s.n_experts)
 #pragma unroll 1
                 for (; issued < min((int)WIDE_STAGES, blocks); issued++)
-                    wide_weights(p, &f, bytes, &ring[issued]);
+                    bring_weights(p, &f, bytes, &ring[issued]);
             grid_wait();
         }
-        wide_rows<FP8>(&f, p, t, gather);
+        find_rows<FP8>(&f, p, t, gather);
         for (; blocks > 0; blocks--) {
             if (--issued < 0) {
                 bar_wait(&stage->empty, parity);
-                wide_weights(p, &f, bytes, stage);
+                bring_weights(p, &f, bytes, stage);
             }
             if (gather) {
-                uint8_t *to = stage->x + thread * 16;
-#pragma unroll
-                for (int k = 0; k < WIDE_SLOTS / 16; k++)
-                    if (thread / 8 + k * 16 < rows)
-                        copy_16(to + k * 16 * ROW_BYTES, f.x + f.row[k]);
-                for (int k = 0; FP8 && k < 2; k++)
-                    if (thread + k * 128 < rows)
-                        copy_4(&stage->x_scale[thread + k * 128], f.x_scale + f.scale[k]);
-                copies_arrive(&stage->full);
+                gather_rows<FP8>(f, rows, stage);
             } else if (thread == WARP) {
                 bulk_load(stage->x, f.x, rows * ROW_BYTES, &stage->full);
             } else if (thread == 2 * WARP) {
@@ -1809,6 +1817,7 @@ static int wide_slots(const Product *p) {
 }
 
 template <bool FP8> static void launch_wide(Product *p) {
+    assert(p->s.n * p->x_row <= UINT32_MAX);  // as WideFrom counts
     p->tile = wide_slots(p);
     size_t smem = WIDE_STAGES * sizeof(WideStage) + WIDE_GROUPS * 4 * STAGING +
                   max_entries(&p->s, p->tile) * sizeof(Entry);
@@ -3072,7 +3081,7 @@ static __device__ void prompt_store(const Prompts &p, const Task &task, int firs
 // A warpgroup's 64 rows of each task. While a tile's scores become weights, the last one's values
 // are being added; the other warpgroup fills what gaps there are.
 static __device__ void prompt_compute(PromptShared *s, const Prompts &p) {
-    int group = __shfl_sync(~0u, threadIdx.x / 128, 0), k = 0, n = 0;
+    int group = even(threadIdx.x / 128), k = 0, n = 0;
     int first = group * 64 + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4;  // row g
     uint64_t q = smem_desc(s->q) + group * 64 * ROW_BYTES / 16;
     for (Task task = {}; task_next(&task, p); n++) {
