@@ -128,6 +128,12 @@ out:
     return NULL;
 }
 
+// What a thread still holds when an answer has been read would be a leak to a child or at the end.
+static void connections_wait(void) {
+    for (int i = 0; connections && i < 1000; i++) usleep(10000);
+    CHECK(!connections, "%d connections have not ended", connections);
+}
+
 static void *server_loop(void *arg) {
     int listener = (int)(intptr_t)arg;
     pthread_attr_t small;
@@ -633,6 +639,7 @@ const char *parent_prefix;  // what a child still holds, though it makes its own
 
 static pid_t command_start(const char *name, char **argv) {
     fflush(stdout);
+    connections_wait();
     pid_t pid = fork();
     if (pid) return pid;
     char *file = format_string("build/test_bench.%s", name);
@@ -778,6 +785,6 @@ int main(void) {
     check_usage();
     tokenizer_free(tokenizer);
     free(ids.data);
-    for (int i = 0; connections && i < 1000; i++) usleep(10000);  // what they hold would be leaks
+    connections_wait();
     return test_end();
 }
