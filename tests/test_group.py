@@ -117,7 +117,7 @@ class Group:
 def check_drain(group, pool):
     """The worker first, the leader later; a chat; and SIGTERM to both in the middle of a stream."""
     group.start(1)
-    ok, seen = group.until(503, 1, 10)
+    ok, seen = group.until(503, 1, 30)
     check(ok and seen <= {0}, f"the worker's health before the leader is there: {seen}")
     time.sleep(5)
     check(group.nodes[1].poll() is None and group.health(1) == 503,
@@ -148,7 +148,7 @@ def check_drain(group, pool):
 def check_loss(group, lost, pool):
     """The leader first, so that its 503 lasts; then one is killed, and the other must end, too."""
     group.start(0)
-    ok, seen = group.until(503, 0, 10)
+    ok, seen = group.until(503, 0, 30)
     time.sleep(1)
     check(ok and seen <= {0} and group.health(0) == 503,
           f"the leader's health before the worker is there: {seen}")
@@ -161,7 +161,7 @@ def check_loss(group, lost, pool):
     time.sleep(0.3)
     check(not stream.done(), "the stream was over before the kill")
     group.nodes[lost].kill()
-    status = group.status(1 - lost, 15)
+    status = group.status(1 - lost, 30)
     check(status is not None and status > 0,
           f"rank {lost} was killed, the other ends with {status}: {group.log(1 - lost)}")
     group.end()
@@ -198,7 +198,7 @@ def main():
         finish()
     first = Group()
     first.start(0)
-    first.until(503, 0, 10)  # or it has ended before
+    first.until(503, 0, 30)  # or it has ended before
     status, log = first.nodes[0].poll(), first.log(0)
     first.end()
     if status == 2 and "--tp" in log:
