@@ -161,7 +161,7 @@ def check_loss(group, lost, pool):
     time.sleep(0.3)
     check(not stream.done(), "the stream was over before the kill")
     group.nodes[lost].kill()
-    status = group.status(1 - lost, 30)
+    status = group.status(1 - lost, 15)
     check(status is not None and status > 0,
           f"rank {lost} was killed, the other ends with {status}: {group.log(1 - lost)}")
     group.end()

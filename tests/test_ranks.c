@@ -39,7 +39,7 @@ static char *log_text(const Child *c) {
     return text ? text : format_string("no log");
 }
 
-enum { SOON = 30 };  // seconds within which things must happen, on a machine however busy
+enum { SOON = 15 };  // seconds within which what must happen does, also on a busy machine
 
 // True when the text is in the child's log before so many seconds have passed.
 static bool log_says(const Child *c, const char *text, double seconds) {
@@ -194,8 +194,8 @@ static void check_failure(Child *c, int stream, const char *reason, double begin
     double seconds = now_seconds() - begin;
     printf("note: %s is told after %.2f s\n", what, seconds);
     CHECK(strstr(seen.data, want), "got %s", seen.data);
-    CHECK(seconds < SOON, "%f", seconds);
-    CHECK(health_says(c, "{\"status\":\"failed\",\"ready\":false", SOON));
+    CHECK(seconds < 6, "%f", seconds);
+    CHECK(health_says(c, "{\"status\":\"failed\",\"ready\":false", 0.5));
     CHECK(exit_code(c, SOON) == 1);
     CHECK(log_says(c, reason, 0));
     buf_free(&seen), close(stream);
@@ -291,7 +291,7 @@ static void test_slow(void) {
     CHECK(log_says(&lonely, "Waiting for node 1 (rank 1): not connected, 5 s of 6 s", SOON));
     CHECK(log_says(&worker, "Waiting for node 0 (rank 0): Connection refused, 5 s of 3600 s",
                    SOON));
-    check_failure(&c[0], fd, "rank 1 (node 1) was lost: no heartbeat for ", begin,
+    check_failure(&c[0], fd, "rank 1 (node 1) was lost: no heartbeat for 5.", begin,
                   "a stopped worker");
     kill(c[1].pid, SIGCONT);
     CHECK(exit_code(&c[1], SOON) == 1);
