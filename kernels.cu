@@ -1529,7 +1529,8 @@ skinny(const __grid_constant__ Product p) {
     else consume<FP8, DOWN, SHIFT>(p, r);
 }
 
-// Shares the shared memory out between ring and sums. With few rows two kernels fit side by side.
+// Shares the shared memory out between ring and sums. With few rows half of it is left for the next
+// kernel's blocks. (DOWN's have registers of their own that leave too few for these: 120 a thread.)
 template <bool FP8, bool DOWN, int SHIFT> static void launch_skinny(Product *p) {
     int tile = 8 << SHIFT;
     p->groups = units(p->w.strips, 1 << SHIFT);
