@@ -670,8 +670,8 @@ static void test_talks(void) {
         }
         for (int s = 0; s < BESIDE; s++) free(text[s].data);
     }
-    printf("note: 200 conversations: %d of %d tokens are the C twin's; the widest margin of another "
-           "is %.3f\n", equal, tokens, widest);
+    printf("note: 200 conversations: %d of %d tokens are the C twin's; the widest margin of "
+           "another is %.3f\n", equal, tokens, widest);
     CHECK(ended >= TALKS * 9 / 10, "%d of %d answers ended", ended, TALKS);
     CHECK(equal * 100 >= tokens * 99, "%d of %d tokens", equal, tokens);
     CHECK(widest <= 1, "the C twin preferred another token by %g", widest);

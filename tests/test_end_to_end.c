@@ -116,8 +116,8 @@ static void check_tokenize(void) {
     buf_free(&out), buf_free(&err);
 }
 
-// R1's own sizes, of which a rank of 16 has 43,139,382,208 bytes and one of 8 85,140,130,848; kv_b_proj
-// takes as much again on a GPU, in bf16: 61 x 1 and 2 MB.
+// R1's own sizes, of which a rank of 16 has 43,139,382,208 bytes and one of 8 85,140,130,848;
+// kv_b_proj takes as much again on a GPU, in bf16: 61 x 1 and 2 MB.
 static void check_plan(void) {
     static const struct { const char *flags[8]; int status; const char *out, *err; } rows[] = {
         {{"--tp", "16", "--nnodes", "2", "--gpu", "h100"}, 0,
@@ -135,7 +135,8 @@ static void check_plan(void) {
          "r1 plan: this does not fit: 6.47 GB are missing\n"},
         {{"--tp", "16", "--gpu", "h100", "--max-total-tokens", "1000000"}, 1, "", "GB are missing"},
         {{"--tp", "16", "--gpu", "a100"}, 2, "", "--gpu: got \"a100\", want h100, h200 or bytes"},
-        {{"--tp", "16", "--nnodes", "3"}, 2, "", "--tp-size: got 16, want a multiple of --nnodes, 3"},
+        {{"--tp", "16", "--nnodes", "3"}, 2, "",
+         "--tp-size: got 16, want a multiple of --nnodes, 3"},
         {{"--tp", "32"}, 1, "", "--tp-size: got 32, want one of 1, 2, 4, 8, 16: each rank needs"},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
@@ -355,7 +356,7 @@ static bool health_says(const Child *c, const char *text) {
 }
 
 #define ENDLESS                                                                                    \
-    "{\"messages\":[{\"role\":\"user\",\"content\":\"Hello\"}],\"stream\":true,"                     \
+    "{\"messages\":[{\"role\":\"user\",\"content\":\"Hello\"}],\"stream\":true,"                   \
     "\"ignore_eos\":true,\"max_tokens\":100000}"
 
 // While two answers go on and on, and no more may run: a probe is computed all the same, and who

@@ -1,7 +1,8 @@
 // tests/test_http.c: http.c over real sockets on 127.0.0.1, with the real json.c and tokenizer.c
-// and a fake engine: a thread that repeats the last user message, or the prompt where there is none,
-// one byte and one token a step, then EOS. A message may also be an order: "many N" gives N times 'x', "hang" gives nothing until
-// it is cancelled, "nan" gives two tokens and then a value that is not a number.
+// and a fake engine: a thread that repeats the last user message, or the prompt where there is
+// none, one byte and one token a step, then EOS. A message may also be an order: "many N" gives N
+// times 'x', "hang" gives nothing until it is cancelled, "nan" gives two tokens and then a value
+// that is not a number.
 //   gcc -std=gnu11 -O2 -o test_http tests/test_http.c http.c tokenizer.c json.c -lpthread -lm &&
 // ./test_http
 #define _GNU_SOURCE
@@ -129,8 +130,8 @@ static void choose(Choice *c, const Seq *s, int id, float logprob) {
         c->top_id[i] = (id + i) % VOCAB, c->top_logprob[i] = logprob - (float)i;
 }
 
-// One token of one sequence, in the engine's order of checks, behind those of the prompt that are to
-// be scored. True when it was the last.
+// One token of one sequence, in the engine's order of checks, behind those of the prompt that are
+// to be scored. True when it was the last.
 static bool job_step(Job *j) {
     Seq *s = j->seq;
     for (; s->n_scored && s->n_scored < s->n_prompt; s->n_scored++) {
@@ -268,13 +269,14 @@ static void tokenizer_make(void) {
     for (int i = 0; i < 3; i++)
         buf_printf(
             &b,
-            "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"%s\"},\"behavior\":\"Isolated\",\"invert\":false},",
+            "{\"type\":\"Split\",\"pattern\":{\"Regex\":\"%s\"},\"behavior\":\"Isolated\","
+            "\"invert\":false},",
             patterns[i]);
     buf_str(
         &b,
-        "{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,\"use_regex\":false}]},"
-        "\"post_processor\":{\"type\":\"ByteLevel\"},\"decoder\":{\"type\":\"ByteLevel\"},"
-        "\"model\":{\"type\":\"BPE\",\"vocab\":{");
+        "{\"type\":\"ByteLevel\",\"add_prefix_space\":false,\"trim_offsets\":true,"
+        "\"use_regex\":false}]},\"post_processor\":{\"type\":\"ByteLevel\"},"
+        "\"decoder\":{\"type\":\"ByteLevel\"},\"model\":{\"type\":\"BPE\",\"vocab\":{");
     for (int i = 0; i < 256; i++) {
         buf_str(&b, i ? ",\"" : "\"");
         symbol_add(&b, i);
@@ -436,11 +438,13 @@ static void check_ask(const char *request, int status, const char *body) {
 
 // ---- Tests: transport ---------------------------------------------------------------------------
 
-#define MODELS                                                                                           \
-    "{\"object\":\"list\",\"data\":[{\"id\":\"test/model\",\"object\":\"model\",\"created\":0000000000," \
-    "\"owned_by\":\"sglang\",\"root\":\"test/model\",\"parent\":null,\"max_model_len\":1000}]}"
-#define ERROR_F(code, type, message) "{\"object\":\"error\",\"message\":\"" message "\",\"type\":\"" type \
-                                     "\",\"param\":null,\"code\":" #code "}"
+#define MODELS                                                                                     \
+    "{\"object\":\"list\",\"data\":[{\"id\":\"test/model\",\"object\":\"model\","                  \
+    "\"created\":0000000000,\"owned_by\":\"sglang\",\"root\":\"test/model\",\"parent\":null,"      \
+    "\"max_model_len\":1000}]}"
+#define ERROR_F(code, type, message)                                                               \
+    "{\"object\":\"error\",\"message\":\"" message "\",\"type\":\"" type "\",\"param\":null,"      \
+    "\"code\":" #code "}"
 
 static void test_split(void) {
     const char *request = "POST /tokenize HTTP/1.1\r\nHost: x\r\ntransfer-encoding: Chunked\r\n\r\n"
@@ -494,7 +498,8 @@ static void test_versions(void) {
     reply_free(&r);
     r = ask(
         "POST /v1/chat/completions HTTP/1.0\r\nContent-Length: 80\r\n\r\n"
-        "{\"stream\":true,\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"}],\"max_tokens\":1      }");
+        "{\"stream\":true,\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"}],"
+        "\"max_tokens\":1      }");
     CHECK(r.status == 200 && strstr(r.head, "Connection: close") && !strstr(r.head, "chunked"),
           "%s", r.head);
     CHECK(strstr(r.body.data, "data: [DONE]\n\n") && !strncmp(r.body.data, "data: {", 7), "%s",
@@ -564,7 +569,8 @@ static void test_transport_errors(void) {
         {"POST /tokenize HTTP/1.1\r\nContent-Length: -1\r\n\r\n", BAD("Content-Length")},
         {"POST /tokenize HTTP/1.1\r\nContent-Length: 99999999999999999999\r\n\r\n",
          BAD("Content-Length")},
-        {"POST /tokenize HTTP/1.1\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n",
+        {"POST /tokenize HTTP/1.1\r\nTransfer-Encoding: chunked\r\nTransfer-Encoding: "
+         "chunked\r\n\r\n",
          BAD("Transfer-Encoding")},
         {"POST /tokenize HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n", BAD("Transfer-Encoding")},
         {"POST /tokenize HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n0x1\r\n", BAD("chunk")},
@@ -613,11 +619,12 @@ static void test_transport_errors(void) {
                  "GE /v1/models: method not allowed, want GET or HEAD"),
          false},
         {"DELETE /get_model_info HTTP/1.1\r\n\r\n", 405,
-         "{\"error\":{\"message\":\"DELETE /get_model_info: method not allowed, want GET or HEAD\"}}",
+         "{\"error\":{\"message\":\"DELETE /get_model_info: method not allowed, want GET or "
+         "HEAD\"}}",
          false},
         {"GET /v1/models/nope HTTP/1.1\r\n\r\n", 404,
-         "{\"error\":{\"message\":\"The model 'nope' does not exist\",\"type\":\"invalid_request_error\","
-         "\"param\":\"model\",\"code\":\"model_not_found\"}}",
+         "{\"error\":{\"message\":\"The model 'nope' does not exist\","
+         "\"type\":\"invalid_request_error\",\"param\":\"model\",\"code\":\"model_not_found\"}}",
          false},
         {"GET /v1/models/a%22%2fb%zz%C3 HTTP/1.1\r\n\r\n", 404,
          "{\"error\":{\"message\":\"The model 'a\\\"/b%zz\xEF\xBF\xBD' does not exist\",\"type\":"
@@ -638,15 +645,16 @@ static void test_transport_errors(void) {
     reply_free(&r);
     // Equal lengths are one length.
     check_ask(
-        "POST /detokenize HTTP/1.1\r\nContent-Length: 13\r\ncontent-length: 13\r\n\r\n{\"tokens\":[]}",
+        "POST /detokenize HTTP/1.1\r\nContent-Length: 13\r\ncontent-length: "
+        "13\r\n\r\n{\"tokens\":[]}",
         200, "{\"text\":\"\"}");
     check_ask(
         "GET /model_info/ HTTP/1.1\r\n\r\n", 200,
         "{\"model_path\":\"/models/r1\",\"tokenizer_path\":\"/models/r1\",\"is_generation\":true}");
     check_ask(
         "GET /v1/models/test%2Fmodel HTTP/1.1\r\n\r\n", 200,
-        "{\"id\":\"test/model\",\"object\":\"model\",\"created\":0000000000,\"owned_by\":\"sglang\",\"root\":"
-        "\"test/model\",\"parent\":null,\"max_model_len\":1000}");
+        "{\"id\":\"test/model\",\"object\":\"model\",\"created\":0000000000,"
+        "\"owned_by\":\"sglang\",\"root\":\"test/model\",\"parent\":null,\"max_model_len\":1000}");
     check_ask("GET /v1/models/test/model HTTP/1.1\r\n\r\n", 200, NULL);
     check_ask("GET /v1/models/test/mode HTTP/1.1\r\n\r\n", 404, NULL);
 }
@@ -753,7 +761,8 @@ static void test_cors_and_key(void) {
     reply_free(&r);
     server.options.api_key = "s3cret";
     r = ask(
-        "OPTIONS /any HTTP/1.1\r\nOrigin: http://a.b\r\nAccess-Control-Request-Headers: X-Y\r\n\r\n");
+        "OPTIONS /any HTTP/1.1\r\nOrigin: http://a.b\r\nAccess-Control-Request-Headers: "
+        "X-Y\r\n\r\n");
     CHECK(!strcmp(r.head,
                   "HTTP/1.1 204 No Content\r\nAccess-Control-Allow-Origin: http://a.b\r\n"
                   "Access-Control-Allow-Credentials: true\r\nVary: Origin\r\n"
@@ -858,7 +867,8 @@ static void test_states(void) {
             strstr(
                 r.body.data,
                 ",\"steps\":7,\"running\":0,\"queued\":0,\"ranks\":[{\"rank\":0,"
-                "\"node\":0,\"state\":\"ready\",\"loaded_bytes\":1000000000,\"total_bytes\":4000000000}]}"),
+                "\"node\":0,\"state\":\"ready\",\"loaded_bytes\":1000000000,"
+                "\"total_bytes\":4000000000}]}"),
         "%s", r.body.data);
     reply_free(&r);
     r = ask("POST /health HTTP/1.1\r\n\r\n");
@@ -943,8 +953,8 @@ static void test_field_errors(void) {
         {"{\"stop_token_ids\":3}", REFUSED("stop_token_ids", "got number, want array")},
         {"{\"stop_token_ids\":[1,262]}",
          REFUSED("stop_token_ids[1]", "got 262, want a token id in 0..261")},
-        {"{\"stop_token_ids\":[1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,"
-         "1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1]}",
+        {"{\"stop_token_ids\":[1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,"
+         "1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1,1]}",
          REFUSED("stop_token_ids", "got 65 entries, want at most 64")},
         {"{\"ignore_eos\":1}", REFUSED("ignore_eos", "got number, want bool")},
         {"{\"n\":0}", REFUSED("n", "got 0, want an integer in 1..128")},
@@ -996,7 +1006,8 @@ static void test_field_errors(void) {
          ERROR_F(
              400, "BadRequestError",
              "Requested token count exceeds the model's maximum "
-             "context length of 1000 tokens. You requested a total of 1000 tokens: 10 in the prompt and 990 for the completion.")},
+             "context length of 1000 tokens. You requested a total of 1000 tokens: 10 in the "
+             "prompt and 990 for the completion.")},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         if (strstr(rows[i].body, "990")) continue;  // fits exactly
@@ -1011,8 +1022,8 @@ static void test_field_errors(void) {
         ERROR_F(
             400, "BadRequestError",
             "Requested token count exceeds the model's maximum "
-            "context length of 1000 tokens. You requested a total of 1001 tokens: 10 in the prompt and 991 for the "
-            "completion."));
+            "context length of 1000 tokens. You requested a total of 1001 tokens: 10 in the prompt "
+            "and 991 for the completion."));
     reply_free(&r);
     server.max_total_tokens = 200;
     Buf b = {0};
@@ -1025,7 +1036,8 @@ static void test_field_errors(void) {
         ERROR_F(
             400, "BadRequestError",
             "The input (200 tokens) is longer than the model's context "
-            "length (200 tokens). The KV cache of this server holds 200 tokens; the model allows 1000."));
+            "length (200 tokens). The KV cache of this server holds 200 tokens; the model allows "
+            "1000."));
     reply_free(&r);
     server.options.allow_auto_truncate = true;
     r = chat(b.data);
@@ -1039,8 +1051,9 @@ static void test_field_errors(void) {
     // Neutral and unknown fields pass; null means absent.
     r = chat(
         "{" HELLO
-        ",\"tools\":[],\"response_format\":{\"type\":\"text\"},\"suffix\":\"\",\"regex\":null,\"zzz\":[{}],"
-        "\"max_tokens\":null,\"stop\":null,\"user\":\"u\",\"n\":1.0,\"max_tokens\":3,\"max_tokens\":2.0}");
+        ",\"tools\":[],\"response_format\":{\"type\":\"text\"},\"suffix\":\"\",\"regex\":null,"
+        "\"zzz\":[{}],\"max_tokens\":null,\"stop\":null,\"user\":\"u\",\"n\":1.0,\"max_tokens\":3,"
+        "\"max_tokens\":2.0}");
     CHECK(r.status == 200 && strstr(r.body.data, "\"content\":\"<think>\\nHe\""), "%s",
           r.body.data);
     reply_free(&r);
@@ -1052,10 +1065,12 @@ static void test_field_errors(void) {
     buf_free(&b);
 }
 
-#define CHOICE(index, content, logprobs, reason, matched) "{\"index\":" #index ",\"message\":{\"role\":\"assistant\"," \
-    "\"content\":\"" content "\",\"tool_calls\":null},\"logprobs\":" logprobs ",\"finish_reason\":\"" reason \
+#define CHOICE(index, content, logprobs, reason, matched)                                          \
+    "{\"index\":" #index ",\"message\":{\"role\":\"assistant\",\"content\":\"" content             \
+    "\",\"tool_calls\":null},\"logprobs\":" logprobs ",\"finish_reason\":\"" reason                \
     "\",\"matched_stop\":" matched "}"
-#define ANSWER(model, choices, usage) "{" ID ",\"object\":\"chat.completion\",\"created\":0000000000,\"model\":\"" model \
+#define ANSWER(model, choices, usage)                                                              \
+    "{" ID ",\"object\":\"chat.completion\",\"created\":0000000000,\"model\":\"" model             \
     "\",\"choices\":[" choices "],\"usage\":{" usage ",\"prompt_tokens_details\":null}}"
 #define USAGE(p, t, c) "\"prompt_tokens\":" #p ",\"total_tokens\":" #t ",\"completion_tokens\":" #c
 
@@ -1095,11 +1110,13 @@ static void test_chat(void) {
                     1, "<think>\\nH", "null", "length", "null") "," CHOICE(2, "<think>\\nH", "null",
                                                                            "length", "null"),
                 USAGE(10, 13, 3))},
-        {"{\"messages\":[{\"role\":\"developer\",\"content\":\"D\"},{\"role\":\"user\",\"content\":[{\"type\":\"text\","
-         "\"text\":\"a\"},{\"text\":\"b\",\"type\":\"text\"}],\"name\":\"x\"}]}",
+        {"{\"messages\":[{\"role\":\"developer\",\"content\":\"D\"},{\"role\":\"user\","
+         "\"content\":[{\"type\":\"text\",\"text\":\"a\"},{\"text\":\"b\",\"type\":\"text\"}],"
+         "\"name\":\"x\"}]}",
          ANSWER("test/model", CHOICE(0, "<think>\\na\\nb", "null", "stop", "1"), USAGE(9, 13, 4))},
         // A prefill: no tag forced, none re-emitted.
-        {"{\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"},{\"role\":\"assistant\",\"content\":\"abc\"}]}",
+        {"{\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"},{\"role\":\"assistant\","
+         "\"content\":\"abc\"}]}",
          ANSWER("test/model", CHOICE(0, "Hi", "null", "stop", "1"), USAGE(8, 11, 3))},
         {"{\"messages\":[{\"role\":\"assistant\",\"content\":null}],\"max_tokens\":0}",
          ANSWER("test/model", CHOICE(0, "", "null", "length", "null"), USAGE(2, 2, 0))},
@@ -1116,15 +1133,18 @@ static void test_chat(void) {
              CHOICE(
                  0, "<think>\\n\xC3\xA9",
                  "{\"content\":["
-                 "{\"token\":\"\xEF\xBF\xBD\",\"bytes\":[195],\"logprob\":-0.5,\"top_logprobs\":[{\"token\":\"\xEF\xBF\xBD\",\"bytes\":"
-                 "[195],\"logprob\":-0.5},{\"token\":\"\xEF\xBF\xBD\",\"bytes\":[196],\"logprob\":-1.5}]},"
-                 "{\"token\":\"\xEF\xBF\xBD\",\"bytes\":[169],\"logprob\":-0.5,\"top_logprobs\":[{\"token\":\"\xEF\xBF\xBD\",\"bytes\":"
-                 "[169],\"logprob\":-0.5},{\"token\":\"\xEF\xBF\xBD\",\"bytes\":[170],\"logprob\":-1.5}]},"
-                 "{\"token\":\"<｜end▁of▁sentence｜>\",\"bytes\":[60,239,189,156,101,110,100,226,150,129,111,102,226,150,129,115,101,"
-                 "110,116,101,110,99,101,239,189,156,62],\"logprob\":-0.5,\"top_logprobs\":[{\"token\":\"<｜end▁of▁sentence｜>\","
-                 "\"bytes\":[60,239,189,156,101,110,100,226,150,129,111,102,226,150,129,115,101,110,116,101,110,99,101,239,189,156,62],"
-                 "\"logprob\":-0.5},{\"token\":\"<｜User｜>\",\"bytes\":[60,239,189,156,85,115,101,114,239,189,156,62],\"logprob\":-1.5}]}"
-                 "]}",
+                 "{\"token\":\"\xEF\xBF\xBD\",\"bytes\":[195],\"logprob\":-0.5,"
+                 "\"top_logprobs\":[{\"token\":\"\xEF\xBF\xBD\",\"bytes\":[195],\"logprob\":-0.5},"
+                 "{\"token\":\"\xEF\xBF\xBD\",\"bytes\":[196],\"logprob\":-1.5}]},"
+                 "{\"token\":\"\xEF\xBF\xBD\",\"bytes\":[169],\"logprob\":-0.5,"
+                 "\"top_logprobs\":[{\"token\":\"\xEF\xBF\xBD\",\"bytes\":[169],\"logprob\":-0.5},"
+                 "{\"token\":\"\xEF\xBF\xBD\",\"bytes\":[170],\"logprob\":-1.5}]},"
+                 "{\"token\":\"<｜end▁of▁sentence｜>\",\"bytes\":[60,239,189,156,101,110,100,226,150,"
+                 "129,111,102,226,150,129,115,101,110,116,101,110,99,101,239,189,156,62],"
+                 "\"logprob\":-0.5,\"top_logprobs\":[{\"token\":\"<｜end▁of▁sentence｜>\","
+                 "\"bytes\":[60,239,189,156,101,110,100,226,150,129,111,102,226,150,129,115,101,"
+                 "110,116,101,110,99,101,239,189,156,62],\"logprob\":-0.5},{\"token\":\"<｜User｜>\","
+                 "\"bytes\":[60,239,189,156,85,115,101,114,239,189,156,62],\"logprob\":-1.5}]}]}",
                  "stop", "1"),
              USAGE(7, 10, 3))},
         {"{" HELLO ",\"logprobs\":true,\"max_tokens\":1}",
@@ -1168,10 +1188,11 @@ static void test_chat(void) {
     server.think = true;
 }
 
-#define CHUNK(index, role, content, logprobs, reason, matched, usage) "data: {" ID ",\"object\":\"chat.completion.chunk\"," \
-    "\"created\":0000000000,\"model\":\"test/model\",\"choices\":[{\"index\":" #index ",\"delta\":{\"role\":" role \
-    ",\"content\":\"" content "\",\"tool_calls\":null},\"logprobs\":" logprobs ",\"finish_reason\":" reason \
-    ",\"matched_stop\":" matched "}],\"usage\":" usage "}\n\n"
+#define CHUNK(index, role, content, logprobs, reason, matched, usage)                              \
+    "data: {" ID ",\"object\":\"chat.completion.chunk\",\"created\":0000000000,"                   \
+    "\"model\":\"test/model\",\"choices\":[{\"index\":" #index ",\"delta\":{\"role\":" role        \
+    ",\"content\":\"" content "\",\"tool_calls\":null},\"logprobs\":" logprobs                     \
+    ",\"finish_reason\":" reason ",\"matched_stop\":" matched "}],\"usage\":" usage "}\n\n"
 #define PLAIN(content) CHUNK(0, "null", content, "null", "null", "null", "null")
 #define HEADS CHUNK(0, "\"assistant\"", "", "null", "null", "null", "null") PLAIN("<think>\\n")
 #define TOKEN(c, byte)                                                                             \
@@ -1201,7 +1222,8 @@ static void test_stream(void) {
          HEADS PLAIN("H") CHUNK(
              0, "null", "i", "null", "\"length\"", "null",
              "null") "data: {" ID
-                     ",\"object\":\"chat.completion.chunk\",\"created\":0000000000,\"model\":\"test/model\",\"choices\":[],"
+                     ",\"object\":\"chat.completion.chunk\",\"created\":0000000000,"
+                     "\"model\":\"test/model\",\"choices\":[],"
                      "\"usage\":{" USAGE(7, 9, 2) "}}\n\n" DONE},
         {"{\"stream\":true," SAY(
              "Hi") ",\"max_tokens\":2,\"stream_options\":{\"continuous_usage_stats\":true}}",
@@ -1213,8 +1235,8 @@ static void test_stream(void) {
          HEADS PLAIN("n") PLAIN("a") "data: {\"error\":" ERROR_F(
              500, "InternalServerError",
              "the model gave a value that is not a number at position 10") "}\n\n" DONE},
-        {"{\"stream\":true,\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"},{\"role\":\"assistant\",\"content\":\"a\"}],"
-         "\"max_tokens\":1}",
+        {"{\"stream\":true,\"messages\":[{\"role\":\"user\",\"content\":\"Hi\"},"
+         "{\"role\":\"assistant\",\"content\":\"a\"}],\"max_tokens\":1}",
          CHUNK(0, "\"assistant\"", "", "null", "null", "null", "null")
              CHUNK(0, "null", "H", "null", "\"length\"", "null", "null") DONE},
     };
@@ -1224,7 +1246,8 @@ static void test_stream(void) {
         CHECK(
             strstr(
                 r.head,
-                "Content-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: chunked\r\n") &&
+                "Content-Type: text/event-stream; charset=utf-8\r\nTransfer-Encoding: "
+                "chunked\r\n") &&
                 strstr(r.head, "Cache-Control: no-cache\r\nX-Accel-Buffering: no\r\n"),
             "%s", r.head);
         reply_free(&r);
@@ -1267,7 +1290,8 @@ static void test_completions(void) {
     } rows[] = {
         {"{\"prompt\":\"Hi\"}",
          TEXTS(ID, TEXT(0, "Hi", "null", "\"stop\"", "1"), COUNTED(3, 6, 3))},
-        {"{\"prompt\":\"abcdefghijklmnopqrst\",\"model\":\"test/model\",\"best_of\":3}",  // 16 tokens
+        {"{\"prompt\":\"abcdefghijklmnopqrst\",\"model\":\"test/model\",\"best_of\":3}",
+         // 16 tokens
          TEXTS(ID, TEXT(0, "abcdefghijklmnop", "null", "\"length\"", "null"), COUNTED(21, 37, 16))},
         {"{\"prompt\":\"" BOS_TEXT "Hi\",\"max_tokens\":1}",
          TEXTS(ID, TEXT(0, "H", "null", "\"length\"", "null"), COUNTED(3, 4, 1))},
@@ -1282,29 +1306,32 @@ static void test_completions(void) {
          TEXTS("\"id\":\"r_0\"", TEXT(0, "a", "null", "\"length\"", "null") ","
                TEXT(1, "b", "null", "\"length\"", "null"), COUNTED(4, 4, 0))},
         {"{\"prompt\":\"Hi\",\"max_tokens\":1,\"logprobs\":0}",
-         TEXTS(ID, TEXT(0, "H", "{\"text_offset\":[-1],\"token_logprobs\":[-0.5],\"tokens\":[\"H\"],"
-               "\"top_logprobs\":[]}", "\"length\"", "null"), COUNTED(3, 4, 1))},
+         TEXTS(ID, TEXT(0, "H", "{\"text_offset\":[-1],\"token_logprobs\":[-0.5],"
+               "\"tokens\":[\"H\"],\"top_logprobs\":[]}", "\"length\"", "null"), COUNTED(3, 4, 1))},
         {"{\"prompt\":\"Hi\",\"max_tokens\":1,\"logprobs\":2,\"echo\":true}",
-         TEXTS(ID, TEXT(0, "HiH", "{\"text_offset\":[-1,-1,-1,-1],\"token_logprobs\":[null,-0.25,-0.5,"
-               "-0.5],\"tokens\":[\"" BOS_TEXT "\",\"H\",\"i\",\"H\"],\"top_logprobs\":[null,"
+         TEXTS(ID, TEXT(0, "HiH", "{\"text_offset\":[-1,-1,-1,-1],\"token_logprobs\":[null,-0.25,"
+               "-0.5,-0.5],\"tokens\":[\"" BOS_TEXT "\",\"H\",\"i\",\"H\"],\"top_logprobs\":[null,"
                "{\"H\":-0.25,\"I\":-1.25},{\"i\":-0.5,\"j\":-1.5},{\"H\":-0.5,\"I\":-1.5}]}",
                "\"length\"", "null"), COUNTED(3, 4, 1))},
         {"{\"prompt\":[78],\"max_tokens\":0,\"logprobs\":3,\"echo\":true}",
-         TEXTS(ID, TEXT(0, "H", "{\"text_offset\":[-1],\"token_logprobs\":[null],\"tokens\":[\"H\"],"
-               "\"top_logprobs\":[null]}", "\"length\"", "null"), COUNTED(1, 1, 0))},
+         TEXTS(ID, TEXT(0, "H", "{\"text_offset\":[-1],\"token_logprobs\":[null],"
+               "\"tokens\":[\"H\"],\"top_logprobs\":[null]}", "\"length\"", "null"),
+               COUNTED(1, 1, 0))},
         // Of ids with equal texts the likelier stays: here four bytes that are no characters.
         {"{\"prompt\":[201],\"max_tokens\":1,\"logprobs\":4}",
-         TEXTS(ID, TEXT(0, "\xEF\xBF\xBD", "{\"text_offset\":[-1],\"token_logprobs\":[-0.5],\"tokens\":["
-               "\"\xEF\xBF\xBD\"],\"top_logprobs\":[{\"\xEF\xBF\xBD\":-0.5}]}",
+         TEXTS(ID, TEXT(0, "\xEF\xBF\xBD", "{\"text_offset\":[-1],\"token_logprobs\":[-0.5],"
+               "\"tokens\":[\"\xEF\xBF\xBD\"],\"top_logprobs\":[{\"\xEF\xBF\xBD\":-0.5}]}",
                "\"length\"", "null"), COUNTED(1, 2, 1))},
-        {"{\"prompt\":\"Hi\",\"stream\":true,\"echo\":true,\"stream_options\":{\"include_usage\":true}}",
+        {"{\"prompt\":\"Hi\",\"stream\":true,\"echo\":true,"
+         "\"stream_options\":{\"include_usage\":true}}",
          PIECE(0, "HiH", "null", "null") PIECE(0, "i", "null", "null")
          PIECE(0, "", "\"stop\"", "1") "data: " TEXTS(ID, "", "{" USAGE(3, 6, 3) "}") "\n\n" DONE},
         {"{\"prompt\":\"\xC3\xA9x\",\"stream\":true,\"max_tokens\":3}",
          PIECE(0, "\xC3\xA9", "null", "null") PIECE(0, "x", "\"length\"", "null") DONE},
         {"{\"prompt\":\"H\",\"stream\":true,\"max_tokens\":1,\"logprobs\":0,\"echo\":true}",
-         "data: " TEXTS(ID, TEXT(0, "HH", "{\"text_offset\":[-1,-1,-1],\"token_logprobs\":[null,-0.25,"
-         "-0.5],\"tokens\":[\"" BOS_TEXT "\",\"H\",\"H\"],\"top_logprobs\":[]}", "\"length\"", "null"),
+         "data: " TEXTS(ID, TEXT(0, "HH", "{\"text_offset\":[-1,-1,-1],\"token_logprobs\":[null,"
+         "-0.25,-0.5],\"tokens\":[\"" BOS_TEXT "\",\"H\",\"H\"],\"top_logprobs\":[]}",
+         "\"length\"", "null"),
          "null") "\n\n" DONE},
     };
     static const struct { const char *body, *answer;
@@ -1378,17 +1405,18 @@ static void test_native(void) {
         {"{\"text\":[\"H\",\"a\"],\"sampling_params\":{\"max_new_tokens\":1},\"rid\":\"r\"}",
          "[{\"text\":\"H\"," INFO("r_0", LENGTH(1), 2, "", 1) "},"
          "{\"text\":\"a\"," INFO("r_1", LENGTH(1), 2, "", 1) "}]"},
-        {"{\"input_ids\":[[78],[111]],\"sampling_params\":{\"max_new_tokens\":1,\"n\":2},\"rid\":[\"a\","
-         "\"b\"]}",
+        {"{\"input_ids\":[[78],[111]],\"sampling_params\":{\"max_new_tokens\":1,\"n\":2},"
+         "\"rid\":[\"a\",\"b\"]}",
          "[{\"text\":\"H\"," INFO("a_0", LENGTH(1), 1, "", 1) "},"
          "{\"text\":\"H\"," INFO("a_1", LENGTH(1), 1, "", 1) "},"
          "{\"text\":\"i\"," INFO("b_0", LENGTH(1), 1, "", 1) "},"
          "{\"text\":\"i\"," INFO("b_1", LENGTH(1), 1, "", 1) "}]"},
-        {"{\"input_ids\":[0,78],\"sampling_params\":{\"max_new_tokens\":1},\"return_logprob\":true}",
+        {"{\"input_ids\":[0,78],\"sampling_params\":{\"max_new_tokens\":1},"
+         "\"return_logprob\":true}",
          "{\"text\":\"H\"," INFO(HEX, LENGTH(1), 2, "\"input_token_logprobs\":[],"
          "\"output_token_logprobs\":[[-0.5,78,null]],", 1) "}"},
-        {"{\"input_ids\":[0,78,111],\"sampling_params\":{\"max_new_tokens\":1},\"return_logprob\":true,"
-         "\"logprob_start_len\":0,\"top_logprobs_num\":1}",
+        {"{\"input_ids\":[0,78,111],\"sampling_params\":{\"max_new_tokens\":1},"
+         "\"return_logprob\":true,\"logprob_start_len\":0,\"top_logprobs_num\":1}",
          "{\"text\":\"H\"," INFO(HEX, LENGTH(1), 3,
          "\"input_token_logprobs\":[[null,0,null],[-0.25,78,null],[-0.5,111,null]],"
          "\"output_token_logprobs\":[[-0.5,78,null]],"
@@ -1396,9 +1424,11 @@ static void test_native(void) {
          "\"output_top_logprobs\":[[[-0.5,78,null]]],", 1) "}"},
         // Values or arrays of them: logprobs of the second prompt alone, from its last token.
         {"{\"input_ids\":[[0,78],[0,78,111]],\"sampling_params\":{\"max_new_tokens\":1},"
-         "\"return_logprob\":[false,true],\"logprob_start_len\":[1,1],\"return_text_in_logprobs\":true}",
+         "\"return_logprob\":[false,true],\"logprob_start_len\":[1,1],"
+         "\"return_text_in_logprobs\":true}",
          "[" NATIVE("H", LENGTH(1), 2, 1) ",{\"text\":\"H\"," INFO(HEX, LENGTH(1), 3,
-         "\"input_token_logprobs\":[[-0.5,111,\"i\"]],\"output_token_logprobs\":[[-0.5,78,\"H\"]],", 1)
+         "\"input_token_logprobs\":[[-0.5,111,\"i\"]],\"output_token_logprobs\":[[-0.5,78,"
+         "\"H\"]],", 1)
          "}]"},
         {"{\"text\":\"Hi\",\"stream\":true}",
          "data: " NATIVE("H", "null", 3, 1) "\n\ndata: " NATIVE("Hi", "null", 3, 2) "\n\ndata: "
@@ -1420,14 +1450,16 @@ static void test_native(void) {
     static const struct { const char *body, *answer;
     } bad[] = {
         {"{}", REFUSED_G("text, input_ids: got neither, want exactly one")},
-        {"{\"text\":\"a\",\"input_ids\":[1]}", REFUSED_G("text, input_ids: got both, want exactly one")},
+        {"{\"text\":\"a\",\"input_ids\":[1]}",
+         REFUSED_G("text, input_ids: got both, want exactly one")},
         {"{\"text\":1}", REFUSED_G("text: got number, want string or array")},
         {"{\"text\":[]}", REFUSED_G("text: got an empty array, want at least one prompt")},
         {"{\"text\":[\"a\",1]}", REFUSED_G("text[1]: got number, want string")},
         {"{\"text\":[[1]]}", REFUSED_G("text[0]: got array, want string")},
         {"{\"input_ids\":\"a\"}", REFUSED_G("input_ids: got string, want array")},
         {"{\"input_ids\":[\"a\"]}", REFUSED_G("input_ids[0]: got string, want number")},
-        {"{\"input_ids\":[1,2,3,262]}", REFUSED_G("input_ids[3]: got 262, want a token id in 0..261")},
+        {"{\"input_ids\":[1,2,3,262]}",
+         REFUSED_G("input_ids[3]: got 262, want a token id in 0..261")},
         {"{\"input_ids\":[[1],[2,-1]]}",
          REFUSED_G("input_ids[1][1]: got -1, want a token id in 0..261")},
         {"{\"text\":\"a\",\"sampling_params\":3}",
@@ -1450,7 +1482,8 @@ static void test_native(void) {
          REFUSED_G("sampling_params[1].stop[1]: got 0 bytes, want 1..1024")},
         {"{\"text\":[\"a\",\"b\"],\"sampling_params\":[{\"n\":2},null]}",
          REFUSED_G("sampling_params[1].n: got 1, want 2, as for the first prompt")},
-        {"{\"text\":[\"a\",\"b\"],\"rid\":[\"a\",3]}", REFUSED_G("rid[1]: got number, want string")},
+        {"{\"text\":[\"a\",\"b\"],\"rid\":[\"a\",3]}",
+         REFUSED_G("rid[1]: got number, want string")},
         {"{\"text\":[\"a\",\"b\"],\"rid\":[\"a\",\"a\"]}",
          REFUSED_G("rid: got \\\"a\\\", which is still running")},
         {"{\"text\":\"Hi\",\"logprob_start_len\":3}",
@@ -1509,7 +1542,8 @@ static bool join(Buf *out, const char *json, const char *key) {
 // The same fields come out in one piece, byte by byte, and held back to the end by a stop string.
 static void check_reasoning(const char *text, const char *thought, const char *content) {
     static const char *const how[] = {"", ",\"stream\":true", ",\"stream\":true,\"stop\":\"%s!\"",
-                                      ",\"stop\":\"%s!\"", ",\"stream\":true,\"stream_reasoning\":false"};
+                                      ",\"stop\":\"%s!\"",
+                                      ",\"stream\":true,\"stream_reasoning\":false"};
     for (size_t i = 0; i < sizeof how / sizeof *how; i++) {
         Buf body = {0}, got[2] = {{0}};
         buf_printf(&body, "{\"messages\":[{\"role\":\"user\",\"content\":\"%s\"}]", text);
@@ -1560,10 +1594,11 @@ static void test_reasoning(void) {
         check_reasoning(rows[i].text, rows[i].thought, rows[i].content);
     }
     server.think = true;
-#define SPLIT(index, role, content, thought, reason, matched) "data: {" ID ",\"object\":" \
-    "\"chat.completion.chunk\",\"created\":0000000000,\"model\":\"test/model\",\"choices\":[{\"index\":" \
-    #index ",\"delta\":{\"role\":" role ",\"content\":" content ",\"reasoning_content\":" thought \
-    ",\"tool_calls\":null},\"logprobs\":null,\"finish_reason\":" reason ",\"matched_stop\":" matched \
+#define SPLIT(index, role, content, thought, reason, matched)                                      \
+    "data: {" ID ",\"object\":\"chat.completion.chunk\",\"created\":0000000000,"                   \
+    "\"model\":\"test/model\",\"choices\":[{\"index\":" #index ",\"delta\":{\"role\":" role        \
+    ",\"content\":" content ",\"reasoning_content\":" thought ",\"tool_calls\":null},"             \
+    "\"logprobs\":null,\"finish_reason\":" reason ",\"matched_stop\":" matched                     \
     "}],\"usage\":null}\n\n"
     Reply r = chat("{\"stream\":true," SAY("ab</think>c") "}");
     check_reply("reasoning stream", &r, 200,
@@ -1578,8 +1613,8 @@ static void test_reasoning(void) {
                  "\"reasoning_content\":\"ab\",\"tool_calls\":null}"), "%s", r.body.data);
     reply_free(&r);
     // A prefill that opened the tag goes on thinking, one that closed it does not.
-    r = chat("{\"messages\":[{\"role\":\"user\",\"content\":\"a</think>b\"},{\"role\":\"assistant\","
-             "\"content\":\"<think>x\"}]}");
+    r = chat("{\"messages\":[{\"role\":\"user\",\"content\":\"a</think>b\"},"
+             "{\"role\":\"assistant\",\"content\":\"<think>x\"}]}");
     CHECK(strstr(r.body.data, "\"content\":\"b\",\"reasoning_content\":\"a\""), "%s", r.body.data);
     reply_free(&r);
     r = chat("{\"messages\":[{\"role\":\"user\",\"content\":\"ab\"},{\"role\":\"assistant\","
@@ -1611,7 +1646,8 @@ static void test_metrics(void) {
     server.used_tokens = 500;
     server.prompt_tokens = 12345678;
     Reply a = ask("GET /metrics HTTP/1.1\r\n\r\n");
-    CHECK(a.status == 200 && strstr(a.head, "Content-Type: text/plain; version=0.0.4; charset=utf-8"),
+    CHECK(a.status == 200 &&
+              strstr(a.head, "Content-Type: text/plain; version=0.0.4; charset=utf-8"),
           "%s", a.head);
     CHECK(metric(a.body.data, "r1:ready" LABEL) == 0);
     CHECK(metric(a.body.data, "sglang:num_running_reqs" LABEL) == 3);
@@ -1642,9 +1678,10 @@ static void test_metrics(void) {
         {"r1:http_responses_total" LABELS("code=\"404\""), 0},
     };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
-        double before = metric(a.body.data, rows[i].name), after = metric(b.body.data, rows[i].name);
-        CHECK(before >= 0 && after - before == rows[i].more, "%s: %g, then %g", rows[i].name, before,
-              after);
+        double before = metric(a.body.data, rows[i].name),
+               after = metric(b.body.data, rows[i].name);
+        CHECK(before >= 0 && after - before == rows[i].more, "%s: %g, then %g", rows[i].name,
+              before, after);
     }
     CHECK(metric(b.body.data, "sglang:e2e_request_latency_seconds_sum" LABEL) >
           metric(a.body.data, "sglang:e2e_request_latency_seconds_sum" LABEL));
@@ -1653,9 +1690,10 @@ static void test_metrics(void) {
 
 static void test_control(void) {
     check_ask("GET /server_info HTTP/1.1\r\n\r\n", 200,
-              "{\"host\":\"0.0.0.0\",\"port\":30000,\"status\":\"ready\",\"max_total_num_tokens\":2000,"
-              "\"max_req_input_len\":999,\"internal_states\":[{\"num_running_reqs\":0,"
-              "\"num_queue_reqs\":0,\"num_used_tokens\":0}],\"version\":\"" R1_VERSION "\","
+              "{\"host\":\"0.0.0.0\",\"port\":30000,\"status\":\"ready\","
+              "\"max_total_num_tokens\":2000,\"max_req_input_len\":999,"
+              "\"internal_states\":[{\"num_running_reqs\":0,\"num_queue_reqs\":0,"
+              "\"num_used_tokens\":0}],\"version\":\"" R1_VERSION "\","
               "\"system_fingerprint\":\"r1-00000000000000ab\"}");
     int before = flushes;
     check_ask("GET /flush_cache HTTP/1.1\r\n\r\n", 200, "Cache flushed.\n");
@@ -1664,23 +1702,27 @@ static void test_control(void) {
     reply_free(&r);
     CHECK(flushes == before + 2);
     // Three ways to name what is to be aborted; each ends normally, with what it has.
-    static const char *const orders[] = {"{\"rid\":\"a1\"}", "{\"rid\":\"a1_0\"}", "{\"abort_all\":true}"};
+    static const char *const orders[] = {"{\"rid\":\"a1\"}", "{\"rid\":\"a1_0\"}",
+                                         "{\"abort_all\":true}"};
     for (int i = 0; i < 3; i++) {
         int fd = dial(), sent = submitted, n = i == 1 ? 2 : 1;
         char body[200];
-        snprintf(body, sizeof body, "{\"stream\":%s,\"rid\":\"a1\",\"text\":\"hang\",\"sampling_params\":"
-                 "{\"n\":%d}}", i == 2 ? "true" : "false", n);
+        snprintf(body, sizeof body, "{\"stream\":%s,\"rid\":\"a1\",\"text\":\"hang\","
+                 "\"sampling_params\":{\"n\":%d}}", i == 2 ? "true" : "false", n);
         send_text(fd, post_text("/generate", body));
         CHECK(reaches(&submitted, sent + n));
         r = ask("GET /flush_cache HTTP/1.1\r\n\r\n");
-        CHECK(r.status == 400 && strstr(r.body.data, "Cache not flushed because there are pending "
-                                        "requests. #queue-req: 0, #running-req: "), "%s", r.body.data);
+        CHECK(r.status == 400 &&
+                  strstr(r.body.data, "Cache not flushed because there are pending requests. "
+                                      "#queue-req: 0, #running-req: "),
+              "%s", r.body.data);
         reply_free(&r);
         check_ask(post_text("/abort_request", "{\"rid\":\"a\"}"), 200, "");
         check_ask(post_text("/abort_request", orders[i]), 200, "");
         if (n == 2) check_ask(post_text("/abort_request", "{\"rid\":\"a1_1\"}"), 200, "");
         r = reply_read(fd, false);
-        CHECK(r.status == 200 && strstr(r.body.data, "\"finish_reason\":{\"type\":\"abort\",\"message\":"),
+        CHECK(r.status == 200 && strstr(r.body.data, "\"finish_reason\":{\"type\":\"abort\","
+                                                     "\"message\":"),
               "%s", r.body.data);
         reply_free(&r);
         close(fd);
@@ -1879,8 +1921,8 @@ static void test_slow_native(void) {
     server.context_len = server.max_total_tokens = 400000;
     int fd = dial_small(65536), most = 0, events = 0, bad = 0, before = steps_done;
     step_us = 1;
-    send_text(fd, post_text("/generate", "{\"stream\":true,\"text\":\"many 20000\",\"sampling_params\":"
-                            "{\"max_new_tokens\":30000}}"));
+    send_text(fd, post_text("/generate", "{\"stream\":true,\"text\":\"many 20000\","
+                            "\"sampling_params\":{\"max_new_tokens\":30000}}"));
     for (int i = 0; i < 1000 && steps_done - before < 21000; i++) usleep(10000);
     Buf all = read_stream(fd);
     const char *start = "data: {\"text\":\"";
@@ -1943,9 +1985,11 @@ static void test_fuzz(void) {
     } good[] = {
         {"/v1/chat/completions",
          "{\"max_tokens\":1,\"stop\":[\"a\"],\"logit_bias\":{\"5\":1}," HELLO "}"},
-        {"/v1/completions", "{\"prompt\":[[1],[2,78]],\"logprobs\":2,\"echo\":true,\"stream\":true}"},
-        {"/generate", "{\"text\":[\"a\",\"b\"],\"sampling_params\":[{\"n\":2},{\"n\":2,\"stop\":\"a\"}],"
-         "\"rid\":[\"a\",\"b\"],\"return_logprob\":[true,false],\"logprob_start_len\":0}"},
+        {"/v1/completions",
+         "{\"prompt\":[[1],[2,78]],\"logprobs\":2,\"echo\":true,\"stream\":true}"},
+        {"/generate", "{\"text\":[\"a\",\"b\"],\"sampling_params\":[{\"n\":2},{\"n\":2,"
+         "\"stop\":\"a\"}],\"rid\":[\"a\",\"b\"],\"return_logprob\":[true,false],"
+         "\"logprob_start_len\":0}"},
     };
     http_limits.header_s = http_limits.body_gap_s = http_limits.linger_s = 0.02;
     for (int i = 0; i < 1500; i++) {

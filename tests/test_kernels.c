@@ -582,7 +582,8 @@ static void check_attend(float scale) {
     CHECK_TALLY(sums, "mla_attend, scale %g", scale);
 }
 
-// One row and head as V3's equations 1 to 11 say: keys and values are made of each c, nothing is absorbed.
+// One row and head as V3's equations 1 to 11 say: keys and values are made of each c, nothing is
+// absorbed.
 static void naive_attention(double o[V_DIM], const double *kv_b, int row, int head, double scale) {
     double p[200], (*v)[V_DIM] = xcalloc(200, sizeof *v);
     const double *key_weight = kv_b + head * KV_DIM * LATENT_DIM;

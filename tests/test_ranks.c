@@ -233,7 +233,8 @@ static void test_serve(void) {
     CHECK(exit_code(&c[0], SOON) == 0 && exit_code(&c[1], SOON) == 0);
 }
 
-// One signal to the leader; one to each at the same time, which is no second one; two to the worker.
+// One signal to the leader; one to each at the same time, which is no second one; two to the
+// worker.
 static void test_signals(void) {
     enum { LEADER, BOTH, TWICE };
     for (int which = LEADER; which <= TWICE; which++) {

@@ -11,8 +11,8 @@ static Options options = {.load_format = "dummy", .chunked_prefill_size = 8192,
                           .max_prefill_tokens = 16384, .decode_log_interval = 40,
                           .tensor_parallel_size = 1};
 
-// A model of two layers with tiny-r1's vocabulary, in a directory of its own; and one that two ranks
-// can share.
+// A model of two layers with tiny-r1's vocabulary, in a directory of its own; and one that two
+// ranks can share.
 static void write_model(const char *dir, bool shared) {
     size_t len;
     char *text = read_file("tests/golden/nasty/config.json", &len);
