@@ -286,10 +286,7 @@ static __device__ void copies_arrive(uint64_t *bar) {
 }
 
 static __device__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-template <int N> static __device__ void copies_wait() {  // all but this thread's last N groups
-    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
-}
+static __device__ void copies_wait() { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
 
 // wgmma reads shared memory past the ordinary path: what ordinary stores wrote must be fenced.
 static __device__ void fence_async() {
@@ -2997,7 +2994,7 @@ static __device__ void queries_load(PromptShared *s, const Prompts &p) {
             *(uint4 *)&s->q[NOPE_DIM / 64][row][swizzle_chunk(row, c) * 16] =
                 rotate_chunk(from[c], p.rope + (t.tile.row + row) * ROPE_DIM + c * CHUNK);
         }
-        copies_wait<0>();
+        copies_wait();
         fence_async();
         warp_arrive(&s->q_full);
     }
