@@ -368,7 +368,18 @@ template <int TRANS> static __device__ void wgmma(float (&c)[16], uint64_t a, ui
                  : C4(0), C4(4), C4(8), C4(12) : "l"(a), "l"(b), "r"(add), "n"(TRANS));
 }
 
-// c [64][32] likewise, of 32 bytes of each row: 32 columns in e4m3, 16 in bf16.
+// c [64][N] likewise, of 32 bytes of each row: 32 columns in e4m3, 16 in bf16.
+#define WGMMA_8(types, operands)                                                                   \
+    asm volatile("{ .reg .pred p; setp.ne.b32 p, %6, 0;\n"                                         \
+                 "wgmma.mma_async.sync.aligned.m64n8" types " {%0, %1, %2, %3}, %4, %5, p"         \
+                 operands "; }" : C4(0) : "l"(a), "l"(b), "r"(add))
+template <bool FP8>
+static __device__ void wgmma_32(float (&c)[4], uint64_t a, uint64_t b, int add) {
+    if (FP8) WGMMA_8("k32.f32.e4m3.e4m3", ", 1, 1");
+    else WGMMA_8("k16.f32.bf16.bf16", ", 1, 1, 0, 0");
+}
+#undef WGMMA_8
+
 template <bool FP8>
 static __device__ void wgmma_32(float (&c)[16], uint64_t a, uint64_t b, int add) {
     if (!FP8) return wgmma<0>(c, a, b, add);
@@ -1134,11 +1145,11 @@ static __device__ int list_entries(const Slots &s, Entry *table, int tile, int a
 // kernel before is still at work; activations follow behind grid_wait.
 //
 // wgmma wants 64 rows that meet the same columns, and four units of one strip are four blocks of K.
-// So the activations of all four stand side by side as 32 columns: 4 blocks of 8 rows, and each
-// warp keeps the 8 columns that are its own block's. Three quarters of the products are thrown
+// So the activations of all four stand side by side as columns, 8 or 32: 4 blocks of 2 or 8 rows,
+// and each warp keeps those that are its own block's. Three quarters of the products are thrown
 // away: the tensor cores have the time. (mma.sync would need every e4m3 as an f16, and that
-// conversion is slower than the memory.) With SHIFT 2 the four units are four strips, and the 32
-// columns are 32 rows of activations: fewer bytes from L2 where rows are many.
+// conversion is slower than the memory.) With SHIFT 2 the four units are four strips, and the 8 or
+// 32 columns are as many rows of activations: fewer bytes from L2 where rows are many.
 //
 // `parts` splits K over blocks where strips don't fill the chip; the next kernel adds. DOWN is the
 // experts' second product: a block owns 4 strips of the output and walks all experts, adding weight
@@ -1147,11 +1158,26 @@ static __device__ int list_entries(const Slots &s, Entry *table, int tile, int a
 
 enum {
     CONSUMERS = 8, PRODUCERS = 4, SKINNY_THREADS = (CONSUMERS + PRODUCERS) * 32,
-    UNITS = 8, MAX_STAGES = 8, COLUMNS = 32,  // of a warpgroup's product
-    STAGE_WEIGHTS = UNITS * UNIT, STAGE_BYTES = STAGE_WEIGHTS + 2 * COLUMNS * ROW_BYTES,
-    STAGE_SCALES = 2 * UNITS + 2 * COLUMNS,  // floats: two of each unit, one of each column
+    UNITS = 8, MAX_STAGES = 8, STAGE_WEIGHTS = UNITS * UNIT,
     SKINNY_ROWS = 32, EXPERT_ROWS = 256,  // more rows than these are `wide`'s
 };
+
+// What a stage holds: blocks of 1 << SHIFT strips, and rows as the columns of two products.
+template <int SHIFT_, int COLUMNS_> struct Form {
+    enum {
+        SHIFT = SHIFT_, STRIPS = 1 << SHIFT, COLUMNS = COLUMNS_, ROWS = COLUMNS * STRIPS / 4,
+        TILES = (ROWS + 7) / 8,  // of 8 columns that a lane has sums of
+        BLOCKS = UNITS >> SHIFT, BYTES = STAGE_WEIGHTS + 2 * COLUMNS * ROW_BYTES,
+        SCALES = 2 * UNITS + 2 * COLUMNS,  // floats: two of each unit, one of each column
+    };
+};
+
+// Of every tile, a lane has sums of this row and the next. With two rows it is one lane of four,
+// where the columns are its warp's block's; the others have a row that is none.
+template <class F> static __device__ int lane_row() {
+    int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4;
+    return F::ROWS >= 8 ? lane % 4 * 2 : lane % 4 == warp ? 0 : (int)F::ROWS;
+}
 
 // What a block does next: some strips of one entry's product, over the K blocks from block to end.
 typedef struct { int i, entry, group, part, block, end; } Item;
@@ -1184,8 +1210,8 @@ template <bool DOWN> static __device__ void next_item(const Product &p, Item *it
 
 // A block's shared memory, and what it knows of its work.
 typedef struct {
-    uint8_t *stages;                // of STAGE_BYTES
-    float (*scales)[STAGE_SCALES];  // of each stage
+    uint8_t *stages;                // of BYTES
+    float *scales;                  // SCALES of each stage
     uint64_t *full, *empty;         // of each stage: it has come; it has been multiplied
     uint64_t *handed;               // of each consumer: DOWN's sums are its own
     float *sums, *weight_of;        // weight_of, row_of: of each slot
@@ -1208,110 +1234,119 @@ typedef struct {
 // rounds of the ring ahead of the consumers would take the parity of an old phase for its own.
 static __device__ int producers(const Ring &r) { return min((int)PRODUCERS, r.n_stages); }
 
-// Goes n stages on. Unit u of a stage is block u >> SHIFT of strip u % (1 << SHIFT): only with
-// SHIFT 0 do a strip's blocks stay one piece. A unit's copy is a lane's, its two scales two lanes'.
-template <bool DOWN, int SHIFT>
+// Goes n stages on. Unit u of a stage is block u >> SHIFT of strip u % STRIPS: only with SHIFT 0 do
+// a strip's blocks stay one piece. A unit's copy is a lane's, its two scales two lanes'.
+template <bool DOWN, class F>
 static __device__ void move(const Product &p, const Ring &r, Spot *at, int n) {
     at->i += n, at->n += n, at->slot += n;
     if (at->slot >= r.n_stages) at->slot -= r.n_stages, at->parity ^= 1;
     for (; at->i >= r.item_stages; at->i -= r.item_stages) next_item<DOWN>(p, &at->item, r.entries);
     if (at->group == at->item.group) return;
-    int lane = threadIdx.x % WARP, unit = lane / 2, strip = (at->group = at->item.group) << SHIFT;
-    at->w = SHIFT ? strip_at(p.w, 0, strip + lane % (1 << SHIFT)) + (lane >> SHIFT) * UNIT
-                  : strip_at(p.w, 0, strip);
-    at->scale = scales_at(p.w, lane % 2, 0, strip + unit % (1 << SHIFT)) + (unit >> SHIFT);
+    int lane = threadIdx.x % WARP, unit = lane / 2;
+    int strip = (at->group = at->item.group) * F::STRIPS;
+    at->w = strip_at(p.w, 0, strip + (F::STRIPS > 1 ? lane % F::STRIPS : 0));
+    if (F::STRIPS > 1) at->w += (lane >> F::SHIFT) * UNIT;
+    at->scale = scales_at(p.w, lane % 2, 0, strip + unit % F::STRIPS) + (unit >> F::SHIFT);
 }
 
 // A producer's first stage, if there are so many.
-template <bool DOWN, int SHIFT>
+template <bool DOWN, class F>
 static __device__ Spot first_spot(const Product &p, const Ring &r) {
     Spot at = {first_item<DOWN>(p), 0, 0, 0, 1, -1};
-    move<DOWN, SHIFT>(p, r, &at, r.warp % PRODUCERS);
+    move<DOWN, F>(p, r, &at, r.warp % PRODUCERS);
     return at;
 }
 
 // One warp brings a whole stage, and four warps take turns: a copy's way is long, but they overlap.
-template <bool FP8, int SHIFT>
+template <bool FP8, class F>
 static __device__ void load_weights(const Product &p, const Ring &r, const Spot &at, int expert) {
-    int lane = threadIdx.x % WARP, block = at.item.block + at.i * (UNITS >> SHIFT);
-    int strips = min(1 << SHIFT, p.w.strips - (at.group << SHIFT));
-    int blocks = max(0, min(UNITS >> SHIFT, at.item.end - block));
-    uint8_t *stage = r.stages + at.slot * STAGE_BYTES;
+    int lane = threadIdx.x % WARP, block = at.item.block + at.i * F::BLOCKS;
+    int strips = min((int)F::STRIPS, p.w.strips - at.group * F::STRIPS);
+    int blocks = max(0, min((int)F::BLOCKS, at.item.end - block));
+    uint8_t *stage = r.stages + at.slot * F::BYTES;
     const uint8_t *from = at.w + expert * p.w.expert_bytes + block * UNIT;
     if (lane == 0) bar_expect(&r.full[at.slot], strips * blocks * UNIT);
     __syncwarp();
-    if (SHIFT == 0 && lane == 0 && blocks) bulk_load(stage, from, blocks * UNIT, &r.full[at.slot]);
-    if (SHIFT > 0 && lane >> SHIFT < blocks && lane % (1 << SHIFT) < strips)
+    if (F::STRIPS == 1 && lane == 0 && blocks)
+        bulk_load(stage, from, blocks * UNIT, &r.full[at.slot]);
+    if (F::STRIPS > 1 && lane >> F::SHIFT < blocks && lane % F::STRIPS < strips)
         bulk_load(stage + lane * UNIT, from, UNIT, &r.full[at.slot]);
     int unit = lane / 2;
-    if (FP8 && unit >> SHIFT < blocks && unit % (1 << SHIFT) < strips)
-        copy_4(&r.scales[at.slot][lane], at.scale + expert * p.w.expert_scales + block);
+    if (FP8 && unit >> F::SHIFT < blocks && unit % F::STRIPS < strips)
+        copy_4(r.scales + at.slot * F::SCALES + lane,
+               at.scale + expert * p.w.expert_scales + block);
 }
 
-// Eight lanes bring 128 bytes of a row and swizzle them by its place in the stage.
-template <bool FP8, int SHIFT>
+// Eight lanes bring 128 bytes of a row and swizzle them by its place in the stage: four rows at
+// once, or two blocks of two.
+template <bool FP8, class F>
 static __device__ void load_rows(const Product &p, const Ring &r, const Spot &at,
                                  const Entry &entry) {
-    enum { ROWS = 8 << SHIFT, BLOCKS = UNITS >> SHIFT };
-    int lane = threadIdx.x % WARP, chunk = lane % 8, block = at.item.block + at.i * BLOCKS;
-    int blocks = min((int)BLOCKS, at.item.end - block);
-    const uint8_t *x = p.x + block * p.x_block;
-    uint8_t *to = r.stages + at.slot * STAGE_BYTES + STAGE_WEIGHTS;
-    for (int i = lane / 8; i < entry.rows; i += 4) {
+    enum { ROWS = F::ROWS, AT_ONCE = ROWS < 4 ? 4 / ROWS : 1 };  // blocks of a row
+    int lane = threadIdx.x % WARP, chunk = lane % 8, block = at.item.block + at.i * F::BLOCKS;
+    int blocks = min((int)F::BLOCKS, at.item.end - block), first = lane / 8 % AT_ONCE;
+    const uint8_t *x = p.x + (block + first) * p.x_block;
+    uint8_t *to = r.stages + at.slot * F::BYTES + STAGE_WEIGHTS;
+    for (int i = lane / 8 / AT_ONCE; i < entry.rows; i += 4 / AT_ONCE) {
         int slot = entry.slot + i, row = p.s.gather ? r.row_of[slot] : slot;
         uint32_t from = row * (uint32_t)p.x_row + (FP8 ? chunk ^ row & 7 : chunk) * 16;
 #pragma unroll
-        for (int k = 0; k < BLOCKS; k++, from += (uint32_t)p.x_block)
+        for (int j = 0; j < F::BLOCKS; j += AT_ONCE, from += AT_ONCE * (uint32_t)p.x_block) {
+            int k = j + first, at_row = k * ROWS + i;
             if (k < blocks)
-                copy_16(to + (k * ROWS + i) * ROW_BYTES + ((chunk ^ i & 7) << 4), x + from);
+                copy_16(to + at_row * ROW_BYTES + ((chunk ^ at_row & 7) << 4), x + from);
+        }
     }
-    float *scales = r.scales[at.slot] + 2 * UNITS;
+    float *scales = r.scales + at.slot * F::SCALES + 2 * UNITS;
     const float *x_scale = p.x_scale + block * (size_t)p.x_stride;
 #pragma unroll
-    for (int c = lane; FP8 && c < 2 * COLUMNS; c += WARP) {
+    for (int c = lane; FP8 && c < 2 * F::COLUMNS; c += WARP) {
         int k = c / ROWS, i = c % ROWS, slot = entry.slot + i;
         if (k >= blocks || i >= entry.rows) continue;
         copy_4(scales + c, x_scale + k * p.x_stride + (p.s.gather ? r.row_of[slot] : slot));
     }
 }
 
-// A stage, in two halves of four units. sum[tile] is [16][8]: this warp's units times 8 rows.
-template <bool FP8, int SHIFT>
-static __device__ void multiply(float sum[1 << SHIFT][4], const uint8_t *stage, const float *scales,
+// A stage, in two halves of four units. sum[tile] is [16][8]: this warp's units times 8 columns.
+template <bool FP8, class F>
+static __device__ void multiply(float sum[F::TILES][4], const uint8_t *stage, const float *scales,
                                 int blocks, int rows) {
-    enum { HALVES = 2, TILES = 1 << SHIFT, EARLY = TILES < 2 ? TILES : 2 };
-    float c[HALVES][16];
+    enum { HALVES = 2, TILES = F::TILES, EARLY = TILES < 2 ? TILES : 2, EACH = F::COLUMNS / 2 };
+    float c[HALVES][EACH];
     float2 of_w[HALVES] = {}, of_x[HALVES][EARLY] = {};
     int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP % 4;
+    int pair = F::ROWS < 8 ? 0 : lane % 4;  // of rows
     const float2 *x_scale = (const float2 *)(scales + 2 * UNITS);
     uint64_t w = smem_desc(stage), x = smem_desc(stage + STAGE_WEIGHTS);
     wgmma_fence();
-    for (int h = 0; h < HALVES; h++, w += 4 * UNIT >> 4, x += COLUMNS * ROW_BYTES >> 4)
+    for (int h = 0; h < HALVES; h++, w += 4 * UNIT >> 4, x += F::COLUMNS * ROW_BYTES >> 4)
         for (int k = 0; k < 4; k++) wgmma_32<FP8>(c[h], w + 2 * k, x + 2 * k, k > 0);
     wgmma_commit();
 #pragma unroll
     for (int h = 0; FP8 && h < HALVES; h++) {  // meanwhile, what is nearly always needed
-        int unit = h * 4 + warp, x = unit >> SHIFT << SHIFT + 2;
+        int unit = h * 4 + warp, x = (unit >> F::SHIFT) * (F::ROWS / 2) + pair;
         of_w[h] = ((const float2 *)scales)[unit];
-        for (int tile = 0; tile < EARLY; tile++) of_x[h][tile] = x_scale[x + tile * 4 + lane % 4];
+        for (int tile = 0; tile < EARLY; tile++) of_x[h][tile] = x_scale[x + tile * 4];
     }
     wgmma_wait<0>();
 #pragma unroll
     for (int h = 0; h < HALVES; h++) {
         int unit = h * 4 + warp;
-        if (unit >> SHIFT >= blocks) return;
+        if (unit >> F::SHIFT >= blocks) return;
 #pragma unroll
         for (int tile = 0; tile < TILES; tile++) {
             if (tile > 0 && tile * 8 >= rows) break;
             float v[4], by[4] = {1, 1, 1, 1};
             for (int i = 0; i < 4; i++) {
-                float even = unit & 2 ? c[h][8 + i] : c[h][i];
-                float odd = unit & 2 ? c[h][12 + i] : c[h][4 + i];
-                v[i] = SHIFT ? c[h][4 * tile + i] : unit & 1 ? odd : even;
+                v[i] = c[h][4 * tile + i];
+                if (F::STRIPS > 1 || F::COLUMNS == 8) continue;
+                float even = unit & 2 ? c[h][8 % EACH + i] : v[i];
+                float odd = unit & 2 ? c[h][12 % EACH + i] : c[h][4 % EACH + i];
+                v[i] = unit & 1 ? odd : even;
             }
             if (FP8) {
-                float2 w = of_w[h], x = tile < EARLY ? of_x[h][tile % EARLY]
-                                      : x_scale[(unit >> SHIFT << SHIFT + 2) + tile * 4 + lane % 4];
+                int of = (unit >> F::SHIFT) * (F::ROWS / 2) + tile * 4 + pair;
+                float2 w = of_w[h], x = tile < EARLY ? of_x[h][tile % EARLY] : x_scale[of];
                 by[0] = x.x * w.x, by[1] = x.y * w.x, by[2] = x.x * w.y, by[3] = x.y * w.y;
             }
             for (int i = 0; i < 4; i++) sum[tile][i] += v[i] * by[i];
@@ -1320,13 +1355,13 @@ static __device__ void multiply(float sum[1 << SHIFT][4], const uint8_t *stage, 
 }
 
 // An item's product goes to its warp's sums [rows][16].
-template <int SHIFT>
-static __device__ void keep_sums(const Entry &entry, float *sums, const float sum[1 << SHIFT][4]) {
+template <class F>
+static __device__ void keep_sums(const Entry &entry, float *sums, const float sum[F::TILES][4]) {
     int lane = threadIdx.x % WARP;
 #pragma unroll
-    for (int tile = 0; tile < 1 << SHIFT; tile++) {
+    for (int tile = 0; tile < F::TILES; tile++) {
         for (int i = 0; i < 2; i++) {
-            int row = tile * 8 + lane % 4 * 2 + i;
+            int row = tile * 8 + lane_row<F>() + i;
             if (row >= entry.rows) return;
             float *to = sums + row * STRIP + lane / 4;
             to[0] = sum[tile][i], to[8] = sum[tile][2 + i];
@@ -1336,17 +1371,17 @@ static __device__ void keep_sums(const Entry &entry, float *sums, const float su
 
 // y's rows from y_row on: the sums [warps][stride][16] of the warps that shared a strip, added by
 // all consumers or, `alone`, by one warpgroup.
-template <int SHIFT>
+template <class F>
 static __device__ void store_sums(const Product &p, size_t y_row, int rows, int group, int warps,
                                   const float *sums, int stride, bool alone) {
-    enum { WIDTH = STRIP << SHIFT };
+    enum { WIDTH = STRIP << F::SHIFT };
     int out = p.w.strips * STRIP, threads = alone ? 128 : CONSUMERS * 32;
     sync_threads(alone ? 4 + threadIdx.x / 128 : 1, threads);
     for (int i = threadIdx.x % threads; i < rows * WIDTH; i += threads) {
         int row = i / WIDTH, column = i % WIDTH, to = group * WIDTH + column;
         const float *from = sums + (column / STRIP * stride + row) * STRIP + column % STRIP;
         float total = 0;
-        for (int k = 0; k < warps; k += 1 << SHIFT) total += from[k * stride * STRIP];
+        for (int k = 0; k < warps; k += F::STRIPS) total += from[k * stride * STRIP];
         if (to >= out) continue;
         if (p.y_f32) ((float *)p.y)[(y_row + row) * out + to] = total;
         else *result_at(p, y_row + row, to) = bf16_pair(total, 0);
@@ -1355,59 +1390,59 @@ static __device__ void store_sums(const Product &p, size_t y_row, int rows, int 
 
 // Asks for the weights of the first round of the ring, as far as the entries are known. Returns how
 // many of these stages are this warp's.
-template <bool FP8, bool DOWN, int SHIFT>
+template <bool FP8, bool DOWN, class F>
 static __device__ int fill_ring(const Product &p, const Ring &r) {
     int issued = 0, step = producers(r);
     if (r.warp % PRODUCERS >= step) return 0;
-    for (Spot at = first_spot<DOWN, SHIFT>(p, r);
+    for (Spot at = first_spot<DOWN, F>(p, r);
          at.n < r.n_stages && has_item<DOWN>(p, at.item, r.entries);
-         move<DOWN, SHIFT>(p, r, &at, step), issued++)
-        load_weights<FP8, SHIFT>(p, r, at, r.table[at.item.entry].expert);
+         move<DOWN, F>(p, r, &at, step), issued++)
+        load_weights<FP8, F>(p, r, at, r.table[at.item.entry].expert);
     return issued;
 }
 
 // A producer's walk over its stages; the first `issued` ones' weights are on their way already.
-template <bool FP8, bool DOWN, int SHIFT>
+template <bool FP8, bool DOWN, class F>
 static __device__ void produce(const Product &p, const Ring &r, int issued) {
     int step = producers(r);
     if (r.warp % PRODUCERS >= step) return;
-    for (Spot at = first_spot<DOWN, SHIFT>(p, r); has_item<DOWN>(p, at.item, r.entries);
-         move<DOWN, SHIFT>(p, r, &at, step)) {
+    for (Spot at = first_spot<DOWN, F>(p, r); has_item<DOWN>(p, at.item, r.entries);
+         move<DOWN, F>(p, r, &at, step)) {
         Entry entry = r.table[at.item.entry];
         if (at.item.i >= r.half) launch_dependents();
         if (--issued < 0) {
             bar_wait(&r.empty[at.slot], at.parity);
-            load_weights<FP8, SHIFT>(p, r, at, entry.expert);
+            load_weights<FP8, F>(p, r, at, entry.expert);
         }
-        load_rows<FP8, SHIFT>(p, r, at, entry);
+        load_rows<FP8, F>(p, r, at, entry);
         copies_arrive(&r.full[at.slot]);
     }
 }
 
 // A consumer's end of an item that is a part of y of its own. Each `turn` has the other half of the
 // sums, so that one barrier is enough.
-template <int SHIFT>
+template <class F>
 static __device__ void finish_item(const Product &p, const Ring &r, const Item &item,
-                                   const Entry &entry, int turn, const float sum[1 << SHIFT][4]) {
+                                   const Entry &entry, int turn, const float sum[F::TILES][4]) {
     bool alone = p.item_stages == 1;  // the warpgroup had the whole product
     float *sums = r.sums + turn % 2 * (p.n_sums / 2);
-    keep_sums<SHIFT>(entry, sums + r.warp * p.x_rows * STRIP, sum);
-    store_sums<SHIFT>(p, (size_t)item.part * p.slots + entry.slot, entry.rows, item.group,
+    keep_sums<F>(entry, sums + r.warp * p.x_rows * STRIP, sum);
+    store_sums<F>(p, (size_t)item.part * p.slots + entry.slot, entry.rows, item.group,
                       alone ? 4 : CONSUMERS, sums + (alone ? r.warp / 4 * 4 * p.x_rows * STRIP : 0),
                       p.x_rows, alone);
 }
 
 // Where DOWN's sums of a lane's slots lie, if it has so many, and by what they are weighted. Looked
 // up while a stage is on its way.
-template <int SHIFT> struct Targets { int at[1 << SHIFT][2]; float by[1 << SHIFT][2]; };
+template <class F> struct Targets { int at[F::TILES][2]; float by[F::TILES][2]; };
 
-template <int SHIFT>
-static __device__ void find_targets(Targets<SHIFT> *to, const Ring &r, const Entry &entry) {
+template <class F>
+static __device__ void find_targets(Targets<F> *to, const Ring &r, const Entry &entry) {
     int lane = threadIdx.x % WARP;
 #pragma unroll
-    for (int tile = 0; tile < 1 << SHIFT && tile * 8 < entry.rows; tile++) {
+    for (int tile = 0; tile < F::TILES && tile * 8 < entry.rows; tile++) {
         for (int i = 0; i < 2; i++) {
-            int row = tile * 8 + lane % 4 * 2 + i, slot = entry.slot + min(row, entry.rows - 1);
+            int row = tile * 8 + lane_row<F>() + i, slot = entry.slot + min(row, entry.rows - 1);
             int of = r.row_of[slot] * STRIP + lane / 4;
             to->at[tile][i] = row < entry.rows ? of : -1, to->by[tile][i] = r.weight_of[slot];
         }
@@ -1416,20 +1451,20 @@ static __device__ void find_targets(Targets<SHIFT> *to, const Ring &r, const Ent
 
 // DOWN's: each warp shares its strip's sums with one of the other warpgroup, and they add in turns,
 // the first group's warp first. All loads stand before the stores, which they would wait for.
-template <int SHIFT>
-static __device__ void add_item(const Product &p, const Ring &r, const Targets<SHIFT> &to, int rows,
-                                int turn, const float sum[1 << SHIFT][4]) {
-    float *sums = r.sums + r.warp % 4 * p.s.n * STRIP, old[1 << SHIFT][2][2];
+template <class F>
+static __device__ void add_item(const Product &p, const Ring &r, const Targets<F> &to, int rows,
+                                int turn, const float sum[F::TILES][4]) {
+    float *sums = r.sums + r.warp % 4 * p.s.n * STRIP, old[F::TILES][2][2];
     bar_wait(&r.handed[r.warp], (turn + r.warp / 4 + 1) % 2);
 #pragma unroll
-    for (int tile = 0; tile < 1 << SHIFT && tile * 8 < rows; tile++)
+    for (int tile = 0; tile < F::TILES && tile * 8 < rows; tile++)
         for (int i = 0; i < 2; i++) {
             if (to.at[tile][i] < 0) continue;
             const float *from = sums + to.at[tile][i];
             old[tile][i][0] = from[0], old[tile][i][1] = from[8];
         }
 #pragma unroll
-    for (int tile = 0; tile < 1 << SHIFT && tile * 8 < rows; tile++)
+    for (int tile = 0; tile < F::TILES && tile * 8 < rows; tile++)
         for (int i = 0; i < 2; i++) {
             if (to.at[tile][i] < 0) continue;
             sums[to.at[tile][i]] = old[tile][i][0] + to.by[tile][i] * sum[tile][i];
@@ -1446,33 +1481,33 @@ static __device__ void clear_sums(const Product &p, const Ring &r) {
 
 // A consumer's walk over the same items, of whose stages its warpgroup has every second: next the
 // i-th from the item's first on. `turns`: items that it had a part in.
-template <bool FP8, bool DOWN, int SHIFT>
+template <bool FP8, bool DOWN, class F>
 static __device__ void consume(const Product &p, const Ring &r) {
     int i = r.warp / 4, slot = i, parity = 0, turns = 0;
-    float sum[1 << SHIFT][4] = {};
+    float sum[F::TILES][4] = {};
     if (DOWN) clear_sums(p, r);
     for (Item item = first_item<DOWN>(p); has_item<DOWN>(p, item, r.entries);
          next_item<DOWN>(p, &item, r.entries)) {
         if (item.i >= r.half) launch_dependents();
         if (i < r.item_stages) {
             Entry entry = r.table[item.entry];
-            Targets<SHIFT> targets;
-            if (DOWN) find_targets<SHIFT>(&targets, r, entry);
+            Targets<F> targets;
+            if (DOWN) find_targets<F>(&targets, r, entry);
             for (; i < r.item_stages; i += 2) {
                 bar_wait(&r.full[slot], parity);
                 fence_async();
-                multiply<FP8, SHIFT>(sum, r.stages + slot * STAGE_BYTES, r.scales[slot],
-                                     item.end - item.block - i * (UNITS >> SHIFT), entry.rows);
+                multiply<FP8, F>(sum, r.stages + slot * F::BYTES, r.scales + slot * F::SCALES,
+                                 item.end - item.block - i * F::BLOCKS, entry.rows);
                 warp_arrive(&r.empty[slot]);
                 if ((slot += 2) >= r.n_stages) slot -= r.n_stages, parity ^= 1;
             }
-            if (DOWN) add_item<SHIFT>(p, r, targets, entry.rows, turns++, sum);
-            else finish_item<SHIFT>(p, r, item, entry, turns++, sum);
+            if (DOWN) add_item<F>(p, r, targets, entry.rows, turns++, sum);
+            else finish_item<F>(p, r, item, entry, turns++, sum);
             memset(sum, 0, sizeof sum);
         }
         i -= r.item_stages;
         if (!DOWN || item.entry < r.entries - 1) continue;
-        store_sums<SHIFT>(p, 0, p.s.n, item.group, 1 << SHIFT, r.sums, p.s.n, false);
+        store_sums<F>(p, 0, p.s.n, item.group, F::STRIPS, r.sums, p.s.n, false);
         clear_sums(p, r);
     }
 }
@@ -1480,22 +1515,22 @@ static __device__ void consume(const Product &p, const Ring &r) {
 // All warps walk over the same items and stages. A stage's full barrier counts its weights' and its
 // rows' arrival, its empty barrier the warps that have multiplied it. Reads each weight once, and a
 // row once for every group of strips, from L2.
-template <bool FP8, bool DOWN, int SHIFT>
-static __global__ void __launch_bounds__(SKINNY_THREADS, SHIFT ? 1 : 2)
+template <bool FP8, bool DOWN, class F>
+static __global__ void __launch_bounds__(SKINNY_THREADS, F::ROWS > 8 ? 1 : 2)
 skinny(const __grid_constant__ Product p) {
     extern __shared__ __align__(1024) uint8_t smem[];
     __shared__ uint64_t full[MAX_STAGES], empty[MAX_STAGES], handed[CONSUMERS];
-    __shared__ __align__(16) float scales[MAX_STAGES][STAGE_SCALES];
+    __shared__ __align__(16) float scales[MAX_STAGES * F::SCALES];
     // The whole block's numbers: even, or the compiler would fetch them anew at every use.
     int n_stages = even(p.stages), item_stages = even(p.item_stages);
-    int to_table = even(n_stages * STAGE_BYTES + p.n_sums * sizeof(float));
+    int to_table = even(n_stages * F::BYTES + p.n_sums * sizeof(float));
     int to_weights = even(to_table + p.table * sizeof(Entry));
     int to_rows = even(to_weights + (DOWN ? p.slots : 0) * sizeof(float));
-    float *sums = (float *)(smem + n_stages * STAGE_BYTES);
+    float *sums = (float *)(smem + n_stages * F::BYTES);
     float *weight_of = (float *)(smem + to_weights);
     Entry *table = (Entry *)(smem + to_table);
     uint16_t *row_of = (uint16_t *)(smem + to_rows);
-    int tile = 8 << SHIFT, entries = list_known(p.s, table, tile), warp = even(threadIdx.x / WARP);
+    int tile = F::ROWS, entries = list_known(p.s, table, tile), warp = even(threadIdx.x / WARP);
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.stages; i++)
             bar_init(&full[i], 1 + WARP), bar_init(&empty[i], ARRIVING * CONSUMERS / 2);
@@ -1512,7 +1547,7 @@ skinny(const __grid_constant__ Product p) {
     entries = even(entries);
     Ring r = {smem, scales, full, empty, handed, sums, weight_of, row_of, table, entries, INT_MAX,
               n_stages, item_stages, warp};
-    int issued = producer ? fill_ring<FP8, DOWN, SHIFT>(p, r) : 0;
+    int issued = producer ? fill_ring<FP8, DOWN, F>(p, r) : 0;
 #pragma unroll 4
     for (int i = threadIdx.x; DOWN && i < p.slots; i += blockDim.x)
         weight_of[i] = i < p.s.n ? 1 : __ldcg(p.weight + __ldcg(p.s.list + i - p.s.n));
@@ -1522,29 +1557,29 @@ skinny(const __grid_constant__ Product p) {
         r.half = p.groups * p.parts * r.entries / 2;
     }
     __syncthreads();
-    if (producer) produce<FP8, DOWN, SHIFT>(p, r, issued);
-    else consume<FP8, DOWN, SHIFT>(p, r);
+    if (producer) produce<FP8, DOWN, F>(p, r, issued);
+    else consume<FP8, DOWN, F>(p, r);
 }
 
-// Shares the shared memory out between ring and sums. With few rows half of it is left for the next
-// kernel's blocks. (DOWN's have registers of their own that leave too few for these: 120 a thread.)
-template <bool FP8, bool DOWN, int SHIFT> static void launch_skinny(Product *p) {
-    int tile = 8 << SHIFT;
-    p->groups = units(p->w.strips, 1 << SHIFT);
+// Shares the shared memory out between ring and sums. With few rows two kernels fit side by side,
+// with registers, too, which the launch bounds see to.
+template <bool FP8, bool DOWN, class F> static void launch_skinny(Product *p) {
+    int tile = F::ROWS;
+    p->groups = units(p->w.strips, F::STRIPS);
     p->by_groups = divisor(p->groups), p->by_parts = divisor(p->parts);
     p->table = max_entries(&p->s, tile);
     p->x_rows = min_int(p->s.n, tile);
-    p->item_stages = units(p->part_blocks, UNITS >> SHIFT);
-    p->n_sums = STRIP * (DOWN ? p->s.n << SHIFT : 2 * CONSUMERS * p->x_rows);
+    p->item_stages = units(p->part_blocks, F::BLOCKS);
+    p->n_sums = STRIP * (DOWN ? p->s.n * F::STRIPS : 2 * CONSUMERS * p->x_rows);
     int rest = p->n_sums * sizeof(float) + p->table * sizeof(Entry) +
                (p->s.list ? p->slots : 0) * (sizeof(uint16_t) + (DOWN ? sizeof(float) : 0));
-    int room = (p->s.n <= 8 ? 110 : 222) << 10;
-    p->stages = min_int(MAX_STAGES, (room - rest) / STAGE_BYTES);
+    int room = (p->s.n <= 8 ? 111 : 222) << 10;
+    p->stages = min_int(MAX_STAGES, (room - rest) / F::BYTES);
     p->stages = p->stages / 2 * 2;  // so that a stage is always the same warpgroup's
     assert(p->stages >= 2 && p->s.n_experts <= 256);
     int items = p->groups * p->parts * p->table;
-    launch(skinny<FP8, DOWN, SHIFT>, min_int(n_sms, DOWN ? p->groups : items), SKINNY_THREADS,
-           (size_t)p->stages * STAGE_BYTES + rest, *p);
+    launch(skinny<FP8, DOWN, F>, min_int(n_sms, DOWN ? p->groups : items), SKINNY_THREADS,
+           (size_t)p->stages * F::BYTES + rest, *p);
 }
 
 // ---- The products: many rows --------------------------------------------------------------------
@@ -2043,14 +2078,19 @@ static int k_parts(const Product *p) {
     return parts > (few ? 2 : 1) ? parts : 1;
 }
 
+template <bool FP8> static void run_few(Product *p) {
+    if (p->s.n <= 2) launch_skinny<FP8, false, Form<0, 8>>(p);
+    else if (p->s.n <= 8) launch_skinny<FP8, false, Form<0, 32>>(p);
+    else launch_skinny<FP8, false, Form<2, 32>>(p);
+}
+
 static void run(Product *p) {
     p->part_blocks = units(p->w.blocks, p->parts);
-    bool few = few_rows(p), fewest = p->s.n <= 8;
-    if (few && !p->fp8 && fewest) launch_skinny<false, false, 0>(p);
-    else if (few && !p->fp8) launch_skinny<false, false, 2>(p);
-    else if (few && p->weight) launch_skinny<true, true, 2>(p);
-    else if (few && fewest) launch_skinny<true, false, 0>(p);
-    else if (few) launch_skinny<true, false, 2>(p);
+    bool few = few_rows(p);
+    if (few && p->weight && p->s.n <= 8) launch_skinny<true, true, Form<2, 8>>(p);
+    else if (few && p->weight) launch_skinny<true, true, Form<2, 32>>(p);
+    else if (few && p->fp8) run_few<true>(p);
+    else if (few) run_few<false>(p);
     else if (p->fp8) launch_wide<true>(p);
     else launch_wide<false>(p);
 }

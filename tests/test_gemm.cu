@@ -10,7 +10,8 @@
 // sums of e4m3 products keep 14 bits.
 static const double EXACT_LIMIT = 1e-4, WGMMA_LIMIT = 4e-3, GATED_LIMIT = 6e-2;
 
-static const int QUICK[] = {1, 9, 33};  // rows, one number for each kernel
+enum { N_QUICK = 4 };
+static const int QUICK[N_QUICK] = {1, 8, 9, 33};  // rows, one number for each kernel
 
 // ---- Data ---------------------------------------------------------------------------------------
 
@@ -180,7 +181,7 @@ static void try_pair(int out0, int out1, int in, const int *rows, int n_tries) {
 
 static void test_linear(void) {
     static const int many[] = {300, 2000};
-    const int *rows = quick() ? QUICK : ROWS, n = quick() ? 3 : N_COUNTS;
+    const int *rows = quick() ? QUICK : ROWS, n = quick() ? N_QUICK : (int)N_COUNTS;
     try_linear(256, 256, DTYPE_F8_E4M3, rows, n);
     try_linear(576, 256, DTYPE_F8_E4M3, rows, n);
     try_linear(512, 1152, DTYPE_BF16, rows, n);
@@ -254,7 +255,7 @@ static void try_mlp(int hidden, int width, const int *rows, int n_tries) {
 }
 
 static void test_mlp(void) {
-    try_mlp(256, 256, quick() ? QUICK : ROWS, quick() ? 3 : N_COUNTS);
+    try_mlp(256, 256, quick() ? QUICK : ROWS, quick() ? N_QUICK : (int)N_COUNTS);
     if (!quick()) try_mlp(7168, 2304, ROWS, N_COUNTS);
 }
 
@@ -314,15 +315,15 @@ static void try_experts(const Config *c, int n_used, const int *rows, int n_trie
 }
 
 static void test_experts(void) {
-    static const int few[] = {1, 9, 257}, all[] = {1, 7, 8, 9, 32, 33, 200, 220, 256, 257, 300};
+    static const int few[] = {2, 8, 9, 257}, all[] = {1, 2, 3, 8, 9, 32, 33, 200, 220, 256, 257, 300};
     static const int large[] = {1, 2, 8, 31, 64, 256}, many[] = {300, 1001};
     Config tiny = config_of(256, 16, 4, 2, 4), odd = config_of(256, 11, 1, 1, 3);
     Config r1 = config_of(7168, 32, 4, 2, 8), deep = config_of(2048, 64, 4, 2, 8);
     tiny.moe_intermediate_size = 256, odd.moe_intermediate_size = 128;
     r1.moe_intermediate_size = 256, deep.moe_intermediate_size = 384;
-    for (int used : {16, 8}) try_experts(&tiny, used, quick() ? few : all, quick() ? 3 : 11);
+    for (int used : {16, 8}) try_experts(&tiny, used, quick() ? few : all, quick() ? 4 : 12);
     if (quick()) return;
-    try_experts(&odd, 11, all, 11);
+    try_experts(&odd, 11, all, 12);
     for (int used : {32, 16}) try_experts(&r1, used, large, 6);
     try_experts(&deep, 64, many, 2);
 }
