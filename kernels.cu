@@ -228,6 +228,11 @@ static __device__ uint32_t smem_address(const void *p) { return __cvta_generic_t
 // it, and what is made of it, in registers of the warp, where wgmma and barriers want them.
 static __device__ int even(int i) { return __shfl_sync(~0u, i, 0); }
 
+// Has a number worked out here, and not where the compiler sees it used.
+static __device__ void settle(int &v) { asm volatile("" : "+r"(v)); }
+static __device__ void settle(uint32_t &v) { asm volatile("" : "+r"(v)); }
+template <typename T> static __device__ void settle(const T *&v) { asm volatile("" : "+l"(v)); }
+
 static __device__ void bar_init(uint64_t *bar, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(smem_address(bar)), "r"(count));
 }
@@ -1044,8 +1049,9 @@ typedef struct {  // one matrix, or one for each expert
 typedef struct {
     int n, n_experts, top_k;
     const int *start;    // [n_experts + 1]
-    const int *list;     // row x divisor of the slots from `listed` on; slots before are rows
-    int listed, divisor;
+    const int *list;     // row x a divisor of the slots from `listed` on; slots before are rows
+    int listed;
+    uint64_t by_divisor; // for divide
     bool gather;         // the activations are found by a slot's row, not by the slot
 } Slots;
 
@@ -1081,10 +1087,10 @@ static __device__ const float *scales_at(const Weights &w, int half_of, int expe
 }
 
 // Where a result goes as bf16.
-static __device__ bf16 *result_at(const Product &p, size_t slot, int column) {
-    int first = p.w.split * STRIP, second = p.w.strips * STRIP - first;
-    return column < first ? (bf16 *)p.y + slot * first + column
-                          : p.y2 + slot * second + column - first;
+static __device__ bf16 *result_at(const Product &p, uint32_t slot, int column) {
+    uint32_t first = p.w.split * STRIP, second = p.w.strips * STRIP - first;
+    return column < (int)first ? (bf16 *)p.y + (size_t)slot * first + column
+                               : p.y2 + (size_t)slot * second + column - first;
 }
 
 // How many tiles of `tile` slots there are that no list is needed for.
@@ -1105,8 +1111,12 @@ static __device__ int list_known(const Slots &s, Entry *table, int tile) {
     return known;
 }
 
+// A division takes as long as a product of a whole unit: multiply by 2^32 / divisor instead.
+static uint64_t divisor(int d) { return (1ull << 32) / d + 1; }
+static __device__ int divide(int i, uint64_t by) { return i * by >> 32; }
+
 static __device__ int slot_row(const Slots &s, int slot) {
-    return slot < s.listed ? slot : __ldcg(s.list + slot - s.listed) / s.divisor;
+    return slot < s.listed ? slot : divide(__ldcg(s.list + slot - s.listed), s.by_divisor);
 }
 
 // Writes the experts' tiles into the table, experts ascending, and returns how many there are; and
@@ -1182,10 +1192,6 @@ template <class F> static __device__ int lane_row() {
 // What a block does next: some strips of one entry's product, over the K blocks from block to end.
 typedef struct { int i, entry, group, part, block, end; } Item;
 
-// A division takes as long as a product of a whole unit: multiply by 2^32 / divisor instead.
-static uint64_t divisor(int d) { return (1ull << 32) / d + 1; }
-static __device__ int divide(int i, uint64_t by) { return i * by >> 32; }
-
 // The i-th item of all; the blocks of the grid take turns.
 static __device__ Item item_at(const Product &p, int i) {
     int rest = divide(i, p.by_parts), part = i - rest * p.parts, entry = divide(rest, p.by_groups);
@@ -1219,6 +1225,7 @@ typedef struct {
     Entry *table;
     int entries, half;              // with item `half`, the next kernel may begin
     int n_stages, item_stages, warp;
+    bool gather;                    // row_of finds the activations
 } Ring;
 
 // Where a producer is: at stage i of an item, the block's n-th stage, which goes to `slot`. A lane
@@ -1277,33 +1284,45 @@ static __device__ void load_weights(const Product &p, const Ring &r, const Spot 
                at.scale + expert * p.w.expert_scales + block);
 }
 
+// Where a lane finds rows: what load_rows would else fetch and work out after the wait.
+typedef struct {
+    const uint8_t *x;
+    const float *scale;
+    uint32_t block, row, stride;  // from one to the next; of scales from block to block
+} RowsFrom;
+
+static __device__ RowsFrom find_activations(const Product &p) {
+    return (RowsFrom){p.x, p.x_scale, (uint32_t)p.x_block, (uint32_t)p.x_row, (uint32_t)p.x_stride};
+}
+
 // Eight lanes bring 128 bytes of a row and swizzle them by its place in the stage: four rows at
 // once, or two blocks of two.
 template <bool FP8, class F>
-static __device__ void load_rows(const Product &p, const Ring &r, const Spot &at,
+static __device__ void load_rows(const RowsFrom &f, const Ring &r, const Spot &at,
                                  const Entry &entry) {
-    enum { ROWS = F::ROWS, AT_ONCE = ROWS < 4 ? 4 / ROWS : 1 };  // blocks of a row
-    int lane = threadIdx.x % WARP, chunk = lane % 8, block = at.item.block + at.i * F::BLOCKS;
-    int blocks = min((int)F::BLOCKS, at.item.end - block), first = lane / 8 % AT_ONCE;
-    const uint8_t *x = p.x + (block + first) * p.x_block;
+    enum { ROWS = F::ROWS, AT_ONCE = ROWS < 4 ? 4 / ROWS : 1, TURNS = ROWS * AT_ONCE / 4 };
+    int lane = threadIdx.x % WARP, chunk = lane % 8, k0 = lane / 8 % AT_ONCE;
+    int block = at.item.block + at.i * F::BLOCKS, blocks = at.item.end - block;
     uint8_t *to = r.stages + at.slot * F::BYTES + STAGE_WEIGHTS;
-    for (int i = lane / 8 / AT_ONCE; i < entry.rows; i += 4 / AT_ONCE) {
-        int slot = entry.slot + i, row = p.s.gather ? r.row_of[slot] : slot;
-        uint32_t from = row * (uint32_t)p.x_row + (FP8 ? chunk ^ row & 7 : chunk) * 16;
+#pragma unroll(TURNS > 2 ? 1 : TURNS)
+    for (int turn = 0; turn < TURNS; turn++) {
+        int i = turn * (4 / AT_ONCE) + lane / 8 / AT_ONCE, slot = entry.slot + i;
+        if (i >= entry.rows) break;
+        int row = r.gather ? r.row_of[slot] : slot;
+        uint32_t from = (block + k0) * f.block + row * f.row + (FP8 ? chunk ^ row & 7 : chunk) * 16;
 #pragma unroll
-        for (int j = 0; j < F::BLOCKS; j += AT_ONCE, from += AT_ONCE * (uint32_t)p.x_block) {
-            int k = j + first, at_row = k * ROWS + i;
+        for (int k = k0; k < k0 + F::BLOCKS; k += AT_ONCE, from += AT_ONCE * f.block) {
+            int at_row = k * ROWS + i;
             if (k < blocks)
-                copy_16(to + at_row * ROW_BYTES + ((chunk ^ at_row & 7) << 4), x + from);
+                copy_16(to + at_row * ROW_BYTES + ((chunk ^ at_row & 7) << 4), f.x + from);
         }
     }
     float *scales = r.scales + at.slot * F::SCALES + 2 * UNITS;
-    const float *x_scale = p.x_scale + block * (size_t)p.x_stride;
 #pragma unroll
     for (int c = lane; FP8 && c < 2 * F::COLUMNS; c += WARP) {
         int k = c / ROWS, i = c % ROWS, slot = entry.slot + i;
         if (k >= blocks || i >= entry.rows) continue;
-        copy_4(scales + c, x_scale + k * p.x_stride + (p.s.gather ? r.row_of[slot] : slot));
+        copy_4(scales + c, f.scale + (block + k) * f.stride + (r.gather ? r.row_of[slot] : slot));
     }
 }
 
@@ -1372,18 +1391,22 @@ static __device__ void keep_sums(const Entry &entry, float *sums, const float su
 // y's rows from y_row on: the sums [warps][stride][16] of the warps that shared a strip, added by
 // all consumers or, `alone`, by one warpgroup.
 template <class F>
-static __device__ void store_sums(const Product &p, size_t y_row, int rows, int group, int warps,
+static __device__ void store_sums(const Product &p, uint32_t y_row, int rows, int group, int warps,
                                   const float *sums, int stride, bool alone) {
-    enum { WIDTH = STRIP << F::SHIFT };
+    enum { WIDTH = STRIP * F::STRIPS };
     int out = p.w.strips * STRIP, threads = alone ? 128 : CONSUMERS * 32;
+    uint32_t i = threadIdx.x & threads - 1;
     sync_threads(alone ? 4 + threadIdx.x / 128 : 1, threads);
-    for (int i = threadIdx.x % threads; i < rows * WIDTH; i += threads) {
-        int row = i / WIDTH, column = i % WIDTH, to = group * WIDTH + column;
+    for (; i < rows * WIDTH; i += threads) {
+        uint32_t row = i / WIDTH, column = i % WIDTH;
+        int to = group * WIDTH + column;
         const float *from = sums + (column / STRIP * stride + row) * STRIP + column % STRIP;
         float total = 0;
-        for (int k = 0; k < warps; k += F::STRIPS) total += from[k * stride * STRIP];
+#pragma unroll
+        for (int k = 0; k < CONSUMERS; k += F::STRIPS)
+            if (k < warps) total += from[k * stride * STRIP];
         if (to >= out) continue;
-        if (p.y_f32) ((float *)p.y)[(y_row + row) * out + to] = total;
+        if (p.y_f32) ((float *)p.y)[(size_t)(y_row + row) * (uint32_t)out + to] = total;
         else *result_at(p, y_row + row, to) = bf16_pair(total, 0);
     }
 }
@@ -1391,11 +1414,9 @@ static __device__ void store_sums(const Product &p, size_t y_row, int rows, int 
 // Asks for the weights of the first round of the ring, as far as the entries are known. Returns how
 // many of these stages are this warp's.
 template <bool FP8, bool DOWN, class F>
-static __device__ int fill_ring(const Product &p, const Ring &r) {
+static __device__ int fill_ring(const Product &p, const Ring &r, Spot at) {
     int issued = 0, step = producers(r);
-    if (r.warp % PRODUCERS >= step) return 0;
-    for (Spot at = first_spot<DOWN, F>(p, r);
-         at.n < r.n_stages && has_item<DOWN>(p, at.item, r.entries);
+    for (; at.n < r.n_stages && has_item<DOWN>(p, at.item, r.entries);
          move<DOWN, F>(p, r, &at, step), issued++)
         load_weights<FP8, F>(p, r, at, r.table[at.item.entry].expert);
     return issued;
@@ -1403,18 +1424,17 @@ static __device__ int fill_ring(const Product &p, const Ring &r) {
 
 // A producer's walk over its stages; the first `issued` ones' weights are on their way already.
 template <bool FP8, bool DOWN, class F>
-static __device__ void produce(const Product &p, const Ring &r, int issued) {
+static __device__ void produce(const Product &p, const Ring &r, Spot at, const RowsFrom &from,
+                               int issued) {
     int step = producers(r);
-    if (r.warp % PRODUCERS >= step) return;
-    for (Spot at = first_spot<DOWN, F>(p, r); has_item<DOWN>(p, at.item, r.entries);
-         move<DOWN, F>(p, r, &at, step)) {
+    for (; has_item<DOWN>(p, at.item, r.entries); move<DOWN, F>(p, r, &at, step)) {
         Entry entry = r.table[at.item.entry];
         if (at.item.i >= r.half) launch_dependents();
         if (--issued < 0) {
             bar_wait(&r.empty[at.slot], at.parity);
             load_weights<FP8, F>(p, r, at, entry.expert);
         }
-        load_rows<FP8, F>(p, r, at, entry);
+        load_rows<FP8, F>(from, r, at, entry);
         copies_arrive(&r.full[at.slot]);
     }
 }
@@ -1427,8 +1447,8 @@ static __device__ void finish_item(const Product &p, const Ring &r, const Item &
     bool alone = p.item_stages == 1;  // the warpgroup had the whole product
     float *sums = r.sums + turn % 2 * (p.n_sums / 2);
     keep_sums<F>(entry, sums + r.warp * p.x_rows * STRIP, sum);
-    store_sums<F>(p, (size_t)item.part * p.slots + entry.slot, entry.rows, item.group,
-                      alone ? 4 : CONSUMERS, sums + (alone ? r.warp / 4 * 4 * p.x_rows * STRIP : 0),
+    store_sums<F>(p, item.part * p.slots + entry.slot, entry.rows, item.group,
+                  alone ? 4 : CONSUMERS, sums + (alone ? r.warp / 4 * 4 * p.x_rows * STRIP : 0),
                       p.x_rows, alone);
 }
 
@@ -1546,8 +1566,15 @@ skinny(const __grid_constant__ Product p) {
     if (DOWN) entries += list_entries(p.s, table + entries, tile, 1, row_of, p.slots);
     entries = even(entries);
     Ring r = {smem, scales, full, empty, handed, sums, weight_of, row_of, table, entries, INT_MAX,
-              n_stages, item_stages, warp};
-    int issued = producer ? fill_ring<FP8, DOWN, F>(p, r) : 0;
+              n_stages, item_stages, warp, p.s.gather};
+    // Whatever can be found out before the wait is: an instruction more behind it is one more in
+    // the chain from kernel to kernel.
+    producer &= warp % PRODUCERS < producers(r);
+    Spot first = producer ? first_spot<DOWN, F>(p, r) : Spot();
+    RowsFrom from = find_activations(p);
+    int issued = producer ? fill_ring<FP8, DOWN, F>(p, r, first) : 0;
+    settle(from.x), settle(from.scale), settle(from.block), settle(from.row), settle(from.stride);
+    settle(first.w), settle(first.scale), settle(first.item.block), settle(first.item.end);
 #pragma unroll 4
     for (int i = threadIdx.x; DOWN && i < p.slots; i += blockDim.x)
         weight_of[i] = i < p.s.n ? 1 : __ldcg(p.weight + __ldcg(p.s.list + i - p.s.n));
@@ -1557,8 +1584,8 @@ skinny(const __grid_constant__ Product p) {
         r.half = p.groups * p.parts * r.entries / 2;
     }
     __syncthreads();
-    if (producer) produce<FP8, DOWN, F>(p, r, issued);
-    else consume<FP8, DOWN, F>(p, r);
+    if (producer) produce<FP8, DOWN, F>(p, r, first, from, issued);
+    else if (warp < CONSUMERS) consume<FP8, DOWN, F>(p, r);
 }
 
 // Shares the shared memory out between ring and sums. With few rows two kernels fit side by side,
@@ -2050,7 +2077,7 @@ static Weights gate_up_weights(const Mlp *m) {  // interleaved: a strip holds 8 
     return w;
 }
 
-static Slots all_rows(int n) { return (Slots){n, 0, 0, NULL, NULL, n, 1, false}; }
+static Slots all_rows(int n) { return (Slots){n, 0, 0, NULL, NULL, n, divisor(1), false}; }
 
 static Product product_of(const Act *a, Weights w, Slots s, DType dtype) {
     Product p = {};
@@ -3486,7 +3513,7 @@ void moe_experts(bf16 *y, Act *h, const Act *a, const Routing *r, const Mlp *exp
                                 &shared->gate_proj, n_experts);
     Weights down = expert_weights(weights(&experts->down_proj), &experts->down_proj,
                                   &second->down_proj, &shared->down_proj, n_experts);
-    Slots s = {n, n_experts, top_k, r->start, r->pair, n, top_k, true};
+    Slots s = {n, n_experts, top_k, r->start, r->pair, n, divisor(top_k), true};
     int *slot_of = (int *)scratch;
     float *products = scratch + units(n * top_k, 64) * 64;
     int parts = experts_up(products, a, up, s);
