@@ -1069,6 +1069,7 @@ typedef struct {  // a kernel's work: y = x W^T for all slots
     void *y;                // bf16 [slots][out], or f32 [parts][slots][out]
     bf16 *y2;               // bf16 [slots][out] of the second matrix, if there is one
     bool y_f32;
+    bool gated;             // y is bf16 [slots][out / 2]: gate's and up's rows as one
     int slots, parts, part_blocks;  // K is split into parts; the next kernel adds them
     // What launch_skinny works out.
     int groups, item_stages, stages, x_rows, n_sums, table;
@@ -1782,6 +1783,18 @@ static __device__ void store_parts(const Product &p, const WideTile &t, int slot
     }
 }
 
+// silu(gate) up, rounded where the twin rounds.
+static __device__ float gated(float gate, float up) {
+    float g = round_bf16(gate);
+    return round_bf16(g / (1 + expf(-g)) * round_bf16(up));
+}
+
+// A strip's gate and up rows are a thread's neighbouring fours: 64 columns become 32.
+static __device__ void gate_sums(float (&sum)[64]) {
+#pragma unroll
+    for (int i = 0; i < 32; i++) sum[i] = gated(sum[i / 4 * 8 + i % 4], sum[i / 4 * 8 + 4 + i % 4]);
+}
+
 // Sums as bf16: a warp's 16 slots go through shared memory, so that 8 lanes write 128 bytes of a
 // slot at once. Slots before `first` are another expert's.
 static __device__ void store_rows(const Product &p, const WideTile &t, int first, int slot, int end,
@@ -1790,6 +1803,7 @@ static __device__ void store_rows(const Product &p, const WideTile &t, int first
     uint32_t to = smem_address(staging) + lane % 16 * 128;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
+        if (h && p.gated) return;
 #pragma unroll
         for (int j = 0; j < 8; j += 2) {
             const float *c = sum + (h * 8 + j) * 4;
@@ -1797,10 +1811,12 @@ static __device__ void store_rows(const Product &p, const WideTile &t, int first
                       bf16_pair(c[2], c[3]), bf16_pair(c[4], c[5]), bf16_pair(c[6], c[7]));
         }
         __syncwarp();
-        int column = (t.strip + h * 4) * STRIP + chunk * 8;
-        for (int row = lane / 8; row < 16 && column < p.w.strips * STRIP; row += 4)
+        int out = p.w.strips * STRIP >> p.gated;
+        int column = ((t.strip + h * 4) * STRIP >> p.gated) + chunk * 8;
+        for (int row = lane / 8; row < 16 && column < out; row += 4)
             if (slot + row >= first && slot + row < end)
-                *(uint4 *)result_at(p, slot + row, column) =
+                *(uint4 *)(p.gated ? (bf16 *)p.y + (size_t)(slot + row) * out + column
+                                   : result_at(p, slot + row, column)) =
                     *(const uint4 *)(staging + row * 128 + ((chunk ^ row % 8) << 4));
         __syncwarp();
     }
@@ -1827,6 +1843,7 @@ static __device__ void wide_multiply(const Product &p, const Entry *table, int t
         int from = t.entry.slot + row, end = t.entry.slot + t.entry.rows;
         int first = t.entry.expert < p.s.n_experts ? p.s.n + p.s.start[t.entry.expert] : 0;
         if (from >= end) continue;
+        if (p.gated) gate_sums(sum);
         if (p.y_f32) store_parts(p, t, from, end, sum);
         else store_rows(p, t, first, from, end, staging + row / 16 * STAGING, sum);
     }
@@ -1904,15 +1921,11 @@ static __global__ void add_parts(const __grid_constant__ Product p, const float 
         make_uint2(bf16_pair(sum.x, sum.y), bf16_pair(sum.z, sum.w));
 }
 
-static __device__ float gated(float gate, float up) {
-    float g = round_bf16(gate);
-    return round_bf16(g / (1 + expf(-g)) * round_bf16(up));
-}
-
 // h = quant(silu(gate) up) from f32 [parts][slots][2 cols], in which 8 columns of gate and 8 of up
-// take turns. A warp makes one scale group of one slot: a lane 4 columns of it. For `wide`, it also
-// notes where each pair's slot is. It starts its successor behind its own grid_wait: all that older
-// kernels wrote, the lists say, is then complete.
+// take turns; or, without parts, from bf16 [slots][cols], which is silu(gate) up already. A warp
+// makes one scale group of one slot: a lane 4 columns of it. For `wide`, it also notes where each
+// pair's slot is. It starts its successor behind its own grid_wait: all that older kernels wrote,
+// the lists say, is then complete.
 static __global__ void gate_quant(uint8_t *q, float *scale, int stride, const float *from,
                                   int parts, int cols, int slots, int *slot_of, const int *pair,
                                   int n) {
@@ -1921,15 +1934,22 @@ static __global__ void gate_quant(uint8_t *q, float *scale, int stride, const fl
     int unit = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
     int slot = unit / (cols / BLOCK), group = unit % (cols / BLOCK);
     if (slot >= slots) return;
-    from += (size_t)slot * 2 * cols + group * 2 * BLOCK + lane / 2 * 16 + lane % 2 * 4;
     float gate[4] = {}, up[4] = {}, h[4], amax = MIN_AMAX;
+    if (!parts) {
+        uint2 x = ((const uint2 *)from)[(size_t)unit * WARP + lane];
+        h[0] = bf16_low(x.x), h[1] = bf16_high(x.x), h[2] = bf16_low(x.y), h[3] = bf16_high(x.y);
+    }
+    from += (size_t)slot * 2 * cols + group * 2 * BLOCK + lane / 2 * 16 + lane % 2 * 4;
 #pragma unroll 4
     for (int part = 0; part < parts; part++, from += (size_t)slots * 2 * cols) {
         float4 g = *(const float4 *)from, u = *(const float4 *)(from + 8);
         gate[0] += g.x, gate[1] += g.y, gate[2] += g.z, gate[3] += g.w;
         up[0] += u.x, up[1] += u.y, up[2] += u.z, up[3] += u.w;
     }
-    for (int i = 0; i < 4; i++) h[i] = gated(gate[i], up[i]), amax = fmaxf(amax, fabsf(h[i]));
+    for (int i = 0; i < 4; i++) {
+        if (parts) h[i] = gated(gate[i], up[i]);
+        amax = fmaxf(amax, fabsf(h[i]));
+    }
     float s = warp_max(amax) / E4M3_MAX;
     size_t row = (size_t)group * stride + slot;
     *(uint32_t *)(q + row * ROW_BYTES + ((lane / 4 ^ slot & 7) << 4) + lane % 4 * 4) =
@@ -3480,14 +3500,20 @@ static Weights expert_weights(Weights w, const Linear *first, const Linear *seco
     return w;
 }
 
+// Gate and up: returns how many parts gate_quant has to add and gate, 0 where it is done already.
+static int run_up(Product *p) {
+    p->gated = !few_rows(p) && p->parts == 1, p->y_f32 = !p->gated;
+    run(p);
+    return p->gated ? 0 : p->parts;
+}
+
 enum { FEW_PARTS = 7 };  // of K: a stage each
 
 // f32 [parts][slots][2 cols of h]; returns how many parts.
 static int experts_up(float *products, const Act *a, Weights up, Slots s) {
     Product p = product_of(a, up, s, DTYPE_F8_E4M3);
-    p.parts = s.n <= 2 ? FEW_PARTS : 1, p.y = products, p.y_f32 = true;
-    run(&p);
-    return p.parts;
+    p.parts = s.n <= 2 ? FEW_PARTS : 1, p.y = products;
+    return run_up(&p);
 }
 
 // Few rows: y at once. Many: the slots' products go through memory, rounded to bf16, which is half
@@ -3523,9 +3549,8 @@ void moe_experts(bf16 *y, Act *h, const Act *a, const Routing *r, const Mlp *exp
 
 void mlp(bf16 *y, Act *h, const Act *a, const Mlp *m, int n) {
     Product p = product_of(a, gate_up_weights(m), all_rows(n), DTYPE_F8_E4M3);
-    p.parts = k_parts(&p), p.y = scratch, p.y_f32 = true;
-    run(&p);
-    launch_gate_quant(h, scratch, p.parts, n, NULL, NULL, 0);
+    p.parts = k_parts(&p), p.y = scratch;
+    launch_gate_quant(h, scratch, run_up(&p), n, NULL, NULL, 0);
     linear(y, h, &m->down_proj, n);
 }
 
