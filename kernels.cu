@@ -1926,9 +1926,10 @@ static __global__ void add_parts(const __grid_constant__ Product p, const float 
 // makes one scale group of one slot: a lane 4 columns of it. For `wide`, it also notes where each
 // pair's slot is. It starts its successor behind its own grid_wait: all that older kernels wrote,
 // the lists say, is then complete.
-static __global__ void gate_quant(uint8_t *q, float *scale, int stride, const float *from,
-                                  int parts, int cols, int slots, int *slot_of, const int *pair,
-                                  int n) {
+static __global__ void __launch_bounds__(256, 4)
+    gate_quant(uint8_t *q, float *scale, int stride, const float *from, int parts, int cols,
+               int slots, int *slot_of, const int *pair, int n) {
+    enum { AT_ONCE = 4 };  // parts whose loads are on their way together
     launch_dependents();
     grid_wait();
     int unit = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
@@ -1940,11 +1941,19 @@ static __global__ void gate_quant(uint8_t *q, float *scale, int stride, const fl
         h[0] = bf16_low(x.x), h[1] = bf16_high(x.x), h[2] = bf16_low(x.y), h[3] = bf16_high(x.y);
     }
     from += (size_t)slot * 2 * cols + group * 2 * BLOCK + lane / 2 * 16 + lane % 2 * 4;
-#pragma unroll 4
-    for (int part = 0; part < parts; part++, from += (size_t)slots * 2 * cols) {
-        float4 g = *(const float4 *)from, u = *(const float4 *)(from + 8);
-        gate[0] += g.x, gate[1] += g.y, gate[2] += g.z, gate[3] += g.w;
-        up[0] += u.x, up[1] += u.y, up[2] += u.z, up[3] += u.w;
+    for (int first = 0; first < parts; first += AT_ONCE) {
+        float4 g[AT_ONCE], u[AT_ONCE];
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++, from += (size_t)slots * 2 * cols) {
+            bool there = first + k < parts;
+            g[k] = there ? *(const float4 *)from : float4();
+            u[k] = there ? *(const float4 *)(from + 8) : float4();
+        }
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            gate[0] += g[k].x, gate[1] += g[k].y, gate[2] += g[k].z, gate[3] += g[k].w;
+            up[0] += u[k].x, up[1] += u[k].y, up[2] += u[k].z, up[3] += u[k].w;
+        }
     }
     for (int i = 0; i < 4; i++) {
         if (parts) h[i] = gated(gate[i], up[i]);
