@@ -466,6 +466,23 @@ static __device__ int swizzle_chunk(int r, int c) { return c ^ (r & 7); }
 // Everything is computed in f32 and rounded where kernels.c rounds. Where bits must be equal,
 // products and sums that follow each other are kept from becoming one fused operation.
 
+// 1 / b and a / b, correctly rounded (Markstein 1990), for b and quotients that are neither very
+// large nor very small. It is what the compiler makes of a division, but for its branch to all
+// other cases, which would stand between what can be computed side by side.
+static __device__ float inverse(float b) {
+    float guess;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(guess) : "f"(b));
+    return fmaf(fmaf(-guess, b, 1), guess, guess);
+}
+
+static __device__ float quotient(float a, float b, float inverse_of_b) {
+    float guess = a * inverse_of_b;
+    return fmaf(fmaf(-guess, b, a), inverse_of_b, guess);
+}
+
+// 1 + e^-v; beyond e^64 it may be any number that large.
+static __device__ float sigmoid_divisor(float v) { return 1 + expf(fminf(-v, 64)); }
+
 static __device__ void unpack8(float v[CHUNK], uint4 chunk) {
     const uint32_t pair[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
     for (int i = 0; i < 4; i++) v[2 * i] = bf16_low(pair[i]), v[2 * i + 1] = bf16_high(pair[i]);
@@ -522,12 +539,9 @@ static __device__ void quantise8(const Act &a, int token, int c, float v[CHUNK],
     float amax = MIN_AMAX;
     for (int i = 0; i < CHUNK; i++) amax = fmaxf(amax, fabsf(v[i]));
     for (int d = GROUP / 2; d; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-    float scale = amax / E4M3_MAX, inverse = 1 / scale;
+    float scale = quotient(amax, E4M3_MAX, 1.0f / E4M3_MAX), by = inverse(scale);
     if (!there) return;
-    for (int i = 0; i < CHUNK; i++) {  // v / scale, correctly rounded (Markstein 1990)
-        float guess = v[i] * inverse;
-        v[i] = fmaf(fmaf(-guess, scale, v[i]), inverse, guess);
-    }
+    for (int i = 0; i < CHUNK; i++) v[i] = quotient(v[i], scale, by);
     uint2 q = make_uint2(e4m3_pair(v[0], v[1]) | e4m3_pair(v[2], v[3]) << 16,
                          e4m3_pair(v[4], v[5]) | e4m3_pair(v[6], v[7]) << 16);
     size_t line = (size_t)(c / GROUP) * a.stride + token;
@@ -1785,8 +1799,8 @@ static __device__ void store_parts(const Product &p, const WideTile &t, int slot
 
 // silu(gate) up, rounded where the twin rounds.
 static __device__ float gated(float gate, float up) {
-    float g = round_bf16(gate);
-    return round_bf16(g / (1 + expf(-g)) * round_bf16(up));
+    float g = round_bf16(gate), d = sigmoid_divisor(g);
+    return round_bf16(quotient(g, d, inverse(d)) * round_bf16(up));
 }
 
 // A strip's gate and up rows are a thread's neighbouring fours: 64 columns become 32.
@@ -1959,10 +1973,11 @@ static __global__ void __launch_bounds__(256, 4)
         if (parts) h[i] = gated(gate[i], up[i]);
         amax = fmaxf(amax, fabsf(h[i]));
     }
-    float s = warp_max(amax) / E4M3_MAX;
+    float s = quotient(warp_max(amax), E4M3_MAX, 1.0f / E4M3_MAX), by = inverse(s);
+    for (int i = 0; i < 4; i++) h[i] = quotient(h[i], s, by);
     size_t row = (size_t)group * stride + slot;
     *(uint32_t *)(q + row * ROW_BYTES + ((lane / 4 ^ slot & 7) << 4) + lane % 4 * 4) =
-        e4m3_pair(h[0] / s, h[1] / s) | e4m3_pair(h[2] / s, h[3] / s) << 16;
+        e4m3_pair(h[0], h[1]) | e4m3_pair(h[2], h[3]) << 16;
     if (lane == 0) scale[row] = s;
     if (slot_of && group == 0 && lane == 0 && slot >= n) slot_of[pair[slot - n]] = slot;
 }
@@ -2782,8 +2797,10 @@ static __global__ void __launch_bounds__(COMBINE_WARPS * 32, 3)
     }
     if (share > 1) merge(sum, total, best, o, ml);
     bf16 *u = a.u + ((size_t)(x / a.shape.slices) * a.heads + head) * LATENT_DIM;
-    ((uint2 *)u)[item % 4 * 32 + lane] = make_uint2(bf16_pair(sum.x / total, sum.y / total),
-                                                    bf16_pair(sum.z / total, sum.w / total));
+    float by = inverse(total);
+    ((uint2 *)u)[item % 4 * 32 + lane] =
+        make_uint2(bf16_pair(quotient(sum.x, total, by), quotient(sum.y, total, by)),
+                   bf16_pair(quotient(sum.z, total, by), quotient(sum.w, total, by)));
 }
 
 template <int N, int W> static void attend(Attend a, int tiles) {
@@ -2821,11 +2838,14 @@ static __device__ void value_store(const Act &o, const ValueRow (&part)[VALUE_BL
     uint2 x = make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
     v = make_float4(bf16_low(x.x), bf16_high(x.x), bf16_low(x.y), bf16_high(x.y));
     float amax = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-    float size = fmaxf(warp_max(amax), MIN_AMAX) / E4M3_MAX;
+    float size = quotient(fmaxf(warp_max(amax), MIN_AMAX), E4M3_MAX, 1.0f / E4M3_MAX);
+    float by = inverse(size);
+    v = make_float4(quotient(v.x, size, by), quotient(v.y, size, by), quotient(v.z, size, by),
+                    quotient(v.w, size, by));
     size_t at = (size_t)head * o.stride + token;
     ((uint2 *)(o.x + token * o.cols + head * V_DIM))[lane] = x;
     ((uint32_t *)o.q)[at * 32 + swizzle_chunk(token, lane / 4) * 4 + lane % 4] =
-        e4m3_pair(v.x / size, v.y / size) | e4m3_pair(v.z / size, v.w / size) << 16;
+        e4m3_pair(v.x, v.y) | e4m3_pair(v.z, v.w) << 16;
     if (lane == 0) o.scale[at] = size;
 }
 
@@ -3343,7 +3363,7 @@ static __device__ void route_row(const Routing &r, const float *product, const f
 #pragma unroll
     for (int j = 0; j < EACH; j++) {
         int e = lane * EACH + j;
-        score[e] = there ? __frcp_rn(1 + expf(-sum[j])) : 0;
+        score[e] = inverse(sigmoid_divisor(sum[j]));
         key[j] = there ? order(score[e] + add[j]) : 0;
         second = max(second, min(best, key[j])), best = max(best, key[j]);
     }
