@@ -421,6 +421,27 @@ static __device__ void mma_bf16(float (&d)[4], const uint4 &a, uint32_t b0, uint
 }
 
 // An 8x8 tile of bf16 over a warp, transposed: registers to registers, and registers to rows.
+// Blocks of a cluster: all have begun behind team_wait, what they did before team_arrive is done.
+static __device__ void team_arrive() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+static __device__ void team_wait() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+static __device__ uint32_t team_address(const void *p, int rank) {
+    uint32_t there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(smem_address(p)), "r"(rank));
+    return there;
+}
+
+// Writes v to where the block has `to`, and its `bar` counts four bytes.
+static __device__ void team_tell(float *to, uint64_t *bar, int rank, float v) {
+    asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];"
+                 :: "r"(team_address(to, rank)), "r"(__float_as_uint(v)),
+                    "r"(team_address(bar, rank)) : "memory");
+}
+
 static __device__ uint32_t transpose_8x8(uint32_t v) {
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(v));
     return v;
@@ -452,6 +473,11 @@ static __device__ float exp2_fast(float x) {  // 2 ulp; -infinity gives 0
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+static __device__ float warp_sum(float v) {
+    for (int i = 16; i > 0; i /= 2) v += __shfl_xor_sync(~0u, v, i);
+    return v;
 }
 
 static __device__ float warp_max(float v) {
@@ -496,12 +522,10 @@ static __device__ uint4 pack8(const float v[CHUNK]) {
 // The sum of all threads' v, for all threads, always in the same order. Once in a kernel.
 static __device__ float block_sum(float v) {
     __shared__ float warp[WARP];
-    for (int d = WARP / 2; d; d /= 2) v += __shfl_xor_sync(~0u, v, d);
+    v = warp_sum(v);
     if (threadIdx.x % WARP == 0) warp[threadIdx.x / WARP] = v;
     __syncthreads();
-    v = threadIdx.x % WARP < blockDim.x / WARP ? warp[threadIdx.x % WARP] : 0;
-    for (int d = WARP / 2; d; d /= 2) v += __shfl_xor_sync(~0u, v, d);
-    return v;
+    return warp_sum(threadIdx.x % WARP < blockDim.x / WARP ? warp[threadIdx.x % WARP] : 0);
 }
 
 // ---- Rows on their way into a linear ------------------------------------------------------------
@@ -2056,34 +2080,55 @@ static __device__ void load8(float v[CHUNK], const float *from) {
     v[4] = high.x, v[5] = high.y, v[6] = high.z, v[7] = high.w;
 }
 
-// v = bf16(v rsqrt(mean v^2 + eps) gain) over the block's row, of which only the columns that count
-// are not 0; returns the same, packed.
-static __device__ uint4 norm8(float v[CHUNK], const float gain[CHUNK], float eps, int cols) {
-    float square = 0;
-    for (int i = 0; i < CHUNK; i++) square += v[i] * v[i];
-    float inverse = 1 / sqrtf(block_sum(square) / cols + eps);
-    for (int i = 0; i < CHUNK; i++) v[i] = v[i] * inverse * gain[i];
+static __device__ float square8(const float v[CHUNK]) {
+    float sum = 0;
+    for (int i = 0; i < CHUNK; i++) sum += v[i] * v[i];
+    return sum;
+}
+
+// rsqrt(mean + eps) of a row's squares, from their sum.
+static __device__ float norm_factor(float square, int cols, float eps) {
+    return 1 / sqrtf(quotient(square, cols, inverse(cols)) + eps);
+}
+
+// v = bf16(v factor gain); returns the same, packed.
+static __device__ uint4 norm8(float v[CHUNK], const float gain[CHUNK], float factor) {
+    for (int i = 0; i < CHUNK; i++) v[i] = v[i] * factor * gain[i];
     uint4 packed = pack8(v);
     unpack8(v, packed);
     return packed;
 }
 
-static __device__ void act_norm(const Act &a, int token, float v[CHUNK], const float gain[CHUNK],
-                                float eps) {
-    int chunks = a.cols / CHUNK, c = threadIdx.x;
-    uint4 packed = norm8(v, gain, eps, a.cols);
+// The same into chunk c of a token's row, if there is one, with the quantised values.
+static __device__ void act_norm(const Act &a, int token, int c, float v[CHUNK],
+                                const float gain[CHUNK], float factor) {
+    int chunks = a.cols / CHUNK;
+    uint4 packed = norm8(v, gain, factor);
     if (c < chunks) ((uint4 *)a.x)[(size_t)token * chunks + c] = packed;
     quantise8(a, token, c, v, c < chunks);
 }
 
-// A block takes a row, so that one exchange gives its sum of squares. Reads 28 KB and writes 35 KB
-// a row; at few rows only latency counts, which is one trip to L2 and one exchange.
-static __global__ void __launch_bounds__(1024, 2)
+// A team of blocks, a cluster, takes a row: one multiprocessor would be busy with its instructions
+// for longer than it waits. A thread has one chunk; the warps tell all blocks their sums of
+// squares. Many rows keep all multiprocessors busy anyway, and a block takes one. Reads 28 KB and
+// writes 35 KB a row.
+enum { NORM_THREADS = MAX_COLS / CHUNK, NORM_TEAM = 8, TEAM_ROWS = 16 };
+template <int TEAM>
+static __global__ void __cluster_dims__(TEAM) __launch_bounds__(NORM_THREADS / TEAM, 2 * TEAM)
     add_norm_kernel(uint4 *x, Act a, const uint4 *y, const float *gain, float eps) {
-    int c = threadIdx.x, chunks = a.cols / CHUNK;
-    size_t at = (size_t)blockIdx.x * chunks + c;
+    __shared__ float sums[NORM_THREADS / WARP];
+    __shared__ uint64_t told;
+    int token = blockIdx.x / TEAM, part = blockIdx.x % TEAM;
+    int lane = threadIdx.x % WARP, warps = blockDim.x / WARP, chunks = a.cols / CHUNK;
+    int c = part * blockDim.x + threadIdx.x;
+    size_t at = (size_t)token * chunks + c;
     float v[CHUNK] = {0}, add[CHUNK], g[CHUNK] = {0};
     bool there = c < chunks;
+    if (threadIdx.x == 0) {
+        bar_init(&told, 1), bar_init_done();
+        bar_expect(&told, TEAM * warps * sizeof(float));
+    }
+    team_arrive();
     launch_dependents();
     if (there) load8(g, gain + c * CHUNK);  // a weight: it can be read before the wait
     grid_wait();
@@ -2097,11 +2142,18 @@ static __global__ void __launch_bounds__(1024, 2)
             unpack8(v, own);
         }
     }
-    act_norm(a, blockIdx.x, v, g, eps);
+    float square = warp_sum(square8(v));
+    team_wait();  // else a block's barrier might not be there yet
+    if (lane < TEAM) team_tell(&sums[part * warps + threadIdx.x / WARP], &told, lane, square);
+    bar_wait(&told, 0);
+    square = warp_sum(lane < TEAM * warps ? sums[lane] : 0);
+    act_norm(a, token, c, v, g, norm_factor(square, a.cols, eps));
 }
 
 void add_norm(bf16 *x, Act *a, const bf16 *y, const Vector *gain, float eps, int n) {
-    launch(add_norm_kernel, n, row_threads(a->cols), 0, (uint4 *)x, *a, (const uint4 *)y,
+    int team = n <= TEAM_ROWS ? NORM_TEAM : 1, warps = row_threads(a->cols) / WARP;
+    launch(team > 1 ? add_norm_kernel<NORM_TEAM> : add_norm_kernel<1>, n * team,
+           units(warps, team) * WARP, 0, (uint4 *)x, *a, (const uint4 *)y,
            (const float *)gain->data, eps);
 }
 
@@ -2246,11 +2298,12 @@ static __global__ void __launch_bounds__(1024, 2)
     if (c < normed) load8(g, (is_q ? q_gain : kv_gain) + c * CHUNK);
     grid_wait();
     if (c < normed) unpack8(v, is_q ? q[(size_t)token * normed + c] : kv[token * ALL_CHUNKS + c]);
+    float factor = norm_factor(block_sum(square8(v)), normed * CHUNK, eps);
     if (is_q) {
-        act_norm(qa, token, v, g, eps);
+        act_norm(qa, token, c, v, g, factor);
         return;
     }
-    uint4 latent = norm8(v, g, eps, LATENT_DIM);
+    uint4 latent = norm8(v, g, factor);
     if (c >= LATENT_CHUNKS && c < ALL_CHUNKS) {  // k_pe is turned and not normed
         const float *angle = rope + token * ROPE_DIM + (c - LATENT_CHUNKS) * CHUNK;
         latent = rotate_chunk(kv[token * ALL_CHUNKS + c], angle);
