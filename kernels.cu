@@ -2276,39 +2276,39 @@ static __device__ uint4 rotate_chunk(uint4 x, const float *rope) {
     return make_uint4(out[0], out[1], out[2], out[3]);
 }
 
-// Chunk c of a row's latent and key part goes into its page: [9 blocks of 64 dims][64 tokens][128
-// bytes], swizzled by the token, so that a page is one bulk copy and both of attention's operands.
-static __device__ void cache_store(bf16 *cache, const Batch &b, int token, int c, uint4 chunk) {
+// Where chunk c of a row's latent and key part lies in its page: [9 blocks of 64 dims][64 tokens]
+// [128 bytes], swizzled by the token, so that a page is one bulk copy and both of attention's
+// operands.
+static __device__ uint4 *cache_chunk(bf16 *cache, const Batch &b, int token, int c) {
     int position = b.position[token], t = position % PAGE;
     int page = b.pages[(size_t)b.seq[token] * b.max_pages + position / PAGE];
     uint8_t *line = (uint8_t *)cache + (size_t)page * PAGE_BYTES + (c / 8 * PAGE + t) * ROW_BYTES;
-    ((uint4 *)line)[c % 8 ^ t % 8] = chunk;
+    return (uint4 *)line + (c % 8 ^ t % 8);
 }
 
 // Two blocks a row, which need nothing of each other: one norms and quantises q, the other makes
-// the cache's entry. Some KB a row; latency is all.
-static __global__ void __launch_bounds__(1024, 2)
+// the cache's entry. Some KB a row; latency is all, so what is older than the step's first kernel,
+// and the weights, are read before the wait.
+static __global__ void __launch_bounds__(MAX_COLS / CHUNK)
     mla_latent_kernel(Act qa, bf16 *cache, const uint4 *q, const uint4 *kv, const float *q_gain,
                       const float *kv_gain, float eps, const float *rope, Batch b) {
     enum { LATENT_CHUNKS = LATENT_DIM / CHUNK, ALL_CHUNKS = CACHE_DIM / CHUNK };
     bool is_q = blockIdx.y == 0;
-    int token = blockIdx.x, c = threadIdx.x, normed = is_q ? qa.cols / CHUNK : LATENT_CHUNKS;
+    int token = blockIdx.x, c = threadIdx.x, chunks = is_q ? qa.cols / CHUNK : ALL_CHUNKS;
+    int normed = is_q ? chunks : LATENT_CHUNKS;  // the others are k_pe, which is turned
+    bool there = c < chunks, turned = there && c >= normed;
     float v[CHUNK] = {0}, g[CHUNK] = {0};
+    uint4 x = {}, *to = NULL;
     launch_dependents();
-    if (c < normed) load8(g, (is_q ? q_gain : kv_gain) + c * CHUNK);
+    if (there && !turned) load8(g, (is_q ? q_gain : kv_gain) + c * CHUNK);
+    if (there && !is_q) to = cache_chunk(cache, b, token, c);
     grid_wait();
-    if (c < normed) unpack8(v, is_q ? q[(size_t)token * normed + c] : kv[token * ALL_CHUNKS + c]);
+    if (there) x = (is_q ? q : kv)[(size_t)token * chunks + c];
+    if (turned) load8(g, rope + token * ROPE_DIM + (c - normed) * CHUNK);
+    if (!turned) unpack8(v, x);
     float factor = norm_factor(block_sum(square8(v)), normed * CHUNK, eps);
-    if (is_q) {
-        act_norm(qa, token, c, v, g, factor);
-        return;
-    }
-    uint4 latent = norm8(v, g, factor);
-    if (c >= LATENT_CHUNKS && c < ALL_CHUNKS) {  // k_pe is turned and not normed
-        const float *angle = rope + token * ROPE_DIM + (c - LATENT_CHUNKS) * CHUNK;
-        latent = rotate_chunk(kv[token * ALL_CHUNKS + c], angle);
-    }
-    if (c < ALL_CHUNKS) cache_store(cache, b, token, c, latent);
+    if (is_q) act_norm(qa, token, c, v, g, factor);
+    else if (there) *to = turned ? rotate_chunk(x, g) : norm8(v, g, factor);
 }
 
 void mla_latent(Act *qa, bf16 *cache, const bf16 *q, const bf16 *kv, const Vector *q_gain,
