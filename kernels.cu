@@ -534,7 +534,7 @@ static __device__ float block_sum(float v) {
 // bf16 matrices want are plain rows.
 
 struct Act {
-    int cols, stride;  // stride: tokens that there is room for
+    int cols, stride;  // stride: tokens, those of a step and a few
     bf16 *x;           // [stride][cols]
     uint8_t *q;        // [cols / 128][stride][128]
     float *scale;      // [cols / 128][stride]
@@ -555,6 +555,10 @@ void act_free(Act *a) {
     device_free(a->x), device_free(a->q), device_free(a->scale);
     free(a);
 }
+
+// A stage that writes n tokens' rows says so first. Few tokens' blocks of 128 columns then lie
+// close together, in a page or two of memory, and not each in one whose address must be looked up.
+static void act_rows(Act *a, int n) { a->stride = units(n, TOKEN_PAD) * TOKEN_PAD; }
 
 // Quantises and stores eight columns of a token, chunk c of its row; sixteen neighbouring threads
 // hold a scale group. A thread that is not `there` only takes part in the exchange.
@@ -2151,6 +2155,7 @@ static __global__ void __cluster_dims__(TEAM) __launch_bounds__(NORM_THREADS / T
 }
 
 void add_norm(bf16 *x, Act *a, const bf16 *y, const Vector *gain, float eps, int n) {
+    act_rows(a, n);
     int team = n <= TEAM_ROWS ? NORM_TEAM : 1, warps = row_threads(a->cols) / WARP;
     launch(team > 1 ? add_norm_kernel<NORM_TEAM> : add_norm_kernel<1>, n * team,
            units(warps, team) * WARP, 0, (uint4 *)x, *a, (const uint4 *)y,
@@ -2313,6 +2318,7 @@ static __global__ void __launch_bounds__(MAX_COLS / CHUNK)
 
 void mla_latent(Act *qa, bf16 *cache, const bf16 *q, const bf16 *kv, const Vector *q_gain,
                 const Vector *kv_gain, float eps, const float *rope, const Batch *b) {
+    act_rows(qa, b->n);
     int threads = row_threads(qa->cols), least = row_threads(CACHE_DIM);
     launch(mla_latent_kernel, dim3(b->n, 2), max_int(threads, least), 0, *qa, cache,
            (const uint4 *)q, (const uint4 *)kv, (const float *)q_gain->data,
@@ -2940,10 +2946,15 @@ static __global__ void __launch_bounds__(VALUE_WARPS * 32)
     }
 }
 
-void mla_value(Act *o, const bf16 *u, const Linear *kv_b_proj, int heads, int n) {
+static void value(const Act *o, const bf16 *u, const Linear *kv_b_proj, int heads, int n) {
     dim3 grid(heads, min_int(units(n, VALUE_TOKENS), n_sms > heads ? n_sms / heads : 1));
     launch(value_kernel, grid, VALUE_WARPS * 32, 0, *o, u, (const uint4 *)kv_b_proj->data,
            (const float *)kv_b_proj->scale, heads, n);
+}
+
+void mla_value(Act *o, const bf16 *u, const Linear *kv_b_proj, int heads, int n) {
+    act_rows(o, n);
+    value(o, u, kv_b_proj, heads, n);
 }
 
 // ---- mla_attention: keys and values -------------------------------------------------------------
@@ -3328,6 +3339,7 @@ void mla_attention(Act *o, bf16 *query, bf16 *u, const bf16 *q, const bf16 *cach
                    const Linear *kv_b_proj, const float *rope, float scale, int heads,
                    const Batch *b) {
     Batch absorbed = *b;
+    act_rows(o, b->n);
     absorbed.n -= step.expanded;
     if (step.expanded)
         attend_prompts((Prompts){*o, (uint8_t *)u, q, cache, (const uint4 *)kv_b_proj->data,
@@ -3337,7 +3349,7 @@ void mla_attention(Act *o, bf16 *query, bf16 *u, const bf16 *q, const bf16 *cach
     if (!absorbed.n) return;
     mla_query(query, q, kv_b_proj, rope, heads, absorbed.n);
     mla_attend(u, query, cache, scale, heads, &absorbed);
-    mla_value(o, u, kv_b_proj, heads, absorbed.n);
+    value(o, u, kv_b_proj, heads, absorbed.n);
 }
 
 // ---- The stages: routing ------------------------------------------------------------------------
@@ -3568,6 +3580,7 @@ void moe_route(Routing *r, const Act *a, const Linear *gate, const Vector *bias,
 // Gate and up leave [parts][slots][2 cols of h] in `products`, and h takes them up.
 static void launch_gate_quant(Act *h, const float *products, int parts, int slots, int *slot_of,
                               const int *pair, int n) {
+    act_rows(h, slots);
     launch(gate_quant, units(slots * (h->cols / BLOCK), 8), 256, 0, h->q, h->scale, h->stride,
            products, parts, h->cols, slots, slot_of, pair, n);
 }
