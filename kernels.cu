@@ -1168,7 +1168,7 @@ static __device__ int slot_row(const Slots &s, int slot) {
 // as there are experts.
 static __device__ int list_entries(const Slots &s, Entry *table, int tile, int align,
                                    uint16_t *row_of, int slots) {
-    __shared__ int warp_sum[16];
+    __shared__ int warp_sum[WARP];
     int e = threadIdx.x, warp = e / 32, lane = e % 32, first = 0, last = 0;
     if (e < s.n_experts) first = s.n + __ldcg(s.start + e), last = s.n + __ldcg(s.start + e + 1);
 #pragma unroll 4
@@ -1193,8 +1193,9 @@ static __device__ int list_entries(const Slots &s, Entry *table, int tile, int a
 // ---- The products: a few rows -------------------------------------------------------------------
 // y = x W^T for up to some tens of rows: each weight is read once, so the memory's speed is the
 // limit, and all that counts is that it never waits. Four warps of a block only ask for copies: a
-// ring of stages of 16 KB, 8 units of 2 KB (one strip's 16 rows, one K block). Two warpgroups
-// multiply, and take stages in turns. Kernels overlap, so the ring fills with weights while the
+// ring of stages of 16 KB, 8 units of 2 KB (one strip's 16 rows, one K block). Two warpgroups or,
+// up to 8 rows, four multiply and take stages in turns: to wait, multiply and scale takes one
+// longer than a stage takes to come. Kernels overlap, so the ring fills with weights while the
 // kernel before is still at work; activations follow behind grid_wait.
 //
 // wgmma wants 64 rows that meet the same columns, and four units of one strip are four blocks of K.
@@ -1210,18 +1211,21 @@ static __device__ int list_entries(const Slots &s, Entry *table, int tile, int a
 // is written but y, in one order.
 
 enum {
-    CONSUMERS = 8, PRODUCERS = 4, SKINNY_THREADS = (CONSUMERS + PRODUCERS) * 32,
-    UNITS = 8, MAX_STAGES = 8, STAGE_WEIGHTS = UNITS * UNIT,
+    PRODUCERS = 4, UNITS = 8, MAX_STAGES = 8, STAGE_WEIGHTS = UNITS * UNIT,
     SKINNY_ROWS = 32, EXPERT_ROWS = 256,  // more rows than these are `wide`'s
 };
 
-// What a stage holds: blocks of 1 << SHIFT strips, and rows as the columns of two products.
+// What a stage holds: blocks of 1 << SHIFT strips, and rows as the columns of two products. And who
+// multiplies it.
 template <int SHIFT_, int COLUMNS_> struct Form {
     enum {
         SHIFT = SHIFT_, STRIPS = 1 << SHIFT, COLUMNS = COLUMNS_, ROWS = COLUMNS * STRIPS / 4,
         TILES = (ROWS + 7) / 8,  // of 8 columns that a lane has sums of
         BLOCKS = UNITS >> SHIFT, BYTES = STAGE_WEIGHTS + 2 * COLUMNS * ROW_BYTES,
         SCALES = 2 * UNITS + 2 * COLUMNS,  // floats: two of each unit, one of each column
+        GROUPS = COLUMNS > 8 ? 2 : 4, CONSUMERS = 4 * GROUPS,
+        THREADS = (CONSUMERS + PRODUCERS) * WARP,
+        FEW = ROWS <= 8, SUMS = FEW ? (int)CONSUMERS : 4,  // warps with sums of their own, in DOWN
     };
 };
 
@@ -1261,13 +1265,13 @@ template <bool DOWN> static __device__ void next_item(const Product &p, Item *it
 typedef struct {
     uint8_t *stages;                // of BYTES
     float *scales;                  // SCALES of each stage
-    uint64_t *full, *empty;         // of each stage: it has come; it has been multiplied
+    uint64_t *came, *full, *empty;  // of each stage: weights are there, and rows; it was multiplied
     uint64_t *handed;               // of each consumer: DOWN's sums are its own
     float *sums, *weight_of;        // weight_of, row_of: of each slot
     uint16_t *row_of;
     Entry *table;
     int entries, half;              // with item `half`, the next kernel may begin
-    int n_stages, item_stages, warp;
+    int n_stages, item_stages, team, warp;  // team: warpgroups that have an item together
     bool gather;                    // row_of finds the activations
 } Ring;
 
@@ -1280,8 +1284,8 @@ typedef struct {
     const float *scale;
 } Spot;
 
-// No more producers than stages take turns (stages are even, so these are 2 or 4): one that was two
-// rounds of the ring ahead of the consumers would take the parity of an old phase for its own.
+// No more producers than stages take turns (2 or 4, as are the warpgroups): one that was two rounds
+// of the ring ahead of the consumers would take the parity of an old phase for its own.
 static __device__ int producers(const Ring &r) { return min((int)PRODUCERS, r.n_stages); }
 
 // Goes n stages on. Unit u of a stage is block u >> SHIFT of strip u % STRIPS: only with SHIFT 0 do
@@ -1315,12 +1319,12 @@ static __device__ void load_weights(const Product &p, const Ring &r, const Spot 
     int blocks = max(0, min((int)F::BLOCKS, at.item.end - block));
     uint8_t *stage = r.stages + at.slot * F::BYTES;
     const uint8_t *from = at.w + expert * p.w.expert_bytes + block * UNIT;
-    if (lane == 0) bar_expect(&r.full[at.slot], strips * blocks * UNIT);
+    uint64_t *came = &r.came[at.slot];
+    if (lane == 0) bar_expect(came, strips * blocks * UNIT);
     __syncwarp();
-    if (F::STRIPS == 1 && lane == 0 && blocks)
-        bulk_load(stage, from, blocks * UNIT, &r.full[at.slot]);
+    if (F::STRIPS == 1 && lane == 0 && blocks) bulk_load(stage, from, blocks * UNIT, came);
     if (F::STRIPS > 1 && lane >> F::SHIFT < blocks && lane % F::STRIPS < strips)
-        bulk_load(stage + lane * UNIT, from, UNIT, &r.full[at.slot]);
+        bulk_load(stage + lane * UNIT, from, UNIT, came);
     int unit = lane / 2;
     if (FP8 && unit >> F::SHIFT < blocks && unit % F::STRIPS < strips)
         copy_4(r.scales + at.slot * F::SCALES + lane,
@@ -1432,21 +1436,21 @@ static __device__ void keep_sums(const Entry &entry, float *sums, const float su
 }
 
 // y's rows from y_row on: the sums [warps][stride][16] of the warps that shared a strip, added by
-// all consumers or, `alone`, by one warpgroup.
+// a team of warpgroups.
 template <class F>
 static __device__ void store_sums(const Product &p, uint32_t y_row, int rows, int group, int warps,
-                                  const float *sums, int stride, bool alone) {
+                                  const float *sums, int stride, int team) {
     enum { WIDTH = STRIP * F::STRIPS };
-    int out = p.w.strips * STRIP, threads = alone ? 128 : CONSUMERS * 32;
+    int out = p.w.strips * STRIP, threads = team * 128;
     uint32_t i = threadIdx.x & threads - 1;
-    sync_threads(alone ? 4 + threadIdx.x / 128 : 1, threads);
+    sync_threads(1 + (threadIdx.x / 128 & -team), threads);
     for (; i < rows * WIDTH; i += threads) {
         uint32_t row = i / WIDTH, column = i % WIDTH;
         int to = group * WIDTH + column;
         const float *from = sums + (column / STRIP * stride + row) * STRIP + column % STRIP;
         float total = 0;
 #pragma unroll
-        for (int k = 0; k < CONSUMERS; k += F::STRIPS)
+        for (int k = 0; k < F::CONSUMERS; k += F::STRIPS)
             if (k < warps) total += from[k * stride * STRIP];
         if (to >= out) continue;
         if (p.y_f32) ((float *)p.y)[(size_t)(y_row + row) * (uint32_t)out + to] = total;
@@ -1455,13 +1459,16 @@ static __device__ void store_sums(const Product &p, uint32_t y_row, int rows, in
 }
 
 // Asks for the weights of the first round of the ring, as far as the entries are known. Returns how
-// many of these stages are this warp's.
+// many of these stages are this warp's. With few rows it asks for one when the one before has come:
+// what queues for memory also holds up what other kernels ask for, whose end this one waits for.
 template <bool FP8, bool DOWN, class F>
 static __device__ int fill_ring(const Product &p, const Ring &r, Spot at) {
     int issued = 0, step = producers(r);
     for (; at.n < r.n_stages && has_item<DOWN>(p, at.item, r.entries);
-         move<DOWN, F>(p, r, &at, step), issued++)
+         move<DOWN, F>(p, r, &at, step), issued++) {
+        if (F::FEW && issued) bar_wait(&r.came[at.slot - step], 0);
         load_weights<FP8, F>(p, r, at, r.table[at.item.entry].expert);
+    }
     return issued;
 }
 
@@ -1487,12 +1494,11 @@ static __device__ void produce(const Product &p, const Ring &r, Spot at, const R
 template <class F>
 static __device__ void finish_item(const Product &p, const Ring &r, const Item &item,
                                    const Entry &entry, int turn, const float sum[F::TILES][4]) {
-    bool alone = p.item_stages == 1;  // the warpgroup had the whole product
+    int first = r.warp & -4 * r.team, of_warp = p.x_rows * STRIP;
     float *sums = r.sums + turn % 2 * (p.n_sums / 2);
-    keep_sums<F>(entry, sums + r.warp * p.x_rows * STRIP, sum);
-    store_sums<F>(p, item.part * p.slots + entry.slot, entry.rows, item.group,
-                  alone ? 4 : CONSUMERS, sums + (alone ? r.warp / 4 * 4 * p.x_rows * STRIP : 0),
-                      p.x_rows, alone);
+    keep_sums<F>(entry, sums + r.warp * of_warp, sum);
+    store_sums<F>(p, item.part * p.slots + entry.slot, entry.rows, item.group, 4 * r.team,
+                  sums + first * of_warp, p.x_rows, r.team);
 }
 
 // Where DOWN's sums of a lane's slots lie, if it has so many, and by what they are weighted. Looked
@@ -1512,13 +1518,14 @@ static __device__ void find_targets(Targets<F> *to, const Ring &r, const Entry &
     }
 }
 
-// DOWN's: each warp shares its strip's sums with one of the other warpgroup, and they add in turns,
-// the first group's warp first. All loads stand before the stores, which they would wait for.
+// DOWN's. With few rows each warp has sums of its own of its strip. With more it shares them with
+// one of the other warpgroup, and they add in turns, the first group's warp first. All loads stand
+// before the stores, which they would wait for.
 template <class F>
 static __device__ void add_item(const Product &p, const Ring &r, const Targets<F> &to, int rows,
                                 int turn, const float sum[F::TILES][4]) {
-    float *sums = r.sums + r.warp % 4 * p.s.n * STRIP, old[F::TILES][2][2];
-    bar_wait(&r.handed[r.warp], (turn + r.warp / 4 + 1) % 2);
+    float *sums = r.sums + r.warp % F::SUMS * p.s.n * STRIP, old[F::TILES][2][2];
+    if (!F::FEW) bar_wait(&r.handed[r.warp], (turn + r.warp / 4 + 1) % 2);
 #pragma unroll
     for (int tile = 0; tile < F::TILES && tile * 8 < rows; tile++)
         for (int i = 0; i < 2; i++) {
@@ -1533,36 +1540,38 @@ static __device__ void add_item(const Product &p, const Ring &r, const Targets<F
             sums[to.at[tile][i]] = old[tile][i][0] + to.by[tile][i] * sum[tile][i];
             sums[to.at[tile][i] + 8] = old[tile][i][1] + to.by[tile][i] * sum[tile][2 + i];
         }
-    warp_arrive(&r.handed[r.warp ^ 4]);
+    if (F::FEW) __syncwarp();
+    else warp_arrive(&r.handed[r.warp ^ 4]);
 }
 
-static __device__ void clear_sums(const Product &p, const Ring &r) {
-    sync_threads(1, CONSUMERS * 32);
-    for (int i = threadIdx.x; i < p.n_sums; i += CONSUMERS * 32) r.sums[i] = 0;
-    sync_threads(1, CONSUMERS * 32);
+template <class F> static __device__ void clear_sums(const Product &p, const Ring &r) {
+    sync_threads(1, F::CONSUMERS * 32);
+    for (int i = threadIdx.x; i < p.n_sums; i += F::CONSUMERS * 32) r.sums[i] = 0;
+    sync_threads(1, F::CONSUMERS * 32);
 }
 
-// A consumer's walk over the same items, of whose stages its warpgroup has every second: next the
-// i-th from the item's first on. `turns`: items that it had a part in.
+// A consumer's walk over the same items. Of all stages its warpgroup has every second or fourth:
+// next the i-th from the item's first on. So an item is one warpgroup's, two neighbours' or all's.
+// `turns`: items that it had a part in.
 template <bool FP8, bool DOWN, class F>
 static __device__ void consume(const Product &p, const Ring &r) {
     int i = r.warp / 4, slot = i, parity = 0, turns = 0;
     float sum[F::TILES][4] = {};
-    if (DOWN) clear_sums(p, r);
+    if (DOWN) clear_sums<F>(p, r);
     for (Item item = first_item<DOWN>(p); has_item<DOWN>(p, item, r.entries);
          next_item<DOWN>(p, &item, r.entries)) {
-        if (item.i >= r.half) launch_dependents();
-        if (i < r.item_stages) {
+        if (i < r.item_stages || r.team == F::GROUPS) {
             Entry entry = r.table[item.entry];
             Targets<F> targets;
             if (DOWN) find_targets<F>(&targets, r, entry);
-            for (; i < r.item_stages; i += 2) {
+            for (; i < r.item_stages; i += F::GROUPS) {
+                if (F::FEW) bar_wait(&r.came[slot], parity);
                 bar_wait(&r.full[slot], parity);
                 fence_async();
                 multiply<FP8, F>(sum, r.stages + slot * F::BYTES, r.scales + slot * F::SCALES,
                                  item.end - item.block - i * F::BLOCKS, entry.rows);
                 warp_arrive(&r.empty[slot]);
-                if ((slot += 2) >= r.n_stages) slot -= r.n_stages, parity ^= 1;
+                if ((slot += F::GROUPS) >= r.n_stages) slot -= r.n_stages, parity ^= 1;
             }
             if (DOWN) add_item<F>(p, r, targets, entry.rows, turns++, sum);
             else finish_item<F>(p, r, item, entry, turns++, sum);
@@ -1570,19 +1579,21 @@ static __device__ void consume(const Product &p, const Ring &r) {
         }
         i -= r.item_stages;
         if (!DOWN || item.entry < r.entries - 1) continue;
-        store_sums<F>(p, 0, p.s.n, item.group, F::STRIPS, r.sums, p.s.n, false);
-        clear_sums(p, r);
+        store_sums<F>(p, 0, p.s.n, item.group, F::SUMS, r.sums, p.s.n, F::GROUPS);
+        clear_sums<F>(p, r);
     }
 }
 
-// All warps walk over the same items and stages. A stage's full barrier counts its weights' and its
-// rows' arrival, its empty barrier the warps that have multiplied it. Reads each weight once, and a
-// row once for every group of strips, from L2.
+// All warps walk over the same items and stages. A stage's full barrier counts its rows' arrival
+// and its weights', which have one of their own where rows are few; its empty barrier the warps
+// that have multiplied it. Reads each weight once, and a row once for every group of strips, from
+// L2.
 template <bool FP8, bool DOWN, class F>
-static __global__ void __launch_bounds__(SKINNY_THREADS, F::ROWS > 8 ? 1 : 2)
+static __global__ void __launch_bounds__(F::THREADS, F::ROWS > 8 ? 1 : 2)
 skinny(const __grid_constant__ Product p) {
     extern __shared__ __align__(1024) uint8_t smem[];
-    __shared__ uint64_t full[MAX_STAGES], empty[MAX_STAGES], handed[CONSUMERS];
+    __shared__ uint64_t weights_came[MAX_STAGES], full[MAX_STAGES], empty[MAX_STAGES];
+    __shared__ uint64_t handed[F::CONSUMERS];
     __shared__ __align__(16) float scales[MAX_STAGES * F::SCALES];
     // The whole block's numbers: even, or the compiler would fetch them anew at every use.
     int n_stages = even(p.stages), item_stages = even(p.item_stages);
@@ -1596,20 +1607,23 @@ skinny(const __grid_constant__ Product p) {
     int tile = F::ROWS, entries = list_known(p.s, table, tile), warp = even(threadIdx.x / WARP);
     if (threadIdx.x == 0) {
         for (int i = 0; i < p.stages; i++)
-            bar_init(&full[i], 1 + WARP), bar_init(&empty[i], ARRIVING * CONSUMERS / 2);
-        for (int i = 0; DOWN && i < CONSUMERS; i++) bar_init(&handed[i], ARRIVING);
+            bar_init(&weights_came[i], 1), bar_init(&full[i], WARP + !F::FEW),
+            bar_init(&empty[i], ARRIVING * 4);
+        for (int i = 0; DOWN && i < F::CONSUMERS; i++) bar_init(&handed[i], ARRIVING);
         bar_init_done();
     }
     __syncthreads();
     // The experts' first product lets DOWN begin behind its own wait, when the lists are complete,
     // and halfway, so that the first loads of both don't meet. Others ask now for the weights of
     // entries that are known without lists.
-    bool first_of_two = !DOWN && p.s.list, producer = warp >= CONSUMERS;
+    bool first_of_two = !DOWN && p.s.list, producer = warp >= F::CONSUMERS;
     if (!first_of_two) launch_dependents();
     if (DOWN) entries += list_entries(p.s, table + entries, tile, 1, row_of, p.slots);
     entries = even(entries);
-    Ring r = {smem, scales, full, empty, handed, sums, weight_of, row_of, table, entries, INT_MAX,
-              n_stages, item_stages, warp, p.s.gather};
+    int team = item_stages > 2 ? (int)F::GROUPS : item_stages;
+    uint64_t *came = F::FEW ? weights_came : full;
+    Ring r = {smem, scales, came, full, empty, handed, sums, weight_of, row_of, table, entries,
+              INT_MAX, n_stages, item_stages, team, warp, p.s.gather};
     // Whatever can be found out before the wait is: an instruction more behind it is one more in
     // the chain from kernel to kernel.
     producer &= warp % PRODUCERS < producers(r);
@@ -1628,11 +1642,11 @@ skinny(const __grid_constant__ Product p) {
     }
     __syncthreads();
     if (producer) produce<FP8, DOWN, F>(p, r, first, from, issued);
-    else if (warp < CONSUMERS) consume<FP8, DOWN, F>(p, r);
+    else if (warp < F::CONSUMERS) consume<FP8, DOWN, F>(p, r);
 }
 
-// Shares the shared memory out between ring and sums. With few rows two kernels fit side by side,
-// with registers, too, which the launch bounds see to.
+// Shares the shared memory out between ring and sums. Up to 8 rows a ring of more than half of it
+// is enough: with less, two blocks might meet on one multiprocessor while another has none.
 template <bool FP8, bool DOWN, class F> static void launch_skinny(Product *p) {
     int tile = F::ROWS;
     p->groups = units(p->w.strips, F::STRIPS);
@@ -1640,15 +1654,15 @@ template <bool FP8, bool DOWN, class F> static void launch_skinny(Product *p) {
     p->table = max_entries(&p->s, tile);
     p->x_rows = min_int(p->s.n, tile);
     p->item_stages = units(p->part_blocks, F::BLOCKS);
-    p->n_sums = STRIP * (DOWN ? p->s.n * F::STRIPS : 2 * CONSUMERS * p->x_rows);
+    p->n_sums = STRIP * (DOWN ? p->s.n * F::SUMS : 2 * F::CONSUMERS * p->x_rows);
     int rest = p->n_sums * sizeof(float) + p->table * sizeof(Entry) +
                (p->s.list ? p->slots : 0) * (sizeof(uint16_t) + (DOWN ? sizeof(float) : 0));
-    int room = (p->s.n <= 8 ? 111 : 222) << 10;
+    int room = (p->s.n <= 8 ? 160 : 222) << 10;
     p->stages = min_int(MAX_STAGES, (room - rest) / F::BYTES);
-    p->stages = p->stages / 2 * 2;  // so that a stage is always the same warpgroup's
+    p->stages -= p->stages % F::GROUPS;  // so that a stage is always the same warpgroup's
     assert(p->stages >= 2 && p->s.n_experts <= 256);
     int items = p->groups * p->parts * p->table;
-    launch(skinny<FP8, DOWN, F>, min_int(n_sms, DOWN ? p->groups : items), SKINNY_THREADS,
+    launch(skinny<FP8, DOWN, F>, min_int(n_sms, DOWN ? p->groups : items), F::THREADS,
            (size_t)p->stages * F::BYTES + rest, *p);
 }
 
