@@ -1977,15 +1977,17 @@ static __global__ void add_parts(const __grid_constant__ Product p, const float 
         make_uint2(bf16_pair(sum.x, sum.y), bf16_pair(sum.z, sum.w));
 }
 
+enum { FEW_PARTS = 7 };  // of K, of the experts' first product for one or two rows: a stage each
+
 // h = quant(silu(gate) up) from f32 [parts][slots][2 cols], in which 8 columns of gate and 8 of up
 // take turns; or, without parts, from bf16 [slots][cols], which is silu(gate) up already. A warp
 // makes one scale group of one slot: a lane 4 columns of it. For `wide`, it also notes where each
 // pair's slot is. It starts its successor behind its own grid_wait: all that older kernels wrote,
 // the lists say, is then complete.
-static __global__ void __launch_bounds__(256, 4)
+static __global__ void __launch_bounds__(256, 2)
     gate_quant(uint8_t *q, float *scale, int stride, const float *from, int parts, int cols,
                int slots, int *slot_of, const int *pair, int n) {
-    enum { AT_ONCE = 4 };  // parts whose loads are on their way together
+    enum { AT_ONCE = FEW_PARTS };  // parts whose loads are on their way together
     launch_dependents();
     grid_wait();
     int unit = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
@@ -3615,8 +3617,6 @@ static int run_up(Product *p) {
     run(p);
     return p->gated ? 0 : p->parts;
 }
-
-enum { FEW_PARTS = 7 };  // of K: a stage each
 
 // f32 [parts][slots][2 cols of h]; returns how many parts.
 static int experts_up(float *products, const Act *a, Weights up, Slots s) {
