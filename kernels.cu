@@ -2144,11 +2144,11 @@ static __global__ void __cluster_dims__(TEAM) __launch_bounds__(NORM_THREADS / T
     size_t at = (size_t)token * chunks + c;
     float v[CHUNK] = {0}, add[CHUNK], g[CHUNK] = {0};
     bool there = c < chunks;
-    if (threadIdx.x == 0) {
+    if (TEAM > 1 && threadIdx.x == 0) {
         bar_init(&told, 1), bar_init_done();
         bar_expect(&told, TEAM * warps * sizeof(float));
     }
-    team_arrive();
+    if (TEAM > 1) team_arrive();
     launch_dependents();
     if (there) load8(g, gain + c * CHUNK);  // a weight: it can be read before the wait
     grid_wait();
@@ -2162,11 +2162,13 @@ static __global__ void __cluster_dims__(TEAM) __launch_bounds__(NORM_THREADS / T
             unpack8(v, own);
         }
     }
-    float square = warp_sum(square8(v));
-    team_wait();  // else a block's barrier might not be there yet
-    if (lane < TEAM) team_tell(&sums[part * warps + threadIdx.x / WARP], &told, lane, square);
-    bar_wait(&told, 0);
-    square = warp_sum(lane < TEAM * warps ? sums[lane] : 0);
+    float square = TEAM > 1 ? warp_sum(square8(v)) : block_sum(square8(v));
+    if (TEAM > 1) {
+        team_wait();  // else a block's barrier might not be there yet
+        if (lane < TEAM) team_tell(&sums[part * warps + threadIdx.x / WARP], &told, lane, square);
+        bar_wait(&told, 0);
+        square = warp_sum(lane < TEAM * warps ? sums[lane] : 0);
+    }
     act_norm(a, token, c, v, g, norm_factor(square, a.cols, eps));
 }
 
