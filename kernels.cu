@@ -1271,7 +1271,7 @@ typedef struct {
     uint16_t *row_of;
     Entry *table;
     int entries, half;              // with item `half`, the next kernel may begin
-    int n_stages, item_stages, team, warp;  // team: warpgroups that have an item together
+    int n_stages, item_stages, crew, warp;  // crew: warpgroups that have an item together
     bool gather;                    // row_of finds the activations
 } Ring;
 
@@ -1436,14 +1436,14 @@ static __device__ void keep_sums(const Entry &entry, float *sums, const float su
 }
 
 // y's rows from y_row on: the sums [warps][stride][16] of the warps that shared a strip, added by
-// a team of warpgroups.
+// a crew of warpgroups.
 template <class F>
 static __device__ void store_sums(const Product &p, uint32_t y_row, int rows, int group, int warps,
-                                  const float *sums, int stride, int team) {
+                                  const float *sums, int stride, int crew) {
     enum { WIDTH = STRIP * F::STRIPS };
-    int out = p.w.strips * STRIP, threads = team * 128;
+    int out = p.w.strips * STRIP, threads = crew * 128;
     uint32_t i = threadIdx.x & threads - 1;
-    sync_threads(1 + (threadIdx.x / 128 & -team), threads);
+    sync_threads(1 + (threadIdx.x / 128 & -crew), threads);
     for (; i < rows * WIDTH; i += threads) {
         uint32_t row = i / WIDTH, column = i % WIDTH;
         int to = group * WIDTH + column;
@@ -1494,11 +1494,11 @@ static __device__ void produce(const Product &p, const Ring &r, Spot at, const R
 template <class F>
 static __device__ void finish_item(const Product &p, const Ring &r, const Item &item,
                                    const Entry &entry, int turn, const float sum[F::TILES][4]) {
-    int first = r.warp & -4 * r.team, of_warp = p.x_rows * STRIP;
+    int first = r.warp & -4 * r.crew, of_warp = p.x_rows * STRIP;
     float *sums = r.sums + turn % 2 * (p.n_sums / 2);
     keep_sums<F>(entry, sums + r.warp * of_warp, sum);
-    store_sums<F>(p, item.part * p.slots + entry.slot, entry.rows, item.group, 4 * r.team,
-                  sums + first * of_warp, p.x_rows, r.team);
+    store_sums<F>(p, item.part * p.slots + entry.slot, entry.rows, item.group, 4 * r.crew,
+                  sums + first * of_warp, p.x_rows, r.crew);
 }
 
 // Where DOWN's sums of a lane's slots lie, if it has so many, and by what they are weighted. Looked
@@ -1560,7 +1560,7 @@ static __device__ void consume(const Product &p, const Ring &r) {
     if (DOWN) clear_sums<F>(p, r);
     for (Item item = first_item<DOWN>(p); has_item<DOWN>(p, item, r.entries);
          next_item<DOWN>(p, &item, r.entries)) {
-        if (i < r.item_stages || r.team == F::GROUPS) {
+        if (i < r.item_stages || r.crew == F::GROUPS) {
             Entry entry = r.table[item.entry];
             Targets<F> targets;
             if (DOWN) find_targets<F>(&targets, r, entry);
@@ -1620,10 +1620,10 @@ skinny(const __grid_constant__ Product p) {
     if (!first_of_two) launch_dependents();
     if (DOWN) entries += list_entries(p.s, table + entries, tile, 1, row_of, p.slots);
     entries = even(entries);
-    int team = item_stages > 2 ? (int)F::GROUPS : item_stages;
+    int crew = item_stages > 2 ? (int)F::GROUPS : item_stages;
     uint64_t *came = F::FEW ? weights_came : full;
     Ring r = {smem, scales, came, full, empty, handed, sums, weight_of, row_of, table, entries,
-              INT_MAX, n_stages, item_stages, team, warp, p.s.gather};
+              INT_MAX, n_stages, item_stages, crew, warp, p.s.gather};
     // Whatever can be found out before the wait is: an instruction more behind it is one more in
     // the chain from kernel to kernel.
     producer &= warp % PRODUCERS < producers(r);

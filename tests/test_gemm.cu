@@ -315,7 +315,8 @@ static void try_experts(const Config *c, int n_used, const int *rows, int n_trie
 }
 
 static void test_experts(void) {
-    static const int few[] = {2, 8, 9, 257}, all[] = {1, 2, 3, 8, 9, 32, 33, 200, 220, 256, 257, 300};
+    static const int few[] = {2, 8, 9, 257};
+    static const int all[] = {1, 2, 3, 8, 9, 32, 33, 200, 220, 256, 257, 300};
     static const int large[] = {1, 2, 8, 31, 64, 256}, many[] = {300, 1001};
     Config tiny = config_of(256, 16, 4, 2, 4), odd = config_of(256, 11, 1, 1, 3);
     Config r1 = config_of(7168, 32, 4, 2, 8), deep = config_of(2048, 64, 4, 2, 8);
