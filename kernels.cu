@@ -1193,10 +1193,10 @@ static __device__ int list_entries(const Slots &s, Entry *table, int tile, int a
 // ---- The products: a few rows -------------------------------------------------------------------
 // y = x W^T for up to some tens of rows: each weight is read once, so the memory's speed is the
 // limit, and all that counts is that it never waits. Four warps of a block only ask for copies: a
-// ring of stages of 16 KB, 8 units of 2 KB (one strip's 16 rows, one K block). Two warpgroups or,
-// up to 8 rows, four multiply and take stages in turns: to wait, multiply and scale takes one
-// longer than a stage takes to come. Kernels overlap, so the ring fills with weights while the
-// kernel before is still at work; activations follow behind grid_wait.
+// ring of stages of 16 KB, 8 units of 2 KB (one strip's 16 rows, one K block). Two warpgroups, or
+// four where a stage has few columns, multiply and take stages in turns: to wait, multiply and
+// scale takes one longer than a stage takes to come. Kernels overlap, so the ring fills with
+// weights while the kernel before is still at work; activations follow behind grid_wait.
 //
 // wgmma wants 64 rows that meet the same columns, and four units of one strip are four blocks of K.
 // So the activations of all four stand side by side as columns, 8 or 32: 4 blocks of 2 or 8 rows,
@@ -1207,8 +1207,8 @@ static __device__ int list_entries(const Slots &s, Entry *table, int tile, int a
 //
 // `parts` splits K over blocks where strips don't fill the chip; the next kernel adds. DOWN is the
 // experts' second product: a block owns 4 strips of the output and walks all experts, adding weight
-// x product to its rows in shared memory; while one warpgroup adds, the other multiplies. Nothing
-// is written but y, in one order.
+// x product to its rows in shared memory; while one warpgroup adds, others multiply. Nothing is
+// written but y, in one order.
 
 enum {
     PRODUCERS = 4, UNITS = 8, MAX_STAGES = 8, STAGE_WEIGHTS = UNITS * UNIT,
@@ -1266,7 +1266,7 @@ typedef struct {
     uint8_t *stages;                // of BYTES
     float *scales;                  // SCALES of each stage
     uint64_t *came, *full, *empty;  // of each stage: weights are there, and rows; it was multiplied
-    uint64_t *handed;               // of each consumer: DOWN's sums are its own
+    uint64_t *handed;               // of each consumer: the sums that it shares are its own
     float *sums, *weight_of;        // weight_of, row_of: of each slot
     uint16_t *row_of;
     Entry *table;
@@ -1587,7 +1587,7 @@ static __device__ void consume(const Product &p, const Ring &r) {
 // All warps walk over the same items and stages. A stage's full barrier counts its rows' arrival
 // and its weights', which have one of their own where rows are few; its empty barrier the warps
 // that have multiplied it. Reads each weight once, and a row once for every group of strips, from
-// L2.
+// L2. Up to 8 rows it leaves half of the registers to the blocks of other kernels.
 template <bool FP8, bool DOWN, class F>
 static __global__ void __launch_bounds__(F::THREADS, F::ROWS > 8 ? 1 : 2)
 skinny(const __grid_constant__ Product p) {
