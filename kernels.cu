@@ -420,7 +420,6 @@ static __device__ void mma_bf16(float (&d)[4], const uint4 &a, uint32_t b0, uint
         : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
 }
 
-// An 8x8 tile of bf16 over a warp, transposed: registers to registers, and registers to rows.
 // Blocks of a cluster: all have begun behind team_wait, what they did before team_arrive is done.
 static __device__ void team_arrive() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
@@ -442,6 +441,7 @@ static __device__ void team_tell(float *to, uint64_t *bar, int rank, float v) {
                     "r"(team_address(bar, rank)) : "memory");
 }
 
+// An 8x8 tile of bf16 over a warp, transposed: registers to registers, and registers to rows.
 static __device__ uint32_t transpose_8x8(uint32_t v) {
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(v));
     return v;
@@ -560,6 +560,11 @@ void act_free(Act *a) {
 // close together, in a page or two of memory, and not each in one whose address must be looked up.
 static void act_rows(Act *a, int n) { a->stride = units(n, TOKEN_PAD) * TOKEN_PAD; }
 
+// By what values up to amax are divided.
+static __device__ float e4m3_scale(float amax) {
+    return quotient(amax, E4M3_MAX, 1.0f / E4M3_MAX);
+}
+
 // Quantises and stores eight columns of a token, chunk c of its row; sixteen neighbouring threads
 // hold a scale group. A thread that is not `there` only takes part in the exchange.
 static __device__ void quantise8(const Act &a, int token, int c, float v[CHUNK], bool there) {
@@ -567,7 +572,7 @@ static __device__ void quantise8(const Act &a, int token, int c, float v[CHUNK],
     float amax = MIN_AMAX;
     for (int i = 0; i < CHUNK; i++) amax = fmaxf(amax, fabsf(v[i]));
     for (int d = GROUP / 2; d; d /= 2) amax = fmaxf(amax, __shfl_xor_sync(~0u, amax, d));
-    float scale = quotient(amax, E4M3_MAX, 1.0f / E4M3_MAX), by = inverse(scale);
+    float scale = e4m3_scale(amax), by = inverse(scale);
     if (!there) return;
     for (int i = 0; i < CHUNK; i++) v[i] = quotient(v[i], scale, by);
     uint2 q = make_uint2(e4m3_pair(v[0], v[1]) | e4m3_pair(v[2], v[3]) << 16,
@@ -1168,7 +1173,7 @@ static __device__ int slot_row(const Slots &s, int slot) {
 // as there are experts.
 static __device__ int list_entries(const Slots &s, Entry *table, int tile, int align,
                                    uint16_t *row_of, int slots) {
-    __shared__ int warp_sum[WARP];
+    __shared__ int of_warps[WARP];
     int e = threadIdx.x, warp = e / 32, lane = e % 32, first = 0, last = 0;
     if (e < s.n_experts) first = s.n + __ldcg(s.start + e), last = s.n + __ldcg(s.start + e + 1);
 #pragma unroll 4
@@ -1179,9 +1184,9 @@ static __device__ int list_entries(const Slots &s, Entry *table, int tile, int a
         int other = __shfl_up_sync(~0u, sum, d);
         if (lane >= d) sum += other;
     }
-    if (lane == 31) warp_sum[warp] = sum;
+    if (lane == 31) of_warps[warp] = sum;
     __syncthreads();
-    int of_warp = lane < blockDim.x / 32 ? warp_sum[lane] : 0;
+    int of_warp = lane < blockDim.x / 32 ? of_warps[lane] : 0;
     int before = __reduce_add_sync(~0u, lane < warp ? of_warp : 0);
     int total = __reduce_add_sync(~0u, of_warp);
     for (int i = 0; i < tiles; i++, begin += tile)
@@ -1660,7 +1665,7 @@ template <bool FP8, bool DOWN, class F> static void launch_skinny(Product *p) {
     int room = (p->s.n <= 8 ? 160 : 222) << 10;
     p->stages = min_int(MAX_STAGES, (room - rest) / F::BYTES);
     p->stages -= p->stages % F::GROUPS;  // so that a stage is always the same warpgroup's
-    assert(p->stages >= 2 && p->s.n_experts <= 256);
+    assert(p->stages >= F::GROUPS && p->s.n_experts <= 256);
     int items = p->groups * p->parts * p->table;
     launch(skinny<FP8, DOWN, F>, min_int(n_sms, DOWN ? p->groups : items), F::THREADS,
            (size_t)p->stages * F::BYTES + rest, *p);
@@ -1982,8 +1987,8 @@ enum { FEW_PARTS = 7 };  // of K, of the experts' first product for one or two r
 // h = quant(silu(gate) up) from f32 [parts][slots][2 cols], in which 8 columns of gate and 8 of up
 // take turns; or, without parts, from bf16 [slots][cols], which is silu(gate) up already. A warp
 // makes one scale group of one slot: a lane 4 columns of it. For `wide`, it also notes where each
-// pair's slot is. It starts its successor behind its own grid_wait: all that older kernels wrote,
-// the lists say, is then complete.
+// pair's slot is. Its successor may begin at once, and DOWN reads the lists before its wait: they
+// are complete, since the product before this let nobody up before its own wait.
 static __global__ void __launch_bounds__(256, 2)
     gate_quant(uint8_t *q, float *scale, int stride, const float *from, int parts, int cols,
                int slots, int *slot_of, const int *pair, int n) {
@@ -2017,7 +2022,7 @@ static __global__ void __launch_bounds__(256, 2)
         if (parts) h[i] = gated(gate[i], up[i]);
         amax = fmaxf(amax, fabsf(h[i]));
     }
-    float s = quotient(warp_max(amax), E4M3_MAX, 1.0f / E4M3_MAX), by = inverse(s);
+    float s = e4m3_scale(warp_max(amax)), by = inverse(s);
     for (int i = 0; i < 4; i++) h[i] = quotient(h[i], s, by);
     size_t row = (size_t)group * stride + slot;
     *(uint32_t *)(q + row * ROW_BYTES + ((lane / 4 ^ slot & 7) << 4) + lane % 4 * 4) =
@@ -2502,7 +2507,7 @@ static __device__ int tile_slices(int i, int total, Shape s, const int *seq) {
 static __global__ void __launch_bounds__(PLAN_THREADS)
     plan_kernel(Tile *tile, Work *work, const int *position, const int *seq, int max_pages, int n,
                 Shape s, int blocks) {
-    __shared__ int warp_sum[32];
+    __shared__ int of_warps[32];
     int total = n * s.slices, each = units(total, PLAN_THREADS), pages = 0, lane = threadIdx.x % 32;
     int from = min_int(threadIdx.x * each, total), to = min_int(from + each, total);
     grid_wait();
@@ -2518,12 +2523,12 @@ static __global__ void __launch_bounds__(PLAN_THREADS)
         int left = __shfl_up_sync(~0u, before, d);
         before += lane >= d ? left : 0;
     }
-    if (lane == 31) warp_sum[threadIdx.x / 32] = before;
+    if (lane == 31) of_warps[threadIdx.x / 32] = before;
     __syncthreads();
     int all = 0;
     for (int i = 0; i < 32; i++) {
-        before += i < threadIdx.x / 32 ? warp_sum[i] : 0;
-        all += warp_sum[i];
+        before += i < threadIdx.x / 32 ? of_warps[i] : 0;
+        all += of_warps[i];
     }
     int start = before - pages, chunk = units(all, blocks);
     for (int i = from; i < to; i++) {
@@ -2915,8 +2920,7 @@ static __device__ void value_store(const Act &o, const ValueRow (&part)[VALUE_BL
     uint2 x = make_uint2(bf16_pair(v.x, v.y), bf16_pair(v.z, v.w));
     v = make_float4(bf16_low(x.x), bf16_high(x.x), bf16_low(x.y), bf16_high(x.y));
     float amax = fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
-    float size = quotient(fmaxf(warp_max(amax), MIN_AMAX), E4M3_MAX, 1.0f / E4M3_MAX);
-    float by = inverse(size);
+    float size = e4m3_scale(fmaxf(warp_max(amax), MIN_AMAX)), by = inverse(size);
     v = make_float4(quotient(v.x, size, by), quotient(v.y, size, by), quotient(v.z, size, by),
                     quotient(v.w, size, by));
     size_t at = (size_t)head * o.stride + token;
@@ -3491,7 +3495,7 @@ enum { LIST_ROWS = 16, LIST_EXPERTS = 512 };
 static __device__ void list_rows(const Routing &r, const int (&chosen)[LIST_ROWS][WARP],
                                  const RouteDims &d, int n) {
     __shared__ uint32_t rows_of[LIST_EXPERTS];
-    __shared__ int starts[LIST_EXPERTS], warp_sum[WARP];
+    __shared__ int starts[LIST_EXPERTS], of_warps[WARP];
     int e = threadIdx.x, lane = e % WARP, warp = e / WARP;
     bool there = warp < n && lane < d.k;
     rows_of[e] = 0;
@@ -3503,9 +3507,9 @@ static __device__ void list_rows(const Routing &r, const int (&chosen)[LIST_ROWS
         int other = __shfl_up_sync(~0u, start, i);
         if (lane >= i) start += other;
     }
-    if (lane == WARP - 1) warp_sum[warp] = start;
+    if (lane == WARP - 1) of_warps[warp] = start;
     __syncthreads();
-    for (int w = 0; w < warp; w++) start += warp_sum[w];
+    for (int w = 0; w < warp; w++) start += of_warps[w];
     starts[e] = start - count;
     if (e < d.n_experts) r.start[e + 1] = start;
     if (e == 0) r.start[0] = 0;
